@@ -1,0 +1,114 @@
+"""From noise to a video: the sigma schedule, decoupled text-reference guidance (Eq. 13), Euler steps.
+
+Each step asks the same DiT for three velocities and combines them (Sec. 3.4):
+
+        v_0    no prompt, no reference          guided = v_0 + s_y (v_y  - v_0)      towards the prompt
+        v_y    prompt,    no reference                       + s_r (v_yr - v_y)      towards the face
+        v_yr   prompt and reference             z <- z + guided (sigma_next - sigma)
+
+Streams without the reference do not carry its tokens at all.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+DENSE_TOKENS = ((1024, 0.95), (4096, 2.05))  # the released schedule's shift at two sequence lengths
+LAST_SIGMA = 0.1  # the last sigma before 0
+
+
+def schedule_shift(tokens: int) -> float:
+    """mu(tokens): more tokens, more noise. The line through (1024, 0.95) and (4096, 2.05), not clamped."""
+    (x0, y0), (x1, y1) = DENSE_TOKENS
+    return y0 + (tokens - x0) * (y1 - y0) / (x1 - x0)
+
+
+def sigma_schedule(steps: int, tokens: int) -> Tensor:
+    """Noise levels from 1 to 0 of LTX-2.3: (steps + 1,). `tokens` is T*H*W of the video, the reference not counted.
+
+    linspace(1, 0) shifted by sigma = e^mu / (e^mu + 1/s - 1), then stretched so that the last one before 0 is 0.1.
+    """
+    line = torch.linspace(1, 0, steps + 1)[:-1]
+    strength = math.exp(schedule_shift(tokens))
+    sigmas = strength / (strength + (1 / line - 1))
+    if steps > 1:  # a single step starts at 1 and has nothing to stretch
+        sigmas = 1 - (1 - sigmas) * (1 - LAST_SIGMA) / (1 - sigmas[-1])
+    return torch.cat([sigmas, torch.zeros(1)])
+
+
+def three_stream_cfg(v_0: Tensor, v_y: Tensor, v_yr: Tensor, s_y: float = 5.0, s_r: float = 7.5) -> Tensor:
+    """Eq. 13: v_0 + s_y (v_y - v_0) + s_r (v_yr - v_y), velocities of equal shape (B, N, C)."""
+    return v_0 + s_y * (v_y - v_0) + s_r * (v_yr - v_y)
+
+
+@torch.no_grad()
+def sample_latents(
+    model: Callable[..., Tensor],
+    noise: Tensor,
+    sigmas: Tensor,
+    positions: Tensor,
+    context: Tensor,
+    null_context: Tensor,
+    reference: Tensor | None = None,
+    reference_positions: Tensor | None = None,
+    s_y: float = 5.0,
+    s_r: float = 7.5,
+    ref_timestep: str = "clean",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Tensor:
+    """Euler integration of Eq. 13 from noise (B, N, C) to latents (B, N, C), accumulated in float32.
+
+    positions (B, 3, N, 2) and context, null_context (B, S, D) belong to the video; reference (B, R, C) and
+    reference_positions (B, 3, R, 2) to the reference image, None for plain text-to-video. `model` is an LTXVideo or
+    anything called like it, run in `dtype`. `ref_timestep` is "clean" (the reference's tokens say t = 0) or "shared"
+    (they say the video's t); the paper leaves that open. `progress` wraps the loop over steps.
+
+    A stream whose weight in Eq. 13 is zero is not computed: v_0 at s_y = 1, v_y at s_y = s_r, v_yr at s_r = 0.
+    """
+    if ref_timestep not in ("clean", "shared"):
+        raise ValueError(f"ref_timestep {ref_timestep!r} is neither 'clean' nor 'shared'")
+    batch, tokens, _ = noise.shape
+    need_0 = s_y != 1
+    need_yr = reference is not None and s_r != 0
+    need_y = not need_yr or s_y != s_r
+    context, null_context = context.to(dtype), null_context.to(dtype)
+    z = noise.float()
+    if need_yr:
+        both_positions = torch.cat([positions, reference_positions], dim=2)
+        ref_level = 0.0 if ref_timestep == "clean" else 1.0
+
+    def velocity(z: Tensor, sigma: Tensor, contexts: list[Tensor]) -> list[Tensor]:
+        """The streams without reference, of equal length and so in one batch."""
+        n = len(contexts)
+        level = sigma.expand(n * batch)
+        v = model(
+            z.to(dtype).repeat(n, 1, 1),
+            level[:, None].expand(-1, tokens),
+            level,
+            torch.cat(contexts),
+            positions.repeat(n, 1, 1, 1),
+        )
+        return list(v.float().chunk(n))
+
+    def velocity_with_reference(z: Tensor, sigma: Tensor) -> Tensor:
+        level = sigma.expand(batch)
+        timesteps = torch.cat(
+            [level[:, None].expand(-1, tokens), ref_level * level[:, None].expand(-1, reference.shape[1])], dim=1
+        )
+        both = torch.cat([z.to(dtype), reference.to(dtype)], dim=1)  # Eq. 2
+        return model(both, timesteps, level, context, both_positions)[:, :tokens].float()  # its output is dropped
+
+    for step in progress(range(len(sigmas) - 1)):
+        sigma, sigma_next = sigmas[step].to(z.device), sigmas[step + 1].to(z.device)
+        contexts = [null_context] * need_0 + [context] * need_y
+        streams = velocity(z, sigma, contexts) if contexts else []
+        v_yr = velocity_with_reference(z, sigma) if need_yr else streams[-1]
+        v_y = streams[-1] if need_y else v_yr
+        v_0 = streams[0] if need_0 else v_y
+        if not need_y:  # s_y = s_r: Eq. 13 is v_0 + s (v_yr - v_0)
+            v_y = v_0 if need_0 else v_yr
+        z = z + three_stream_cfg(v_0, v_y, v_yr, s_y, s_r) * (sigma_next - sigma)
+    return z

@@ -1,0 +1,206 @@
+"""The video DiT of LTX-2.3: 48 blocks of self-attention, text attention and feed-forward over latent tokens.
+
+It predicts the velocity v = eps - z_0 of z_t = (1 - t) z_0 + t eps. Every token carries its own timestep, which is
+how a clean reference image (t = 0) sits in the same sequence as noisy video tokens (Sec. 3.1, Eq. 2):
+
+        tokens   [ video: T*H*W at t = sigma | reference: H*W at t = 0 ]      places from rope.py
+                       |
+          x -> rms, AdaLN(t) -> self-attention + rotary -> gate -> +
+            -> rms, AdaLN(t) -> text attention             -> gate -> +      context modulated by sigma
+            -> rms, AdaLN(t) -> feed-forward               -> gate -> +
+                       |  x 48
+          LayerNorm, AdaLN(t), linear -> velocity; the reference's part is dropped
+
+The released checkpoint also holds an audio branch. Without audio input the full model computes exactly this.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint
+from rope import apply_rope, rope_cos_sin
+
+
+def rms(x: Tensor) -> Tensor:
+    """Divide each token (..., D) by its root mean square; no weight."""
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN: x (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normed q and k, and a gate per head, 2 sigmoid(.), on what each head returns."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.q_norm = nn.RMSNorm(dim, eps=1e-6)  # over all heads together
+        self.k_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.to_gate_logits = nn.Linear(dim, heads)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, N, D) asks, context (B, S, D) answers (x itself if None); `rotary` turns both q and k."""
+        context = x if context is None else context
+        q, k = self.q_norm(self.to_q(x)), self.k_norm(self.to_k(context))
+        v = self.to_v(context)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N|S, head_dim)
+        if rotary is not None:
+            q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, head_dim)
+        gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, N, heads)
+        out = out * gate.transpose(1, 2).unsqueeze(-1)
+        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class GELU(nn.Module):
+    """Linear and GELU (tanh form), the first half of a feed-forward."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TimestepEmbedder(nn.Module):
+    """A scalar as 256 cosines and sines, then two linear layers."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(256, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """t (U,) in [0, 1] -> (U, D). The sinusoid is made in float32: bf16 could not tell 999 from 1000."""
+        frequencies = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))
+        angles = 1000 * t.float()[:, None] * frequencies  # (U, 128)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoid)))
+
+
+class AdaLN(nn.Module):
+    """Timestep to modulation: `rows` vectors of width D, to which every block adds a table of its own."""
+
+    def __init__(self, dim: int, rows: int):
+        super().__init__()
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
+        self.linear = nn.Linear(dim, rows * dim)
+        self.rows = rows
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """t (U,) -> modulation (U, rows, D) and the embedding (U, D) it came from."""
+        embedded = self.emb["timestep_embedder"](t, dtype)
+        return self.linear(F.silu(embedded)).unflatten(-1, (self.rows, -1)), embedded
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.zeros(9, dim))
+        self.prompt_scale_shift_table = nn.Parameter(torch.zeros(2, dim))
+        self.attn1 = Attention(dim, heads)
+        self.attn2 = Attention(dim, heads)
+        self.ff = FeedForward(dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        modulation: Tensor,
+        prompt_modulation: Tensor,
+        token_row: Tensor,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """x (B, N, D), context (B, S, D); modulation (U, 9, D) by distinct timestep, token_row (B, N) says whose."""
+        rows = (self.scale_shift_table + modulation).unbind(1)  # 9 x (U, D)
+        # `embedding` is a gather whose backward sums many tokens per row without a serial scatter.
+        shift_sa, scale_sa, gate_sa = (F.embedding(token_row, row) for row in rows[0:3])  # (B, N, D)
+        x = x + gate_sa * self.attn1(modulate(rms(x), shift_sa, scale_sa), rotary=rotary)
+
+        shift_ca, scale_ca, gate_ca = (F.embedding(token_row, row) for row in rows[6:9])
+        shift_kv, scale_kv = (self.prompt_scale_shift_table + prompt_modulation).unsqueeze(2).unbind(1)  # (B, 1, D)
+        context = modulate(context, shift_kv, scale_kv)
+        x = x + gate_ca * self.attn2(modulate(rms(x), shift_ca, scale_ca), context)
+
+        shift_ff, scale_ff, gate_ff = (F.embedding(token_row, row) for row in rows[3:6])
+        return x + gate_ff * self.ff(modulate(rms(x), shift_ff, scale_ff))
+
+
+class LTXVideo(nn.Module):
+    """The DiT. All sizes come from the checkpoint's config."""
+
+    PREFIXES = {"": "model.diffusion_model."}
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.heads = config["num_attention_heads"]
+        self.dim = self.heads * config["attention_head_dim"]
+        self.theta = config["positional_embedding_theta"]
+        self.max_pos = config["positional_embedding_max_pos"]
+        self.patchify_proj = nn.Linear(config["in_channels"], self.dim)
+        self.adaln_single = AdaLN(self.dim, rows=9)
+        self.prompt_adaln_single = AdaLN(self.dim, rows=2)
+        self.transformer_blocks = nn.ModuleList([Block(self.dim, self.heads) for _ in range(config["num_layers"])])
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, self.dim))
+        self.proj_out = nn.Linear(self.dim, config["out_channels"])
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "LTXVideo":
+        checkpoint = Checkpoint(path)
+        with torch.device("meta"):
+            model = cls(checkpoint.config["transformer"])
+        return checkpoint.load(model, cls.PREFIXES, device, dtype)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables (B, heads, N, head_dim/2) for positions (B, 3, N, 2) in seconds and pixels."""
+        return rope_cos_sin(positions, self.dim, self.heads, self.theta, self.max_pos)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, sigma: Tensor, context: Tensor, positions: Tensor) -> Tensor:
+        """Velocity v = eps - z_0 of every token.
+
+        latents    (B, N, C)     noisy video tokens, then the reference's
+        timesteps  (B, N)        noise level of each token in [0, 1]; 0 marks a clean one
+        sigma      (B,)          noise level of the video, which modulates the text
+        context    (B, S, D)     from text.py
+        positions  (B, 3, N, 2)  from rope.py
+        returns    (B, N, C)     the reference's rows mean nothing
+        """
+        dtype = latents.dtype
+        rotary = tuple(table.to(dtype) for table in self.rotary(positions))
+        # A sequence has few distinct timesteps (the video's and 0), so AdaLN runs on those and tokens look theirs up.
+        distinct, token_row = torch.unique(timesteps, return_inverse=True)  # (U,), (B, N)
+        modulation, embedded = self.adaln_single(distinct, dtype)
+        prompt_modulation, _ = self.prompt_adaln_single(sigma, dtype)  # (B, 2, D)
+
+        x = self.patchify_proj(latents)
+        for block in self.transformer_blocks:
+            x = block(x, context, modulation, prompt_modulation, token_row, rotary)
+
+        shift, scale = (self.scale_shift_table + embedded.unsqueeze(1)).unbind(1)  # (U, D)
+        x = F.layer_norm(x, (self.dim,), eps=1e-6)
+        x = modulate(x, F.embedding(token_row, shift), F.embedding(token_row, scale))
+        return self.proj_out(x)

@@ -1,0 +1,231 @@
+"""Pixels to latents and back: the video VAE of LTX-2.3 (E_vae of Eq. 1, D_vae of Eq. 7).
+
+A causal 3-D convolutional encoder makes one latent cell of 8 frames x 32 x 32 pixels (the first latent frame of one
+single frame, so an image is a video of length 1), and a decoder that also looks ahead turns it back.
+
+        video (B, 3, 8k+1, 32h, 32w)                                            in [-1, 1]
+          | space-to-depth by 4, conv                  E                        E: encoder blocks, in order
+          | residual blocks, compress space / time / all                        D: decoder blocks, in reverse
+        latents (B, 128, k+1, h, w)                    normalized per channel
+          | conv, residual blocks, expand time / space D
+          | conv, depth-to-space by 4
+        video (B, 3, 8k+1, 32h, 32w)
+
+Every size comes from the config: `compress_space*` halves height and width, `compress_time*` halves time,
+`compress_all*` both.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint
+
+STRIDES = {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
+
+
+def space_to_depth(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """(B, C, F p1, H p2, W p3) -> (B, C p1 p2 p3, F, H, W)"""
+    p1, p2, p3 = stride
+    x = x.unflatten(4, (-1, p3)).unflatten(3, (-1, p2)).unflatten(2, (-1, p1))  # (B, C, F, p1, H, p2, W, p3)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+
+
+def depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """(B, C p1 p2 p3, F, H, W) -> (B, C, F p1, H p2, W p3), the inverse of `space_to_depth`"""
+    x = x.unflatten(1, (-1, *stride))  # (B, C, p1, p2, p3, F, H, W)
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def pixel_norm(x: Tensor) -> Tensor:
+    """Divide each pixel (B, C, F, H, W) by the root mean square over its channels."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
+class Conv3d(nn.Module):
+    """A 3x3x3 convolution, zeros around in space; in time the edge frames are repeated.
+
+    Causal (encoder): the first frame twice in front, so no frame sees a later one. Else once at either end.
+    """
+
+    def __init__(self, channels: int, out_channels: int, causal: bool):
+        super().__init__()
+        self.causal = causal
+        self.conv = nn.Conv3d(channels, out_channels, kernel_size=3, padding=(0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = x[:, :, :1], x[:, :, -1:]
+        return self.conv(torch.cat([first, first, x] if self.causal else [first, x, last], dim=2))
+
+
+class ResBlock(nn.Module):
+    """PixelNorm, SiLU, conv, twice, plus the input."""
+
+    def __init__(self, channels: int, causal: bool):
+        super().__init__()
+        self.conv1 = Conv3d(channels, channels, causal)
+        self.conv2 = Conv3d(channels, channels, causal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(pixel_norm(x)))
+        return x + self.conv2(F.silu(pixel_norm(h)))
+
+
+class ResStack(nn.Module):
+    """`res_x`: residual blocks at one resolution."""
+
+    def __init__(self, channels: int, layers: int, causal: bool):
+        super().__init__()
+        self.res_blocks = nn.ModuleList([ResBlock(channels, causal) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.res_blocks:
+            x = block(x)
+        return x
+
+
+class Downsample(nn.Module):
+    """`compress_*_res`: a strided convolution as conv and space-to-depth, plus the averaged input as a skip."""
+
+    def __init__(self, channels: int, out_channels: int, stride: tuple[int, int, int]):
+        super().__init__()
+        self.stride, self.out_channels = stride, out_channels
+        self.conv = Conv3d(channels, out_channels // math.prod(stride), causal=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride[0] == 2:  # frames come as 1 + 2k: the first counts twice
+            x = torch.cat([x[:, :, :1], x], dim=2)
+        skip = space_to_depth(x, self.stride).unflatten(1, (self.out_channels, -1)).mean(dim=2)
+        return space_to_depth(self.conv(x), self.stride) + skip
+
+
+class Upsample(nn.Module):
+    """`compress_*` of the decoder: conv to more channels, then depth-to-space; no skip."""
+
+    def __init__(self, channels: int, out_channels: int, stride: tuple[int, int, int]):
+        super().__init__()
+        self.stride = stride
+        self.conv = Conv3d(channels, out_channels * math.prod(stride), causal=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = depth_to_space(self.conv(x), self.stride)
+        return x[:, :, 1:] if self.stride[0] == 2 else x  # 2k frames are 1 + 2 (k-1) and the doubled first
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.patch = config["patch_size"]
+        channels = config["encoder_base_channels"]
+        self.conv_in = Conv3d(config["in_channels"] * self.patch**2, channels, causal=True)
+        blocks: list[nn.Module] = []
+        for kind, options in config["encoder_blocks"]:
+            if kind == "res_x":
+                blocks.append(ResStack(channels, options["num_layers"], causal=True))
+            else:
+                out_channels = channels * options["multiplier"]
+                blocks.append(Downsample(channels, out_channels, STRIDES[kind.removesuffix("_res")]))
+                channels = out_channels
+        self.down_blocks = nn.ModuleList(blocks)
+        # The means and a single log-variance shared by all channels, which is not used.
+        self.conv_out = Conv3d(channels, config["latent_channels"] + 1, causal=True)
+
+    def forward(self, video: Tensor) -> Tensor:
+        # Within a patch the released layout counts width before height, unlike everywhere else.
+        patches = space_to_depth(video.transpose(3, 4), (1, self.patch, self.patch)).transpose(3, 4)
+        x = self.conv_in(patches)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(pixel_norm(x)))[:, :-1]
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.patch = config["patch_size"]
+        stages = config["decoder_blocks"]
+        channels = config["decoder_base_channels"] * math.prod(o.get("multiplier", 1) for _, o in stages)
+        self.conv_in = Conv3d(config["latent_channels"], channels, causal=False)
+        blocks: list[nn.Module] = []
+        for kind, options in reversed(stages):
+            if kind == "res_x":
+                blocks.append(ResStack(channels, options["num_layers"], causal=False))
+            else:
+                out_channels = channels // options["multiplier"]
+                blocks.append(Upsample(channels, out_channels, STRIDES[kind]))
+                channels = out_channels
+        self.up_blocks = nn.ModuleList(blocks)
+        self.conv_out = Conv3d(channels, config["out_channels"] * self.patch**2, causal=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.up_blocks:
+            x = block(x)
+        patches = self.conv_out(F.silu(pixel_norm(x)))
+        return depth_to_space(patches.transpose(3, 4), (1, self.patch, self.patch)).transpose(3, 4)
+
+
+class ChannelStatistics(nn.Module):
+    """Mean and spread of each latent channel over the training data; the DiT sees normalized latents."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean-of-means", torch.zeros(channels))
+        self.register_buffer("std-of-means", torch.ones(channels))
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Both as (C, 1, 1, 1), to go with (B, C, f, h, w)."""
+        buffers = self._buffers["mean-of-means"], self._buffers["std-of-means"]
+        return tuple(buffer.view(-1, 1, 1, 1) for buffer in buffers)
+
+
+class VideoVAE(nn.Module):
+    """Encoder, decoder and latent statistics. `scale` is (frames, pixels, pixels) per latent cell."""
+
+    PREFIXES = {"": "vae."}
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.per_channel_statistics = ChannelStatistics(config["latent_channels"])
+        self.scale = latent_scale(config)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "VideoVAE":
+        checkpoint = Checkpoint(path)
+        with torch.device("meta"):
+            vae = cls(checkpoint.config["vae"])
+        return checkpoint.load(vae, cls.PREFIXES, device, dtype)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Eq. 1: video (B, 3, F, H, W) in [-1, 1] to normalized latents (B, C, f, h, w); the mean, nothing drawn."""
+        frames, height, width = video.shape[2:]
+        time, rows, columns = self.scale
+        if (frames - 1) % time or height % rows or width % columns:
+            raise ValueError(
+                f"video of {frames} frames, {height}x{width}: this VAE takes {time}k+1 frames, "
+                f"height a multiple of {rows} and width of {columns}"
+            )
+        mean, std = self.per_channel_statistics.mean_and_std()
+        return (self.encoder(video) - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Eq. 7: normalized latents (B, C, f, h, w) to video (B, 3, F, H, W), about [-1, 1] and not clamped."""
+        mean, std = self.per_channel_statistics.mean_and_std()
+        return self.decoder(latents * std + mean)
+
+
+def latent_scale(config: dict[str, Any]) -> tuple[int, int, int]:
+    """(frames, pixels, pixels) that one latent cell covers, from the VAE's config. The released model: (8, 32, 32)."""
+    time, space = 1, config["patch_size"]
+    for kind, _ in config["encoder_blocks"]:
+        time *= 2 if kind.startswith(("compress_time", "compress_all")) else 1
+        space *= 2 if kind.startswith(("compress_space", "compress_all")) else 1
+    return time, space, space
