@@ -5,17 +5,26 @@ what is wrong, where, and what to do. Every command wraps its `main` in `one_lin
 escapes is a bug and keeps its traceback.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: what, where, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Command line options whose errors are one line too, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
 
 
 @contextmanager

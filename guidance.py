@@ -13,7 +13,10 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from rope import reference_positions, video_positions
+from vae import from_tokens, to_tokens
 
 DENSE_TOKENS = ((1024, 0.95), (4096, 2.05))  # the released schedule's shift at two sequence lengths
 LAST_SIGMA = 0.1  # the last sigma before 0
@@ -52,7 +55,7 @@ def sample_latents(
     context: Tensor,
     null_context: Tensor,
     reference: Tensor | None = None,
-    reference_positions: Tensor | None = None,
+    ref_positions: Tensor | None = None,
     s_y: float = 5.0,
     s_r: float = 7.5,
     ref_timestep: str = "clean",
@@ -62,7 +65,7 @@ def sample_latents(
     """Euler integration of Eq. 13 from noise (B, N, C) to latents (B, N, C), accumulated in float32.
 
     positions (B, 3, N, 2) and context, null_context (B, S, D) belong to the video; reference (B, R, C) and
-    reference_positions (B, 3, R, 2) to the reference image, None for plain text-to-video. `model` is an LTXVideo or
+    ref_positions (B, 3, R, 2) to the reference image, None for plain text-to-video. `model` is an LTXVideo or
     anything called like it, run in `dtype`. `ref_timestep` is "clean" (the reference's tokens say t = 0) or "shared"
     (they say the video's t); the paper leaves that open. `progress` wraps the loop over steps.
 
@@ -77,7 +80,7 @@ def sample_latents(
     context, null_context = context.to(dtype), null_context.to(dtype)
     z = noise.float()
     if need_yr:
-        both_positions = torch.cat([positions, reference_positions], dim=2)
+        both_positions = torch.cat([positions, ref_positions], dim=2)
         ref_level = 0.0 if ref_timestep == "clean" else 1.0
 
     def velocity(z: Tensor, sigma: Tensor, contexts: list[Tensor]) -> list[Tensor]:
@@ -112,3 +115,45 @@ def sample_latents(
             v_y = v_0 if need_0 else v_yr
         z = z + three_stream_cfg(v_0, v_y, v_yr, s_y, s_r) * (sigma_next - sigma)
     return z
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    vae: nn.Module,
+    context: Tensor,
+    null_context: Tensor,
+    image: Tensor | None,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    steps: int = 30,
+    seed: int = 0,
+    placement: str = "tass",
+    **options,
+) -> Tensor:
+    """One video (3, frames, height, width), about in [-1, 1], of the face in `image` doing what `context` says.
+
+    image (3, height, width) in [-1, 1], letterboxed, or None for plain text-to-video; context, null_context (1, S, D).
+    Sizes in pixels. `options` go to `sample_latents`. The noise is drawn on the CPU: one seed, one video, any device.
+    """
+    weight = next(model.parameters())
+    device, dtype = weight.device, weight.dtype
+    time, rows, columns = vae.scale
+    grid = ((frames - 1) // time + 1, height // rows, width // columns)
+    positions = video_positions(*grid, fps, vae.scale)[None].to(device)
+
+    reference = ref_positions = None
+    if image is not None:
+        latents = vae.encode(image[None, :, None].to(device, dtype))  # Eq. 1: an image is a video of one frame
+        reference = to_tokens(latents)  # (1, H*W, C)
+        ref_positions = reference_positions(*grid, fps, vae.scale, placement)[None].to(device)
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(1, math.prod(grid), model.proj_out.out_features, generator=generator).to(device)
+    sigmas = sigma_schedule(steps, math.prod(grid))
+    z_0 = sample_latents(
+        model, noise, sigmas, positions, context, null_context, reference, ref_positions, dtype=dtype, **options
+    )
+    return vae.decode(from_tokens(z_0, grid).to(dtype))[0].float()

@@ -89,14 +89,18 @@ class TextConnector(nn.Module):
         cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "TextConnector":
         checkpoint = Checkpoint(path)
+        return checkpoint.load(cls.for_checkpoint(checkpoint), cls.PREFIXES, device, dtype)
+
+    @classmethod
+    def for_checkpoint(cls, checkpoint: Checkpoint) -> "TextConnector":
+        """The module on the meta device. The config does not say how many hidden states there are; the
+        projection's width does."""
         config = checkpoint.config["transformer"]
-        # The config does not say how many hidden states there are; the projection's width does.
         weight = checkpoint.tensors.get(PROJECTION + "weight")
         if weight is None:
-            raise UserError(f"{path}: tensor {PROJECTION}weight is missing: the file holds no text projection")
+            raise UserError(f"{checkpoint.path}: tensor {PROJECTION}weight is missing: it holds no text projection")
         with torch.device("meta"):
-            connector = cls(config, weight["shape"][1] // config["caption_channels"])
-        return checkpoint.load(connector, cls.PREFIXES, device, dtype)
+            return cls(config, weight["shape"][1] // config["caption_channels"])
 
     def project_layer(self, x: Tensor, layer: int) -> Tensor:
         """One hidden state's share of the features: x (B, S, hidden) -> (B, S, D), float32, without the bias."""

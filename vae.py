@@ -222,6 +222,16 @@ class VideoVAE(nn.Module):
         return self.decoder(latents * std + mean)
 
 
+def to_tokens(latents: Tensor) -> Tensor:
+    """Latents (B, C, f, h, w) as the DiT's tokens (B, f*h*w, C), ordered t, h, w."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def from_tokens(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Tokens (B, f*h*w, C) back to latents (B, C, f, h, w), the inverse of `to_tokens`."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
 def latent_scale(config: dict[str, Any]) -> tuple[int, int, int]:
     """(frames, pixels, pixels) that one latent cell covers, from the VAE's config. The released model: (8, 32, 32)."""
     time, space = 1, config["patch_size"]

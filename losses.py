@@ -1,0 +1,211 @@
+"""What is minimised: flow matching on the video, plus identity losses on the faces of its clean estimate (Eq. 6, 9-12).
+
+The velocity error alone is a mean over thousands of tokens of which a face fills few, so identity hardly weighs in it.
+The paper therefore takes the one-step clean estimate, decodes some of its frames, and compares the faces in them with
+the reference and with each other. At high noise that estimate is a blur whose "identity" means little, hence w_aux(t).
+
+    z_0, ε, t ─> add_noise ─> z_t ─> DiT (with text, reference) ─> v, the reference's tokens dropped
+                               │                                   │
+                               │                                   ├─> flow_loss(v, z_0, ε) ─────────────> L_flow ─┐
+                               └───────> predict_x0(z_t, v, t) <───┘                                               │
+                                                   │ clean estimate                                                ├─> L
+                     VAE decode, detect, align, ArcFace ─> e_f, m_f ─┬─> temporal_identity_loss ─> L_tic ─┬─ w_aux ┘
+                                                                     └─> identity_loss ──────────> L_id ──┘
+    I_ref ─> detect, align, ArcFace ─> e_ref (no gradient) ──────────────────┘
+
+Letters: B batch, N video tokens, C latent channels, F decoded frames, E embedding size. t in [0, 1] is the noise level:
+0 clean, 1 pure noise. Every loss is per sample, (B,): the trainer averages, logs and skips as it likes. The paper uses
+one ε twice, and so do the arguments here: `eps` is the noise (a tensor) in add_noise and flow_loss, and the small
+number that keeps a denominator above zero everywhere else.
+
+Everything is computed in float32 at least (float64 stays float64), whatever the model ran in. Products are written
+`(a * b).sum(-1)`: an einsum or matmul would drop to bf16 under autocast.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _over(t: Tensor, x: Tensor) -> Tensor:
+    """t, (B,) or (B, N), with trailing ones so that it broadcasts over x, (B, N, C) or (B, C, T, H, W)."""
+    assert t.shape == x.shape[: t.ndim], f"t is {tuple(t.shape)}, expected the leading sizes of {tuple(x.shape)}"
+    return _wide(t).reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flow matching
+
+
+def add_noise(z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """The rectified-flow interpolation z_t = (1 - t) z_0 + t ε; its velocity dz_t/dt is v = ε - z_0.
+
+    z_0 (B, ...) clean latent, eps (same) standard normal noise, t (B,) in [0, 1] -> z_t (B, ...), float32 or wider.
+    """
+    assert z_0.shape == eps.shape, f"noise is {tuple(eps.shape)}, expected the latent's {tuple(z_0.shape)}"
+    t = _over(t, z_0)  # (B, 1, ...)
+    return (1 - t) * _wide(z_0) + t * _wide(eps)
+
+
+def predict_x0(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Eq. 6: the clean estimate ẑ_0 = z_t - t v̂. Exact when v̂ is the true velocity; z_t itself at t = 0.
+
+    z_t, v (B, N, C) -> (B, N, C). t is (B,), or (B, N) where tokens carry their own level (clean reference: 0).
+    """
+    assert z_t.shape == v.shape, f"velocity is {tuple(v.shape)}, expected the latent's {tuple(z_t.shape)}"
+    return _wide(z_t) - _over(t, z_t) * _wide(v)
+
+
+def flow_loss(v: Tensor, z_0: Tensor, eps: Tensor, mask: Tensor | None = None) -> Tensor:
+    """L_flow: squared error of the velocity against ε - z_0, v, z_0, eps (B, N, C) -> (B,).
+
+    What is averaged: all N video tokens of the sample and all C channels, with equal weight; faces get no extra one.
+    The reference is a condition, not a target: its tokens are dropped from v̂ before this function (section 3.1), so
+    the black bars of its letterbox are in no average either. The video itself is cut to size and has no bars.
+
+    mask (B, N), optional: True where a token counts, for batches padded to one length. The mean is then over the
+    tokens that count, so padding changes nothing, whatever it holds; a sample with none gives 0.
+    """
+    assert v.shape == z_0.shape == eps.shape, (
+        f"velocity {tuple(v.shape)}, latent {tuple(z_0.shape)} and noise {tuple(eps.shape)} differ: "
+        "all are the video's tokens, without the reference's"
+    )
+    error = _wide(v) - (_wide(eps) - _wide(z_0))  # (B, N, C)
+    if mask is None:
+        return error.square().flatten(1).mean(1)  # (B,)
+    assert mask.shape == v.shape[:2], f"mask is {tuple(mask.shape)}, expected {tuple(v.shape[:2])}"
+    mask = mask.bool()
+    error = torch.where(mask[..., None], error, 0)  # before the square: its gradient at a padded NaN would be NaN
+    return error.square().mean(-1).sum(1) / mask.sum(1).clamp(min=1)  # (B,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# identity
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x| over the last axis. A zero vector has no direction: it stays zero and lets no gradient through, rather
+    than the NaN of 0/0 or the 1e12 of a clamped norm."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 0, x, 0) / torch.where(norm > 0, norm, 1)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (_unit(a) * _unit(b)).sum(-1)
+
+
+def _face_mean(x: Tensor, m: Tensor, eps: float) -> Tensor:
+    """Σ_f m_f x_f / (Σ_f m_f + ε) over the frames, x (B, F, ...), m (B, F) bool -> (B, ...); exactly 0 without a face.
+
+    By selection, not by multiplication: a frame without a face may hold anything, and 0 * NaN is NaN.
+    """
+    m = m.reshape(m.shape + (1,) * (x.ndim - m.ndim))
+    return torch.where(m, x, 0).sum(1) / (m.sum(1, dtype=x.dtype) + eps)
+
+
+def identity_loss(e: Tensor, e_ref: Tensor, valid: Tensor, eps: float = 1e-6) -> Tensor:
+    """Eq. 9: L_id = Σ_f m_f (1 - cos(e_f, e_ref)) / (Σ_f m_f + ε), each term in [0, 2].
+
+    e (B, F, E) embeddings of the decoded frames, with gradient; e_ref (B, E) of the unaugmented reference, detached
+    here as the paper says; valid (B, F) is m_f: a face was found in frame f -> (B,). Embeddings need no unit length.
+
+    A sample without a valid face gives exactly 0 and a gradient of exactly 0, even where e holds NaN or inf. So a
+    sample to be left out (no face in its reference, reference dropped) is one with m_f = 0 in all frames. For n
+    faces the paper's ε makes the mean too small by ε/n, a millionth: kept as written.
+    """
+    assert e_ref.shape == (e.shape[0], e.shape[2]), f"e_ref is {tuple(e_ref.shape)}, e is {tuple(e.shape)}"
+    assert valid.shape == e.shape[:2], f"valid is {tuple(valid.shape)}, expected {tuple(e.shape[:2])}"
+    m = valid.bool()
+    # The selection has to come before any arithmetic: past a NaN, backward multiplies zero by NaN.
+    e = torch.where(m[..., None], _wide(e), 0)  # (B, F, E)
+    e_ref = torch.where(m[..., None], _wide(e_ref.detach())[:, None], 0)  # (B, F, E)
+    return _face_mean(1 - _cosine(e, e_ref), m, eps)
+
+
+def temporal_identity_loss(e: Tensor, valid: Tensor, eps: float = 1e-6) -> Tensor:
+    """Eq. 10: ē = Σ_f m_f e_f / (Σ_f m_f + ε), L_tic = Σ_f m_f (1 - cos(e_f, ē)) / (Σ_f m_f + ε).
+
+    e (B, F, E), valid (B, F) as in `identity_loss` -> (B,). 0 without a face, exactly, and as good as 0 with one.
+
+    Decided where the paper is silent: ē is the mean of the embeddings as Φ gives them, the formula taken literally.
+    Its length drops out in the cosine, but a face with a longer embedding (often a clearer one) pulls ē harder.
+    The gradient flows through ē too, so frames are drawn to each other and not to a fixed target.
+    """
+    assert valid.shape == e.shape[:2], f"valid is {tuple(valid.shape)}, expected {tuple(e.shape[:2])}"
+    m = valid.bool()
+    e = torch.where(m[..., None], _wide(e), 0)  # (B, F, E), before any arithmetic, as in identity_loss
+    e_bar = _face_mean(e, m, eps)  # (B, E)
+    return _face_mean(1 - _cosine(e, e_bar[:, None]), m, eps)
+
+
+def aux_weight(t: Tensor, gamma: float = 1.0, eps: float = 1e-6) -> Tensor:
+    """Eq. 12: w_aux = (SNR / (SNR + 1))^γ, SNR = ((1 - t) / (t + ε))^2, t (B,) -> (B,), falling from 1 (t = 0) to 0.
+
+    Computed as ((1-t)^2 / ((1-t)^2 + (t+ε)^2))^γ: the fraction expanded by (t+ε)^2, hence the same number, but with
+    no SNR that could overflow to inf/inf at t = 0. Larger γ confines the identity losses to lower noise.
+    """
+    t = _wide(t)
+    signal, noise = (1 - t).square(), (t + eps).square()
+    return (signal / (signal + noise)) ** gamma
+
+
+def total_loss(
+    l_flow: Tensor,
+    l_id: Tensor,
+    l_tic: Tensor,
+    t: Tensor,
+    lambda_id: float = 0.1,
+    lambda_tic: float = 0.05,
+    gamma: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Eq. 11: L = L_flow + w_aux(t) (λ_id L_id + λ_tic L_tic), every argument and the result (B,).
+
+    Per sample, because each has its own t; gamma and eps are those of w_aux. A sample whose decode was skipped has
+    l_id = l_tic = 0.
+    """
+    for name, x in (("l_id", l_id), ("l_tic", l_tic), ("t", t)):  # a scalar or (B, 1) would broadcast silently
+        assert x.shape == l_flow.shape, f"{name} is {tuple(x.shape)}, expected l_flow's {tuple(l_flow.shape)}"
+    return l_flow + aux_weight(t, gamma, eps) * (lambda_id * l_id + lambda_tic * l_tic)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which noise levels to train on
+
+
+def shifted_logit_normal(
+    batch: int,
+    tokens: int,
+    generator: torch.Generator | None = None,
+    uniform_share: float = 0.1,
+    floor: float = 1e-3,
+) -> Tensor:
+    """Training noise levels t (batch,), float32 in [floor, 1] on the CPU, distributed as in the released LTX trainer.
+
+    The paper does not say how it draws t; it fine-tunes LTX-2.3, so this is what that model was trained with:
+    1. u = sigmoid(μ + n), n ~ N(0, 1). A longer video repeats itself more, so more noise is needed to hide it: μ
+       is the line through (1024 tokens, 0.95) and (4096, 2.05), not capped. tokens = T*H*W of the video; the
+       reference does not count, as in the sampler's sigma schedule.
+    2. u is stretched linearly so that its own 0.5 and 99.9 percentiles, sigmoid(μ + z_p), become 0 and 1.
+    3. What falls below `floor` is mirrored at it (s becomes 2 floor - s), what exceeds 1 becomes 1.
+    4. With probability `uniform_share` the draw is instead uniform on [floor, 1], so no level is ever starved.
+    """
+    mu = 0.95 + (2.05 - 0.95) * (tokens - 1024) / (4096 - 1024)
+    low, high = torch.special.ndtri(torch.tensor([0.005, 0.999], dtype=torch.float64)).exp()
+    # Three draws of fixed length, so the generator moves on by the same amount whatever comes out. On the CPU, so that
+    # a seed means the same on every machine.
+    x = torch.randn(batch, generator=generator, dtype=torch.float64).exp()
+    uniform = floor + (1 - floor) * torch.rand(batch, generator=generator, dtype=torch.float64)
+    replaced = torch.rand(batch, generator=generator, dtype=torch.float64) < uniform_share
+    # (sigmoid(μ+n) - sigmoid(μ+z_low)) / (sigmoid(μ+z_high) - sigmoid(μ+z_low)), rearranged in x = e^n. For long videos
+    # all three sigmoids round to 1 and the plain form is 0/0; this one has no difference of nearly equal numbers.
+    c = math.exp(-mu)
+    stretched = (x - low) / (high - low) * (c + high) / (c + x)
+    shifted = torch.where(stretched < floor, 2 * floor - stretched, stretched).clamp(max=1)
+    return torch.where(replaced, uniform, shifted).float()

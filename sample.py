@@ -1,0 +1,198 @@
+"""A face photo and a prompt in, a video of that person out.
+
+    python sample.py --ref face.jpg --prompt "A woman in a red coat turns to the camera and smiles."
+    python sample.py --ckpt ltx-2.3-22b-dev.safetensors --ref face.jpg --prompt "..."      # full size
+    python sample.py --ckpt ltx-2.3-22b-dev.safetensors --check                            # is the file whole?
+
+Without --ckpt it uses the tiny model in assets/. The order of work keeps memory low: Gemma reads the prompt and is
+freed, then VAE and DiT are loaded.
+"""
+
+import argparse
+import gc
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import Checkpoint, file_name
+from data import letterbox
+from errors import Parser, UserError, one_line_errors
+from guidance import generate
+from media import contact_sheet, read_image, to_tensor, to_uint8, write_video
+from model import LTXVideo
+from rope import PLACEMENTS
+from text import GEMMA, TextConnector, TextEncoder
+from vae import VideoVAE, latent_scale
+
+ASSETS = Path(__file__).parent / "assets"
+PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_text": 5.0, "s_ref": 7.5}
+BAR = "{desc}: {n}/{total} steps {bar:30} {rate_inv_fmt}, {remaining} left"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ref", help="photo of the face; without it, plain text-to-video")
+    parser.add_argument("--prompt", help="what the video shows")
+    parser.add_argument("--negative", default="", help="what the unconditional stream is told (default: nothing)")
+    parser.add_argument("--out", default="out/sample.mp4", help="the video; a contact sheet goes beside it as .png")
+    parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint (default: the tiny one in assets/)")
+    parser.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA})")
+    parser.add_argument("--height", type=int, help="pixels (default 480, or the checkpoint's own)")
+    parser.add_argument("--width", type=int, help="pixels (default 832, or the checkpoint's own)")
+    parser.add_argument("--frames", type=int, help="8k+1 (default 121, or the checkpoint's own)")
+    parser.add_argument("--fps", type=float, help="frames per second (default 24, or the checkpoint's own)")
+    parser.add_argument("--steps", type=int, help="Euler steps (default 30, or the checkpoint's own)")
+    parser.add_argument("--s-text", type=float, help="s_y of Eq. 13, strength of the prompt (default 5.0)")
+    parser.add_argument("--s-ref", type=float, help="s_r of Eq. 13, strength of the reference (default 7.5)")
+    parser.add_argument("--placement", choices=list(PLACEMENTS), help="where the reference sits (default: tass, Eq. 4)")
+    parser.add_argument("--samples", type=int, default=1, help="videos to make, with seeds SEED, SEED+1, ...")
+    parser.add_argument("--seed", type=int, default=0, help="one seed is one video, on every device")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--check", action="store_true", help="only say whether the checkpoint is whole, and its sizes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    # ---- what to make; everything that can be wrong is found before anything slow begins
+    options = parse_arguments()
+    path = options.ckpt or ASSETS / "tiny.safetensors"
+    checkpoint = Checkpoint(path)
+    if options.check:
+        return check(checkpoint)
+    settings = resolve_settings(options, checkpoint)
+    device, dtype = resolve_device(options)
+    outputs = resolve_outputs(options)
+    photo = letterbox(read_image(options.ref), settings["height"], settings["width"]) if options.ref else None
+    if checkpoint.ours.get("weights") == "random":
+        print(f"note: the weights in {path} are random, not trained: the video will be noise")
+
+    # ---- prompt to context; Gemma is gone when this is done
+    encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), device, dtype)
+    context, null_context = encoder.encode([options.prompt, options.negative]).split(1)
+    del encoder
+    free(device)
+
+    # ---- noise to video
+    vae = VideoVAE.from_checkpoint(path, device, dtype)
+    model = LTXVideo.from_checkpoint(path, device, dtype)
+    image = to_tensor(photo) if photo else None
+    for seed, out in outputs:
+        video = generate(
+            model,
+            vae,
+            context,
+            null_context,
+            image,
+            seed=seed,
+            progress=partial(tqdm, desc=f"seed {seed}", unit="step", bar_format=BAR),
+            **settings,
+        )
+        frames = to_uint8(video)
+        used = settings | {"prompt": options.prompt, "negative": options.negative, "seed": seed, "ref": options.ref}
+        write_video(out, frames, settings["fps"], json.dumps(used | {"checkpoint": Path(path).name}))
+        contact_sheet(out.with_suffix(".png"), photo, frames)
+        print(
+            f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}"
+        )
+    if device.type == "cuda":
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+
+
+def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dict:
+    """What `generate` is told: the user's options, else the checkpoint's own defaults, else the paper's."""
+    if options.prompt is None or not options.prompt.strip():
+        raise UserError('the prompt is empty: say what the video shows with --prompt "..."')
+    settings = PAPER | checkpoint.ours.get("defaults", {})
+    settings |= {key: value for key in PAPER if (value := getattr(options, key)) is not None}
+    time, rows, columns = latent_scale(checkpoint.config["vae"])
+    for name, step, extra in (("height", rows, 0), ("width", columns, 0), ("frames", time, 1)):
+        value = settings[name]
+        lower = max((value - extra) // step, 0 if extra else 1) * step + extra
+        if value != lower:
+            rule = f"{step}k+1" if extra else f"a multiple of {step}"
+            raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
+    for name in ("fps", "steps"):
+        if settings[name] <= 0:
+            raise UserError(f"--{name} {settings[name]} is not above 0")
+    settings["placement"] = options.placement or checkpoint.ours.get("placement", "tass")
+    settings["s_y"], settings["s_r"] = settings.pop("s_text"), settings.pop("s_ref")
+    return settings
+
+
+def resolve_device(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device, tried out, and the dtype."""
+    try:
+        device = torch.device(options.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"device {options.device!r} cannot be used here ({reason}): try --device cpu") from None
+    return device, DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+
+
+def resolve_outputs(options: argparse.Namespace) -> list[tuple[int, Path]]:
+    """Seed and file of each video. The folder is made now, so that a bad one fails before the work."""
+    out = Path(options.out)
+    if out.suffix.lower() != ".mp4":
+        raise UserError(f"--out {out} does not end in .mp4")
+    if options.samples < 1:
+        raise UserError(f"--samples {options.samples} is not above 0")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if options.samples == 1:
+        return [(options.seed, out)]
+    seeds = range(options.seed, options.seed + options.samples)
+    return [(seed, out.with_stem(f"{out.stem}-{seed}")) for seed in seeds]
+
+
+def default_gemma(options: argparse.Namespace) -> str | Path:
+    return GEMMA if options.ckpt else ASSETS / "gemma"
+
+
+def free(device: torch.device) -> None:
+    """Give back what the last reference held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Print tensors, parameters and bytes of each part, and what is missing. No tensor data is read."""
+    with torch.device("meta"):
+        vae = VideoVAE(checkpoint.config["vae"])
+        parts = {
+            "DiT": (LTXVideo(checkpoint.config["transformer"]), LTXVideo.PREFIXES),
+            "text projection and connector": (TextConnector.for_checkpoint(checkpoint), TextConnector.PREFIXES),
+            "VAE encoder": (vae.encoder, {"": "vae.encoder."}),
+            "VAE decoder": (vae.decoder, {"": "vae.decoder."}),
+            "VAE statistics": (vae.per_channel_statistics, {"": "vae.per_channel_statistics."}),
+        }
+    print(f"{checkpoint.path}: LTX {checkpoint.metadata.get('model_version')}")
+    print(f"{'part':32}{'tensors':>10}{'parameters':>16}{'bytes':>18}")
+    problems, total = [], [0, 0, 0]
+    for title, (module, prefixes) in parts.items():
+        row = [0, 0, 0]
+        for name, slot in module.state_dict().items():
+            source = file_name(name, prefixes)
+            if problem := checkpoint.misfit(source, slot):
+                problems.append(problem)
+                continue
+            start, end = checkpoint.tensors[source]["data_offsets"]
+            row = [row[0] + 1, row[1] + slot.numel(), row[2] + end - start]
+        total = [a + b for a, b in zip(total, row)]
+        print(f"{title:32}{row[0]:>10,}{row[1]:>16,}{row[2]:>18,}")
+    print(f"{'all that is needed':32}{total[0]:>10,}{total[1]:>16,}{total[2]:>18,}")
+    print(f"{'ignored (audio and others)':32}{len(checkpoint.tensors) - total[0] - len(problems):>10,}")
+    if problems:
+        rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{checkpoint.path} is not whole: {'; '.join(problems[:3])}{rest}")
+    print("nothing is missing")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
