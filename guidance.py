@@ -131,22 +131,24 @@ def generate(
     steps: int = 30,
     seed: int = 0,
     placement: str = "tass",
+    dtype: torch.dtype | None = None,
     **options,
 ) -> Tensor:
     """One video (3, frames, height, width), about in [-1, 1], of the face in `image` doing what `context` says.
 
     image (3, height, width) in [-1, 1], letterboxed, or None for plain text-to-video; context, null_context (1, S, D).
-    Sizes in pixels. `options` go to `sample_latents`. The noise is drawn on the CPU: one seed, one video, any device.
+    Sizes in pixels. `dtype` is what the DiT runs in, None for its weights' own. `options` go to `sample_latents`. The
+    noise is drawn on the CPU: one seed, one video, any device.
     """
-    weight = next(model.parameters())
-    device, dtype = weight.device, weight.dtype
+    device, vae_dtype = vae.decoder.conv_in.conv.weight.device, vae.decoder.conv_in.conv.weight.dtype
+    dtype = dtype or next(model.parameters()).dtype
     time, rows, columns = vae.scale
     grid = ((frames - 1) // time + 1, height // rows, width // columns)
     positions = video_positions(*grid, fps, vae.scale)[None].to(device)
 
     reference = ref_positions = None
     if image is not None:
-        latents = vae.encode(image[None, :, None].to(device, dtype))  # Eq. 1: an image is a video of one frame
+        latents = vae.encode(image[None, :, None].to(device, vae_dtype))  # Eq. 1: an image is a video of one frame
         reference = to_tokens(latents)  # (1, H*W, C)
         ref_positions = reference_positions(*grid, fps, vae.scale, placement)[None].to(device)
 
@@ -156,4 +158,4 @@ def generate(
     z_0 = sample_latents(
         model, noise, sigmas, positions, context, null_context, reference, ref_positions, dtype=dtype, **options
     )
-    return vae.decode(from_tokens(z_0, grid).to(dtype))[0].float()
+    return vae.decode(from_tokens(z_0, grid).to(vae_dtype))[0].float()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from checkpoint import Checkpoint
 from rope import apply_rope, rope_cos_sin
@@ -50,15 +51,25 @@ class Attention(nn.Module):
         self.to_gate_logits = nn.Linear(dim, heads)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (B, N, D) asks, context (B, S, D) answers (x itself if None); `rotary` turns both q and k."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, N, D) asks, context (B, S, D) answers (x itself if None).
+
+        `rotary` turns both q and k; `mask` (B, S) is false where nobody may look, None if all may.
+        """
         context = x if context is None else context
         q, k = self.q_norm(self.to_q(x)), self.k_norm(self.to_k(context))
         v = self.to_v(context)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N|S, head_dim)
         if rotary is not None:
             q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, head_dim)
+        mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, S)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, head_dim)
         gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, N, heads)
         out = out * gate.transpose(1, 2).unsqueeze(-1)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, D)
@@ -123,8 +134,14 @@ class Block(nn.Module):
         self.attn1 = Attention(dim, heads)
         self.attn2 = Attention(dim, heads)
         self.ff = FeedForward(dim)
+        self.recompute = False  # in training: keep only the block's input and run it again in the backward pass
 
-    def forward(
+    def forward(self, *inputs: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return recompute(self.run, *inputs, use_reentrant=False)
+        return self.run(*inputs)
+
+    def run(
         self,
         x: Tensor,
         context: Tensor,
@@ -132,12 +149,13 @@ class Block(nn.Module):
         prompt_modulation: Tensor,
         token_row: Tensor,
         rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
     ) -> Tensor:
         """x (B, N, D), context (B, S, D); modulation (U, 9, D) by distinct timestep, token_row (B, N) says whose."""
         rows = (self.scale_shift_table + modulation).unbind(1)  # 9 x (U, D)
         # `embedding` is a gather whose backward sums many tokens per row without a serial scatter.
         shift_sa, scale_sa, gate_sa = (F.embedding(token_row, row) for row in rows[0:3])  # (B, N, D)
-        x = x + gate_sa * self.attn1(modulate(rms(x), shift_sa, scale_sa), rotary=rotary)
+        x = x + gate_sa * self.attn1(modulate(rms(x), shift_sa, scale_sa), rotary=rotary, mask=mask)
 
         shift_ca, scale_ca, gate_ca = (F.embedding(token_row, row) for row in rows[6:9])
         shift_kv, scale_kv = (self.prompt_scale_shift_table + prompt_modulation).unsqueeze(2).unbind(1)  # (B, 1, D)
@@ -179,7 +197,15 @@ class LTXVideo(nn.Module):
         """Rotary tables (B, heads, N, head_dim/2) for positions (B, 3, N, 2) in seconds and pixels."""
         return rope_cos_sin(positions, self.dim, self.heads, self.theta, self.max_pos)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, sigma: Tensor, context: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Velocity v = eps - z_0 of every token.
 
         latents    (B, N, C)     noisy video tokens, then the reference's
@@ -187,6 +213,8 @@ class LTXVideo(nn.Module):
         sigma      (B,)          noise level of the video, which modulates the text
         context    (B, S, D)     from text.py
         positions  (B, 3, N, 2)  from rope.py
+        mask       (B, N)        false for tokens that this sample does not have (a dropped reference); None if it
+                                 has all, which lets attention use its fastest kernel
         returns    (B, N, C)     the reference's rows mean nothing
         """
         dtype = latents.dtype
@@ -198,7 +226,7 @@ class LTXVideo(nn.Module):
 
         x = self.patchify_proj(latents)
         for block in self.transformer_blocks:
-            x = block(x, context, modulation, prompt_modulation, token_row, rotary)
+            x = block(x, context, modulation, prompt_modulation, token_row, rotary, mask)
 
         shift, scale = (self.scale_shift_table + embedded.unsqueeze(1)).unbind(1)  # (U, D)
         x = F.layer_norm(x, (self.dim,), eps=1e-6)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from checkpoint import Checkpoint
 
@@ -164,7 +165,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.up_blocks:
-            x = block(x)
+            # Under the identity losses a gradient goes through: keep only what goes in between the blocks.
+            x = recompute(block, x, use_reentrant=False) if x.requires_grad else block(x)
         patches = self.conv_out(F.silu(pixel_norm(x)))
         return depth_to_space(patches.transpose(3, 4), (1, self.patch, self.patch)).transpose(3, 4)
 
