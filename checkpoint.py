@@ -161,17 +161,18 @@ def file_name(name: str, prefixes: dict[str, str]) -> str:
     return theirs + name.removeprefix(ours)
 
 
-def write(path: str | Path, tensors: Iterable[tuple[str, torch.dtype, list[int], Callable]], metadata: dict) -> None:
-    """Write a safetensors file tensor by tensor; each is (name, dtype, shape, function that returns tensor or bytes).
+def write(
+    path: str | Path, tensors: list[tuple[str, str, list[int], Callable[[], Tensor | bytearray]]], metadata: dict
+) -> None:
+    """Write a safetensors file tensor by tensor: (name, dtype as the format writes it, shape, what to call for it).
 
     Only one tensor is held at a time, so a 46 GB file needs no 46 GB of memory. The file appears when complete.
     """
-    tensors = list(tensors)
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, dtype, shape, _ in tensors:
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + torch.Size(shape).numel() * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # data starts on a multiple of 8
     with whole_file(path) as temporary, open(temporary, "wb") as file:
@@ -180,7 +181,7 @@ def write(path: str | Path, tensors: Iterable[tuple[str, torch.dtype, list[int],
             data = fetch()
             if isinstance(data, Tensor):
                 assert list(data.shape) == list(shape), f"{name}: {list(data.shape)} for {list(shape)}"
-                data = data.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()
+                data = data.detach().to("cpu", DTYPES[dtype]).contiguous().flatten().view(torch.uint8).numpy()
             file.write(data)
 
 
@@ -191,7 +192,9 @@ def write_modules(
     entries = []
     for module in modules:
         for name, tensor in module.state_dict().items():
-            entries.append((file_name(name, module.PREFIXES), dtype, list(tensor.shape), lambda tensor=tensor: tensor))
+            entries.append(
+                (file_name(name, module.PREFIXES), NAMES[dtype], list(tensor.shape), lambda tensor=tensor: tensor)
+            )
     metadata = {"config": json.dumps(config), "model_version": "2.3.0", OUR_METADATA: json.dumps(ours)}
     write(path, entries, metadata)
 

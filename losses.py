@@ -27,6 +27,8 @@ import math
 import torch
 from torch import Tensor
 
+from guidance import schedule_shift
+
 
 def _wide(x: Tensor) -> Tensor:
     """x in float32 at least."""
@@ -190,13 +192,12 @@ def shifted_logit_normal(
 
     The paper does not say how it draws t; it fine-tunes LTX-2.3, so this is what that model was trained with:
     1. u = sigmoid(μ + n), n ~ N(0, 1). A longer video repeats itself more, so more noise is needed to hide it: μ
-       is the line through (1024 tokens, 0.95) and (4096, 2.05), not capped. tokens = T*H*W of the video; the
-       reference does not count, as in the sampler's sigma schedule.
+       is the sampler's line, guidance.schedule_shift. tokens = T*H*W of the video; the reference does not count.
     2. u is stretched linearly so that its own 0.5 and 99.9 percentiles, sigmoid(μ + z_p), become 0 and 1.
     3. What falls below `floor` is mirrored at it (s becomes 2 floor - s), what exceeds 1 becomes 1.
     4. With probability `uniform_share` the draw is instead uniform on [floor, 1], so no level is ever starved.
     """
-    mu = 0.95 + (2.05 - 0.95) * (tokens - 1024) / (4096 - 1024)
+    mu = schedule_shift(tokens)
     low, high = torch.special.ndtri(torch.tensor([0.005, 0.999], dtype=torch.float64)).exp()
     # Three draws of fixed length, so the generator moves on by the same amount whatever comes out. On the CPU, so that
     # a seed means the same on every machine.

@@ -2,8 +2,11 @@
 
 face.jpg             -> upright 8-bit RGB        -> (3, H, W) in [-1, 1]
 video (3, F, H, W)   -> frames (F, H, W, 3) bytes -> H.264 in an MP4, and a sheet of frames to look at
+any video file       -> F frames at the fps and size asked for, picked by their time stamps
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -85,6 +88,146 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, comment: str =
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading video
+
+SAME_TIME = 1e-3  # seconds; WebM and MKV count in milliseconds, so a frame may be stamped half of one too late
+SEEK_AHEAD = 1.0  # seconds before the wanted time to aim at: some containers seek by decoding order, not by display
+
+
+class TooShort(UserError):
+    """The video is sound and does not last long enough."""
+
+
+def read_video(
+    path: str | Path,
+    frames: int,
+    fps: float,
+    height: int,
+    width: int,
+    start: float = 0.0,
+    end: float | None = None,
+) -> np.ndarray:
+    """A video's picture at the times start, start + 1/fps, ... -> (frames, height, width, 3) bytes, RGB.
+
+    A picture at time t is the last frame stamped at or before t, whatever the file's own rate is and whether it is
+    constant or not; times count from the first frame. Each is turned upright, scaled until it covers height x width,
+    and cut around its centre: a video has no bars (`losses.flow_loss` averages over all of it). `end` (seconds) is
+    where the clip ends, if that is before the end of the file.
+
+    Raises TooShort, and UserError for a file that is missing, damaged, or holds no video.
+    """
+    wanted = start + np.arange(frames) / fps
+    pixels = np.empty((frames, height, width, 3), np.uint8)
+    count, shown, last = 0, None, 0.0  # pictures done; the frame on display, and when it ends
+
+    def show_until(time: float) -> None:
+        """Fill in the pictures that fall before `time`, all of the frame on display."""
+        nonlocal count
+        first = count
+        while count < frames and wanted[count] < time - SAME_TIME:
+            pixels[count] = pixels[first] if count > first else _cover(shown, path, height, width)
+            count += 1
+
+    if end is None or wanted[-1] < end - SAME_TIME:
+        for time, until, frame in _decode(path, start):
+            if shown is not None:
+                show_until(time)
+            if count == frames:
+                return pixels
+            shown, last = frame, until
+        if shown is not None:
+            show_until(last)
+        if count == frames:
+            return pixels
+        if wanted[-1] < (promised := probe_video(path)) - 0.5:
+            raise UserError(f"{path} breaks off after {last:.2f} of {promised:.2f} seconds: fetch it again")
+        end = last
+    raise TooShort(
+        f"{path} is too short: {max(0.0, end - start):.2f} seconds from {start:g} s on, "
+        f"and {frames} frames at {fps:g} fps need more than {(frames - 1) / fps:.2f}"
+    )
+
+
+def read_frame(path: str | Path, time: float) -> Image.Image:
+    """What the video shows `time` seconds after its first frame, upright and in full size."""
+    shown, last = None, 0.0
+    for stamp, until, frame in _decode(path, time):
+        if shown is not None and stamp > time + SAME_TIME:
+            break
+        shown, last = frame, until
+    if shown is None or time > last + 1:  # a second of grace: times are rounded, headers promise a little too much
+        raise UserError(f"{path} shows nothing at {time:g} seconds: it is shorter, or damaged")
+    return _upright_frame(shown, path)
+
+
+def probe_video(path: str | Path) -> float:
+    """How long a video is according to its header, in seconds; 0 if the header does not say."""
+    with _opened(path) as (container, stream):
+        if stream.duration:
+            return float(stream.duration * stream.time_base)
+        return (container.duration or 0) / 1e6
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple]:
+    """The container and its first video stream; whatever FFmpeg says about the file becomes a UserError."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path} holds no video")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a video: {error.strerror or error}") from None
+
+
+def _decode(path: str | Path, start: float) -> Iterator[tuple]:
+    """(from, until, frame) in order of display, beginning at or before `start`.
+
+    Times are seconds since the video's first frame, which is not stamped 0 in every file.
+    """
+    with _opened(path) as (container, stream):
+        rate = stream.average_rate or stream.guessed_rate
+        one_frame = 1 / rate if rate else 0
+        zero = stream.start_time or 0
+        # A seek lands on the key frame before; where it does not (no index, or a broken one), all is decoded.
+        for aim in (start - SEEK_AHEAD, 0.0) if start > SEEK_AHEAD else (0.0,):
+            if start > SEEK_AHEAD:
+                container.seek(zero + int(aim / stream.time_base), stream=stream)
+            begun = False
+            for frame in container.decode(stream):
+                if frame.pts is None:
+                    continue
+                time = (frame.pts - zero) * stream.time_base
+                if not begun and aim and time > start:
+                    break
+                begun = True
+                yield float(time), float(time + (frame.duration * stream.time_base or one_frame)), frame
+            if begun:
+                return
+
+
+def _upright_frame(frame, path: str | Path) -> Image.Image:
+    """A decoded frame as RGB, turned as the file says a player should turn it (phones film on their side)."""
+    if frame.is_corrupt:
+        raise UserError(f"{path} is damaged {float(frame.time):.2f} seconds in: fetch it again")
+    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _cover(frame, path: str | Path, height: int, width: int) -> np.ndarray:
+    """Scaled to cover height x width and cut around the centre -> (height, width, 3) bytes."""
+    image = _upright_frame(frame, path)
+    scale = max(width / image.width, height / image.height)
+    cut_x, cut_y = (image.width - width / scale) / 2, (image.height - height / scale) / 2
+    box = cut_x, cut_y, image.width - cut_x, image.height - cut_y
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 def contact_sheet(path: str | Path, reference: Image.Image | None, frames: np.ndarray, columns: int = 6) -> None:

@@ -1,0 +1,194 @@
+"""What a training run costs: operations, memory by part, days. Arithmetic on the config; nothing is loaded.
+
+A DiT step at width D over N tokens (video and reference) with S text tokens costs, per block and sample,
+
+        self-attention      8 N D^2 (q, k, v, out)              + 4 N^2 D   (scores, values)
+        text attention      4 N D^2 (q, out) + 4 S D^2 (k, v)   + 4 N S D
+        feed-forward       16 N D^2
+
+multiply-adds counted as two. The backward pass costs twice the forward. Recomputing blocks costs a forward more, which
+is spent but not useful, so MFU does not count it.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from losses import aux_weight, shifted_logit_normal
+from model import LTXVideo
+from text import TextConnector
+from vae import VideoVAE, latent_scale
+
+GIB = 2**30
+# Dense bf16 TFLOP/s and GiB by the makers' data sheets.
+CARDS = {
+    "H20-96": (148, 96),
+    "H20-141": (148, 141),
+    "A100-80": (312, 80),
+    "H100-80": (989, 80),
+    "H200-141": (989, 141),
+}
+TEXT_TOKENS = 1024
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def dit_flops(config: dict[str, Any], video_tokens: int, reference_tokens: int, text_tokens: int) -> int:
+    """Operations of one forward pass of the DiT for one sample; `config` is the checkpoint's transformer config."""
+    n, s = video_tokens + reference_tokens, text_tokens
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    block = 28 * n * d * d + 4 * s * d * d + 4 * n * n * d + 4 * n * s * d + 4 * n * d * config["num_attention_heads"]
+    ends = 2 * n * d * (config["in_channels"] + config["out_channels"])
+    return config["num_layers"] * block + ends
+
+
+def connector_flops(config: dict[str, Any], text_tokens: int) -> int:
+    """Operations of one forward pass of the text connector for one sample."""
+    heads, s = config["connector_num_attention_heads"], text_tokens
+    d = heads * config["connector_attention_head_dim"]
+    return config["connector_num_layers"] * (24 * s * d * d + 4 * s * s * d + 2 * s * d * heads)
+
+
+def vae_flops(config: dict[str, Any], frames: int, height: int, width: int) -> tuple[int, int]:
+    """Operations of encoding one image of height x width, and of decoding `frames` latent frames of that size."""
+    scale = latent_scale(config)
+    with torch.device("meta"), torch.no_grad():
+        vae = VideoVAE(config)
+        with FlopCounterMode(display=False) as encoding:
+            vae.encode(torch.empty(1, 3, 1, height, width))
+        with FlopCounterMode(display=False) as decoding:
+            vae.decode(torch.empty(1, config["latent_channels"], frames, height // scale[1], width // scale[2]))
+    return encoding.get_total_flops(), decoding.get_total_flops()
+
+
+class Plan:
+    """Sizes, operations and memory of one run: `config` as train.py reads it, `ltx` the checkpoint's config."""
+
+    def __init__(self, config: dict[str, Any], ltx: dict[str, Any], size: tuple[int, int, int], text_tokens: int):
+        frames, self.height, self.width = size
+        scale = latent_scale(ltx["vae"])
+        self.config, self.ltx, self.text_tokens = config, ltx, text_tokens
+        self.grid = ((frames - 1) // scale[0] + 1, self.height // scale[1], self.width // scale[2])
+        self.tokens = self.grid[0] * self.grid[1] * self.grid[2]
+        self.reference_tokens = self.grid[1] * self.grid[2] if config["reference"]["use"] else 0
+        with torch.device("meta"):
+            self.dit = LTXVideo(ltx["transformer"])
+            self.connector = TextConnector(ltx["transformer"], 1).connector
+            self.vae = VideoVAE(ltx["vae"])
+
+    def flops_per_sample(self) -> float:
+        """Useful operations of one training sample, all parts: what MFU is counted with."""
+        transformer, faces = self.ltx["transformer"], self.config["faces"]
+        keep = 1 - self.config["dropout"]["reference"]
+        with_reference = dit_flops(transformer, self.tokens, self.reference_tokens, self.text_tokens)
+        without = dit_flops(transformer, self.tokens, 0, self.text_tokens)
+        total = 3 * (keep * with_reference + (1 - keep) * without)
+        total += connector_flops(transformer, self.text_tokens)
+        window = min(faces["window"] + 2, self.grid[0])
+        encode, decode = vae_flops(self.ltx["vae"], window, self.height, self.width)
+        total += keep * encode * (self.reference_tokens > 0)
+        # The decoder's weights are frozen: forward and the gradient of its input, for the share of samples looked at.
+        return total + 2 * decode * self.looked_at()
+
+    def looked_at(self) -> float:
+        """Share of samples whose w_aux is high enough for the identity losses (Eq. 12)."""
+        faces = self.config["faces"]
+        if not faces["pack"]:
+            return 0.0
+        t = shifted_logit_normal(100_000, self.tokens, torch.Generator().manual_seed(0))
+        return (aux_weight(t, faces["gamma"]) >= faces["min_weight"]).float().mean().item()
+
+    def memory(self, gpus: int) -> dict[str, float]:
+        """Bytes per GPU by part, at the largest moment of a step."""
+        run = self.config["parallel"]
+        weights = parameters(self.dit)
+        block = parameters(self.dit.transformer_blocks[0])
+        rest = weights - block * len(self.dit.transformer_blocks)
+        shards = gpus // run["replicas"] if run["mode"] == "fsdp" else 1
+        low = 2 if run["precision"] == "bf16" else 4  # bytes of what is computed in
+        batch = run["micro_batch"]
+        n, s, d = self.tokens + self.reference_tokens, self.text_tokens, self.dit.dim
+
+        parts = {
+            "DiT weights, fp32": 4 * weights / shards,
+            "gradients, fp32": 4 * weights / shards,
+            "AdamW moments, fp32": 8 * weights / shards,
+        }
+        if run["mode"] == "fsdp":
+            # The root's weights, and a block in use beside the one that is fetched; a block's gradient on its way out.
+            parts["gathered weights and gradients"] = low * (rest + 2 * block) + (low + 4) * block
+        elif low == 2:
+            parts["bf16 copies of weights"] = 2 * weights
+        stored = low * batch * n * d * len(self.dit.transformer_blocks)
+        inside = low * batch * (34 * n + 8 * s) * d  # one block's intermediate results, for its backward pass
+        if not run["recompute"]:
+            parts["activations"] = inside * len(self.dit.transformer_blocks)
+        else:
+            parts["activations, blocks recomputed"] = stored + inside
+        frozen = parameters(self.connector) + parameters(self.vae)
+        parts["frozen: connector, VAE"] = low * frozen
+        if self.config["faces"]["pack"]:
+            parts["frozen: ArcFace, fp32"] = 4 * 65e6
+            parts["decoder under the identity losses"] = low * self.decoder_activations()
+        return parts
+
+    def decoder_activations(self) -> float:
+        """Numbers kept by the recomputed decoder for one window: what goes between blocks, and the largest block."""
+        between, inside = [0], [0]
+
+        def count(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            between[0] += output.numel()
+
+        def count_inside(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            # Around each convolution: its padded input, what SiLU and PixelNorm keep of theirs, and its output.
+            inside[-1] += 4 * inputs[0].numel() + output.numel()
+
+        decoder = self.vae.decoder
+        hooks = [block.register_forward_hook(count) for block in decoder.up_blocks]
+        for block in decoder.up_blocks:
+            hooks.append(block.register_forward_pre_hook(lambda *_: inside.append(0)))
+            for module in block.modules():
+                if isinstance(module, nn.Conv3d):
+                    hooks.append(module.register_forward_hook(count_inside))
+        window = min(self.config["faces"]["window"] + 2, self.grid[0])
+        with torch.device("meta"), torch.no_grad():
+            self.vae.decode(torch.empty(1, self.ltx["vae"]["latent_channels"], window, *self.grid[1:]))
+        for hook in hooks:
+            hook.remove()
+        return between[0] + max(inside)
+
+    def report(self, gpus: int, mfu: float) -> str:
+        """The plan as Markdown: memory per GPU by part, which cards hold it, and days for the whole run."""
+        optim, run = self.config["optim"], self.config["parallel"]
+        ways = f"{run['mode']}, {gpus} GPUs" + (f", {run['replicas']} replicas" if run["replicas"] > 1 else "")
+        lines = [
+            f"{self.width}x{self.height}, latent grid {'x'.join(map(str, self.grid))}: {self.tokens:,} video and "
+            f"{self.reference_tokens:,} reference tokens, {self.text_tokens:,} text tokens",
+            f"DiT {parameters(self.dit) / 1e9:.2f} B parameters; {ways}; micro-batch {run['micro_batch']}, "
+            f"global batch {optim['batch']}, {optim['steps']:,} steps",
+            "",
+            "| per GPU | GiB |",
+            "|---|---:|",
+        ]
+        parts = self.memory(gpus)
+        lines += [f"| {name} | {size / GIB:.1f} |" for name, size in parts.items()]
+        total = sum(parts.values()) / GIB
+        lines += [f"| **sum, without fragmentation** | **{total:.1f}** |", ""]
+        per_step = self.flops_per_sample() * optim["batch"]
+        lines += [
+            f"{per_step / optim['batch'] / 1e12:,.1f} TFLOP a sample, {per_step / 1e15:,.2f} PFLOP a step "
+            f"(identity losses on {self.looked_at():.0%} of samples)",
+            "",
+            f"| card | memory | at {mfu:.0%} MFU, {optim['steps']:,} steps |",
+            "|---|---|---:|",
+        ]
+        for name, (tflops, gib) in CARDS.items():
+            # A GiB is more than the GB on the label, and the driver and the allocator take their share.
+            fits = "fits" if total < 0.9 * gib * 1e9 / GIB else f"needs {total:.0f} GiB"
+            seconds = per_step * optim["steps"] / (gpus * tflops * 1e12 * mfu)
+            lines.append(f"| {gpus} x {name} | {fits} | {seconds / 86400:,.1f} days |")
+        return "\n".join(lines)

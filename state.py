@@ -1,0 +1,111 @@
+"""A training run on disk: checkpoints to resume from, and the export that others can load.
+
+    runs/st-drc/
+        config.json                  what the run was started with
+        step-001500/                 torch.distributed.checkpoint in safetensors, every rank its own shard,
+            shard-*.safetensors      of model.* and optim.*; loads on any number of ranks
+            progress.json            written last: a folder without it is not a checkpoint
+        log.jsonl, tensorboard/, samples/
+
+A checkpoint is written under a temporary name and renamed, so a kill leaves the last good one. Nothing random is
+stored: every draw of a run follows from its seed and the sample's number (objective.py). Everything is safetensors or
+JSON; nothing is unpickled.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+from checkpoint import OUR_METADATA, Checkpoint, file_name, write
+from errors import UserError
+from model import LTXVideo
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and optimizer moments by name, sharded as they are and sharing memory with the live ones.
+
+    The optimizer's step counters are left out: they are all the run's step number.
+    """
+    moments = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    tensors = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+    tensors |= {f"optim.{name}": value for name, value in moments.items() if isinstance(value, Tensor) and value.ndim}
+    return tensors
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+    """Write the checkpoint of `step` and remove all but the last `keep`. Called by every rank."""
+    folder, part = run / f"step-{step:06d}", run / f".step-{step:06d}.part"
+    if dist.get_rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(
+        state_tensors(model, optimizer),
+        storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True),
+    )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (part / "progress.json").write_text(json.dumps({"step": step}))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in run.glob("step-*/progress.json"))
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bring model and optimizer to where a checkpoint left them, whatever number of ranks wrote it; returns its step."""
+    step = json.loads((folder / "progress.json").read_text())["step"]
+    dcp.load(state_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(folder)))
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
+    return step
+
+
+def export(run: Path, base: Path, out: Path, ours: dict[str, Any]) -> Path:
+    """The newest checkpoint in the released layout: `base` verbatim with the trained tensors replaced.
+
+    Tensors of the audio branch, VAE, connectors and all metadata are copied byte for byte, the trained ones are cast
+    to the dtype they have in the base file; `ours` goes into the metadata under a key of our own. One tensor is in
+    memory at a time. ComfyUI, ltx-core and sample.py load the result as they load the base.
+    """
+    folders = checkpoints(run)
+    if not folders:
+        raise UserError(f"{run} holds no complete checkpoint to export")
+    source = Checkpoint(base)
+    with torch.device("meta"):
+        trained = {
+            file_name(name, LTXVideo.PREFIXES): name for name in LTXVideo(source.config["transformer"]).state_dict()
+        }
+
+    def fetch(name: str) -> Tensor | bytearray:
+        if name not in trained:
+            return source.read_bytes(name)
+        tensor = torch.empty(source.tensors[name]["shape"])
+        reader = HuggingFaceStorageReader(str(folders[-1]))
+        dcp.load({f"model.{trained[name]}": tensor}, storage_reader=reader, no_dist=True)
+        return tensor
+
+    write(
+        out,
+        [
+            (name, entry["dtype"], entry["shape"], lambda name=name: fetch(name))
+            for name, entry in source.tensors.items()
+        ],
+        source.metadata | {OUR_METADATA: json.dumps(ours)},
+    )
+    return folders[-1]
