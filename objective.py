@@ -98,6 +98,7 @@ class Objective:
     window: int = 2  # latent frames that the identity losses decode
     min_weight: float = 1e-3  # below this w_aux the decode is not worth its time
     dtype: torch.dtype = torch.float32  # what the DiT is fed
+    autocast: bool = False  # run a float32 DiT's matrix products in bf16
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], dice: list[Dice]) -> dict[str, Tensor]:
         """Per sample, each (B,): loss, flow, id, tic, w_aux, t, faces (found), looked (frames looked at)."""
@@ -167,7 +168,8 @@ class Objective:
                 is_video = torch.arange(z_t.shape[1], device=z_t.device) < tokens
                 mask = is_video | has_reference[:, None]  # (B, N + R)
         positions = positions.expand(batch, -1, -1, -1)
-        return model(z_t.to(self.dtype), timesteps, t, context, positions, mask)[:, :tokens]
+        with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.autocast):
+            return model(z_t.to(self.dtype), timesteps, t, context, positions, mask)[:, :tokens]
 
     def face_losses(
         self, z_0_hat: Tensor, window: int, e_ref: Tensor, has_reference: Tensor

@@ -68,7 +68,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bring model and optimizer to where a checkpoint left them, whatever number of ranks wrote it; returns its step."""
+    """Bring model and optimizer to where a checkpoint left them, on any number of ranks; returns its step."""
     step = json.loads((folder / "progress.json").read_text())["step"]
     dcp.load(state_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(folder)))
     for state in optimizer.state.values():

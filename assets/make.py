@@ -1,4 +1,5 @@
-"""Make the embedded default: a tiny checkpoint in the LTX-2.3 layout, a tiny Gemma 3, and an example face.
+"""Make the embedded default: a tiny checkpoint in the LTX-2.3 layout, a tiny Gemma 3, an example face, four clips to
+train on, and stand-ins for the face models.
 
     python assets/make.py
 
@@ -9,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
@@ -17,6 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from checkpoint import write_modules  # noqa: E402
+from media import write_video  # noqa: E402
 from model import LTXVideo  # noqa: E402
 from text import TextConnector  # noqa: E402
 from vae import VideoVAE  # noqa: E402
@@ -111,39 +114,172 @@ def make_gemma(folder: Path) -> None:
     Gemma3TextModel(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def make_face(path: Path, size: int = 512) -> None:
-    """A drawn portrait, so that no photograph and no licence is needed."""
-    image = Image.new("RGB", (2 * size, 2 * size), "#c9d6df")
+def draw_face(size: int, look: dict[str, str], turn: float = 0.0, smile: float = 0.5, x: float = 0.0) -> Image.Image:
+    """A drawn portrait, free of anyone's rights: the head turned by `turn` in [-1, 1] and moved by `x` percent."""
+    over = 4 if size < 256 else 2  # drawn larger on a 100 x 100 grid, then reduced
+    image = Image.new("RGB", (over * size, over * size), look["background"])
     draw = ImageDraw.Draw(image)
-    u = 2 * size / 100  # drawn twice as large on a 100 x 100 grid, then reduced
+    u = over * size / 100
 
-    def ellipse(x: float, y: float, rx: float, ry: float, color: str) -> None:
-        draw.ellipse([(x - rx) * u, (y - ry) * u, (x + rx) * u, (y + ry) * u], fill=color)
+    def box(cx: float, cy: float, rx: float, ry: float) -> list[float]:
+        return [(cx + x - rx) * u, (cy - ry) * u, (cx + x + rx) * u, (cy + ry) * u]
 
-    ellipse(50, 46, 31, 36, "#5a3022")  # hair behind
-    ellipse(50, 112, 42, 32, "#31576f")  # shoulders
-    draw.rounded_rectangle([42 * u, 70 * u, 58 * u, 92 * u], 6 * u, fill="#d79f7d")
-    for x in (25, 75):
-        ellipse(x, 52, 4, 6.5, "#dba683")
-    ellipse(50, 50, 24.5, 31, "#e8b794")
-    draw.chord([24 * u, 14 * u, 76 * u, 56 * u], 180, 360, fill="#5a3022")  # fringe
-    ellipse(50, 40, 22, 8, "#e8b794")
-    for x in (40.5, 59.5):
-        ellipse(x, 48, 5.2, 3.2, "white")
-        ellipse(x, 48, 2.6, 2.9, "#3f7d58")
-        ellipse(x, 48, 1.2, 1.3, "#101010")
-        draw.arc([(x - 6) * u, 39 * u, (x + 6) * u, 47 * u], 200, 340, fill="#4a2619", width=int(1.3 * u))
-    draw.line([(50 * u, 49 * u), (47.5 * u, 59 * u), (51 * u, 60 * u)], fill="#c08a69", width=int(0.9 * u))
-    draw.chord([41 * u, 60 * u, 59 * u, 73 * u], 10, 170, fill="#b3474a")
-    ellipse(62.5, 61, 0.9, 0.9, "#7a4a33")  # a mole
-    image.resize((size, size), Image.Resampling.LANCZOS).save(path, optimize=True)
+    def ellipse(cx: float, cy: float, rx: float, ry: float, color: str) -> None:
+        draw.ellipse(box(cx, cy, rx, ry), fill=color)
+
+    shift = 6 * turn  # features slide across the head when it turns
+    ellipse(50 - shift / 2, 46, 31, 36, look["hair"])
+    ellipse(50 - x, 112, 42, 32, look["shirt"])
+    draw.rounded_rectangle(box(50, 81, 8, 11), 6 * u, fill=look["shade"])
+    for side in (-1, 1):
+        ellipse(50 + 25 * side - shift / 2, 52, 4, 6.5, look["shade"])
+    ellipse(50, 50, 24.5, 31, look["skin"])
+    draw.chord(box(50, 35, 26, 21), 180, 360, fill=look["hair"])
+    ellipse(50 + shift / 2, 40, 22, 8, look["skin"])
+    for side in (-1, 1):
+        eye = 50 + 9.5 * side + shift
+        ellipse(eye, 48, 5.2, 3.2, "white")
+        ellipse(eye + shift / 4, 48, 2.6, 2.9, look["eyes"])
+        ellipse(eye + shift / 4, 48, 1.2, 1.3, "#101010")
+        draw.arc(box(eye, 43, 6, 4), 200, 340, fill=look["hair"], width=round(1.3 * u))
+    nose = [(50 + shift, 49), (47.5 + 1.6 * shift, 59), (51 + shift, 60)]
+    draw.line([((px + x) * u, py * u) for px, py in nose], fill=look["shade"], width=round(0.9 * u))
+    draw.chord(box(50 + shift, 66.5, 9, 3 + 5 * smile), 10, 170, fill="#b3474a")
+    ellipse(62.5 + shift, 61, 0.9, 0.9, "#7a4a33")  # a mole
+    return image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+LOOKS = [
+    {
+        "skin": "#e8b794",
+        "shade": "#d79f7d",
+        "hair": "#5a3022",
+        "eyes": "#3f7d58",
+        "shirt": "#31576f",
+        "background": "#c9d6df",
+    },
+    {
+        "skin": "#c98d62",
+        "shade": "#a8704a",
+        "hair": "#1f1a1a",
+        "eyes": "#5a3a22",
+        "shirt": "#6d7f3a",
+        "background": "#5f9ea0",
+    },
+    {
+        "skin": "#f0c9ac",
+        "shade": "#d9a98c",
+        "hair": "#c8a04a",
+        "eyes": "#4a7fb5",
+        "shirt": "#7a3b4f",
+        "background": "#8fa3c8",
+    },
+    {
+        "skin": "#d9a27e",
+        "shade": "#b8805d",
+        "hair": "#8f8f93",
+        "eyes": "#6b6b52",
+        "shirt": "#2f2f3a",
+        "background": "#a7c4a0",
+    },
+]
+CLIPS = [  # caption, and (turn, smile, x) at the start and at the end of the clip
+    ("A woman with brown hair turns her head to the right.", (-0.8, 0.4, 0), (0.8, 0.4, 0)),
+    ("A man with black hair begins to smile in front of a teal wall.", (0.1, 0.0, 0), (0.1, 1.0, 0)),
+    ("A blond woman moves to the right before a light blue background.", (0, 0.5, -14), (0, 0.5, 14)),
+    ("A grey-haired man turns to the left and stops smiling.", (0.8, 1.0, 0), (-0.8, 0.1, 0)),
+]
+
+
+def make_clips(folder: Path, frames: int = 17, size: int = 64) -> None:
+    """Four short clips and a photo of each face, to try training on."""
+    folder.mkdir(exist_ok=True)
+    lines = ["video,caption,reference"]
+    for k, (look, (caption, start, end)) in enumerate(zip(LOOKS, CLIPS)):
+        way = np.linspace(start, end, frames)
+        clip = np.stack([np.asarray(draw_face(size, look, turn, smile, x)) for turn, smile, x in way])
+        write_video(folder / f"{k}.mp4", clip, DEFAULTS["fps"])
+        draw_face(128, look | {"background": "#9fb2cc"}).save(folder / f"{k}.png", optimize=True)
+        lines.append(f'{k}.mp4,"{caption}",{k}.png')
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+
+
+def make_faces(folder: Path) -> None:
+    """Stand-ins for an InsightFace pack: a detector made by hand, and an untrained recognizer.
+
+    The detector is an SCRFD by its outputs (scores, boxes, landmarks at strides 8, 16, 32, two anchors), but only
+    compares a face's shape, bright below darker hair, with the picture. It finds the faces drawn here.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    nodes, weights = [], []
+
+    def weight(values: np.ndarray | list, kind: type = np.float32) -> str:
+        name = f"w{len(weights)}"
+        weights.append(numpy_helper.from_array(np.asarray(values, kind), name))
+        return name
+
+    def add(operator: str, *inputs: str, **attributes: object) -> str:
+        name = f"{operator}{len(nodes)}"
+        nodes.append(helper.make_node(operator, list(inputs), [name], name, **attributes))
+        return name
+
+    def save(path: Path, inputs: list[int | str], outputs: dict[str, list[int | str]]) -> None:
+        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()]
+        frame = helper.make_tensor_value_info("input.1", TensorProto.FLOAT, inputs)
+        graph = helper.make_graph(nodes, path.stem, [frame], values, weights)
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=7), str(path))
+        nodes.clear()
+        weights.clear()
+
+    # Of a drawing on a 100 x 100 grid, in cells of 8 pixels when 128 are looked at: 6.25 units a cell.
+    yy, xx = np.mgrid[-6:7, -6:7] * 6.25
+    skin = (xx / 24.5) ** 2 + (yy / 31) ** 2 <= 1
+    hair = ~skin & ((xx / 33) ** 2 + ((yy + 4) / 38) ** 2 <= 1) & (yy < 12)
+    template = skin / skin.sum() - hair / hair.sum()
+    center = np.array([0.5, 0.5])  # an anchor sits at its cell's upper left corner
+    half = np.array([24.5, 31.0]) / 6.25
+    points = np.array([[-9.5, -2.0], [9.5, -2.0], [0.5, 10.0], [-8.5, 18.0], [8.5, 18.0]]) / 6.25 + center
+
+    results: dict[str, list[str]] = {"score": [], "box": [], "points": []}
+    for stride in (8, 16, 32):
+        cell = add("AveragePool", "input.1", kernel_shape=[stride] * 2, strides=[stride] * 2)
+        score = np.zeros((2, 3, 13, 13))  # two anchors a cell; the second never fires, nor does a stride but the first
+        score[0, :] = template * np.array([1.0, 0.0, -0.4])[:, None, None] * (24.0 if stride == 8 else 0.0)
+        heads = {
+            "score": (1, score, [-6.5, -20.0]),
+            "box": (4, np.zeros((8, 3, 13, 13)), [*(half - center), *(half + center)] * 2),
+            "points": (10, np.zeros((20, 3, 13, 13)), [*points.ravel()] * 2),
+        }
+        for key, (size, kernel, bias) in heads.items():
+            x = add("Conv", cell, weight(kernel), weight(bias), kernel_shape=[13, 13], pads=[6] * 4)
+            x = add("Reshape", add("Transpose", x, perm=[0, 2, 3, 1]), weight([-1, size], np.int64))
+            results[key].append(add("Sigmoid", x) if key == "score" else x)
+    sizes = {"score": 1, "box": 4, "points": 10}
+    outputs = {name: ["n" + name, sizes[key]] for key, names in results.items() for name in names}
+    save(folder / "det_stand_in.onnx", [1, 3, "height", "width"], outputs)
+
+    x, channels = "input.1", 3
+    for out_channels in (8, 16, 32, 32):
+        kernel = rng.normal(0, (2 / (9 * channels)) ** 0.5, (out_channels, channels, 3, 3))
+        x = add("Conv", x, weight(kernel), kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+        x = add("PRelu", x, weight(np.full((out_channels, 1, 1), 0.25)))
+        channels = out_channels
+    x = add("Flatten", x)
+    x = add("Gemm", x, weight(rng.normal(0, 0.05, (64, 32 * 49))), weight(np.zeros(64)), transB=1)
+    save(folder / "rec_stand_in.onnx", ["n", 3, 112, 112], {x: ["n", 64]})
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     make_checkpoint(HERE / "tiny.safetensors")
     make_gemma(HERE / "gemma")
-    make_face(HERE / "face.png")
+    draw_face(512, LOOKS[0]).save(HERE / "face.png", optimize=True)
+    make_clips(HERE / "clips")
+    make_faces(HERE / "faces")
     for made in sorted(HERE.rglob("*")):
         if made.is_file():
             print(f"{made.relative_to(HERE.parent)}  {made.stat().st_size:,} bytes")

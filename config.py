@@ -1,0 +1,200 @@
+"""What a training run is told: every option with its default, read from TOML, checked.
+
+`extends = "other.toml"` at the top of a file starts from that file. `--set section.key=value` changes one option. An
+unknown key or a value of another type is an error that names the nearest known key or the type.
+"""
+
+import difflib
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from rope import PLACEMENTS
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+Config = dict[str, dict[str, Any]]
+
+DEFAULTS: Config = {
+    "run": {
+        "out": "runs/st-drc",  # checkpoints, logs and samples go here; a run that is there is continued
+        "seed": 0,
+    },
+    "model": {
+        "ckpt": "",  # an LTX-2.3 checkpoint; empty for the tiny one in assets/
+        "gemma": "",  # only for the prompts of `log.samples`; empty for what belongs to the checkpoint
+    },
+    "data": {
+        "cache": "cache",  # made by data.py prepare
+        "workers": 2,  # processes per rank that read and augment
+    },
+    "reference": {
+        "use": True,  # false: text-to-video, Table 1's first row
+        "placement": "tass",  # Eq. 4, or what Sec. 3.2 argues against: overlap, temporal, fixed, remote
+        "timestep": "clean",  # the reference's tokens say t = 0; "shared": they say the video's t
+        "augment": True,  # Eq. 5
+    },
+    "dropout": {
+        "text": 0.05,  # p_y, the empty prompt instead
+        "reference": 0.20,  # p_r, no reference tokens
+    },
+    "faces": {
+        "pack": "buffalo_l",  # InsightFace model pack, name or folder; empty: no identity losses
+        "lambda_id": 0.1,
+        "lambda_tic": 0.05,
+        "gamma": 1.0,  # Eq. 12
+        "window": 2,  # latent frames per sample that are decoded and looked at
+        "min_weight": 1e-3,  # w_aux below which they are not
+    },
+    "optim": {
+        "steps": 20_000,
+        "batch": 32,  # samples per step over all ranks
+        "lr": 5e-5,
+        "warmup": 500,  # steps of linear rise; constant after
+        "betas": [0.9, 0.999],
+        "weight_decay": 0.01,
+        "clip": 1.0,  # largest norm of the whole gradient
+    },
+    "parallel": {
+        "mode": "ddp",  # "ddp": every GPU holds the model; "fsdp": its shards
+        "replicas": 1,  # fsdp: copies of the sharded model (HSDP), for instance one a node
+        "micro_batch": 1,  # samples per forward pass and rank
+        "precision": "bf16",  # of the computation; weights and optimizer are float32. "fp32" for tests and CPUs
+        "recompute": True,  # keep only the blocks' inputs for the backward pass
+    },
+    "log": {
+        "every": 10,  # steps between lines
+        "save_every": 500,  # steps between checkpoints
+        "keep": 3,  # checkpoints kept
+        "sample_every": 1000,  # steps between samples; 0: none
+        "samples": [],  # [["face.jpg", "prompt"], ...], always with the same seeds
+        "tensorboard": True,
+        "wandb": False,  # Weights & Biases, if it is installed
+    },
+    "guidance": {  # of the samples (Eq. 13); an export carries them as defaults
+        "steps": 30,
+        "s_text": 5.0,
+        "s_ref": 7.5,
+    },
+}
+
+CHOICES = {
+    ("reference", "placement"): tuple(PLACEMENTS),
+    ("reference", "timestep"): ("clean", "shared"),
+    ("parallel", "mode"): ("ddp", "fsdp"),
+    ("parallel", "precision"): ("bf16", "fp32"),
+}
+ABOVE_ZERO = (
+    ("optim", "steps"),
+    ("optim", "batch"),
+    ("optim", "lr"),
+    ("optim", "clip"),
+    ("parallel", "micro_batch"),
+    ("parallel", "replicas"),
+    ("faces", "window"),
+    ("log", "every"),
+    ("log", "save_every"),
+    ("log", "keep"),
+    ("guidance", "steps"),
+)
+
+# What a run may change when it is continued; anything else would make it another run.
+CHANGEABLE = {("run", "out"), ("data", "workers"), ("optim", "steps")}
+CHANGEABLE |= {(section, key) for section in ("parallel", "log", "guidance") for key in DEFAULTS[section]}
+CHANGEABLE -= {("parallel", "precision")}
+
+
+def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
+    """The defaults, changed by a TOML file (None for none) and by "section.key=value" strings."""
+    config = deepcopy(DEFAULTS)
+    if path is not None:
+        _merge_file(config, Path(path))
+    for change in changes:
+        name, equals, text = change.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not (equals and dot):
+            raise UserError(f"--set {change}: write section.key=value, for instance optim.lr=1e-4")
+        _set(config, section, key, _parse_value(text.strip()), f"--set {change}")
+    for (section, key), known in CHOICES.items():
+        if config[section][key] not in known:
+            raise UserError(f"{section}.{key} = {config[section][key]!r} is none of {', '.join(known)}")
+    for section, key in ABOVE_ZERO:
+        if config[section][key] <= 0:
+            raise UserError(f"{section}.{key} = {config[section][key]} is not above 0")
+    for section, key in (("model", "ckpt"), ("model", "gemma"), ("faces", "pack")):
+        config[section][key] = _here_or_beside_the_code(config[section][key])
+    config["log"]["samples"] = [_sample(entry) for entry in config["log"]["samples"]]
+    return config
+
+
+def require_same_run(old: Config, new: Config, run: Path) -> None:
+    """Raise UserError that names the first option in which a continued run would differ from its beginning."""
+    for section, options in new.items():
+        for key, value in options.items():
+            before = old.get(section, {}).get(key)
+            if before != value and (section, key) not in CHANGEABLE:
+                raise UserError(
+                    f"{run} was started with {section}.{key} = {before!r} and is now given {value!r}: "
+                    "continue it as it was, or give run.out another folder"
+                )
+
+
+def _merge_file(config: Config, path: Path) -> None:
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no config at {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+    if "extends" in tables:
+        _merge_file(config, path.parent / tables.pop("extends"))
+    for section, options in tables.items():
+        if not isinstance(options, dict):
+            raise UserError(f"{path}: {section} stands outside a section")
+        for key, value in options.items():
+            _set(config, section, key, value, str(path))
+
+
+def _set(config: Config, section: str, key: str, value: Any, where: str) -> None:
+    """One option, if it is known and of the right type; an integer will do for a float."""
+    if section not in config:
+        raise UserError(f"{where}: there is no section {section!r}{_nearest(section, config)}")
+    if key not in config[section]:
+        known = [f"{s}.{k}" for s, options in config.items() for k in options]
+        raise UserError(f"{where}: there is no option {section}.{key}{_nearest(f'{section}.{key}', known)}")
+    expected = type(DEFAULTS[section][key])
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise UserError(f"{where}: {section}.{key} = {value!r} should be of type {expected.__name__}")
+    config[section][key] = value
+
+
+def _sample(entry: Any) -> list[str]:
+    """One entry of log.samples: a photo and a prompt."""
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+        raise UserError(f'log.samples holds {entry!r}: each entry is ["face.jpg", "prompt"]')
+    return [_here_or_beside_the_code(entry[0]), entry[1]]
+
+
+def _here_or_beside_the_code(path: str) -> str:
+    """A path as it is given, or in the repository's folder where it exists only there (configs name assets/...)."""
+    beside = Path(__file__).parent / path
+    return str(beside) if path and not Path(path).exists() and beside.exists() else path
+
+
+def _nearest(name: str, known: Any) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.3)
+    return f", did you mean {match[0]}?" if match else ""
+
+
+def _parse_value(text: str) -> Any:
+    """A value as TOML writes it; a bare word is a string, so that a shell needs no second pair of quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

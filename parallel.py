@@ -1,0 +1,107 @@
+"""One run on many processes: joining, the model whole or in shards, what ranks tell each other, signals.
+
+        ddp     every rank holds weights, gradients and moments (16 bytes a parameter) and exchanges gradients
+        fsdp    every rank holds 1/n of them; a block's weights are gathered in bf16 when its turn comes
+        hsdp    fsdp within a group, the groups as replicas of each other: `parallel.replicas`
+
+Both come with PyTorch and run under torchrun, on one node or many; on CPUs too, over gloo.
+"""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import Checkpoint, file_name
+from errors import UserError
+from model import LTXVideo
+
+
+def join_processes() -> torch.device:
+    """Join torchrun's ranks, or be a group of one without it. Returns this rank's device."""
+    gpu = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def build_model(run: dict[str, Any], ckpt: Path, device: torch.device) -> nn.Module:
+    """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2).
+
+    `run` is the section [parallel] of the config.
+    """
+    if run["mode"] == "ddp":
+        model = LTXVideo.from_checkpoint(ckpt, device, torch.float32).train()
+        set_recompute(model, run["recompute"])
+        return DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+
+    source = Checkpoint(ckpt)
+    with torch.device("meta"):
+        model = LTXVideo(source.config["transformer"]).train()
+    set_recompute(model, run["recompute"])
+    world, replicas = dist.get_world_size(), run["replicas"]
+    if world % replicas:
+        raise UserError(f"parallel.replicas = {replicas} does not divide {world} ranks")
+    shape, names = ((replicas, world // replicas), ("replica", "shard")) if replicas > 1 else ((world,), ("shard",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    # Inputs stay as they are: positions and timesteps must not be rounded to bf16.
+    low = torch.bfloat16 if run["precision"] == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer_blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            name = file_name(name, LTXVideo.PREFIXES)
+            if problem := source.misfit(name, parameter):
+                raise UserError(f"{ckpt}: {problem}")
+            whole = source.read(name, device, torch.float32)  # one tensor at a time; each rank keeps its shard
+            shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shard.to_local())
+    return model
+
+
+def set_recompute(model: LTXVideo, on: bool) -> None:
+    for block in model.transformer_blocks:
+        block.recompute = on
+
+
+def gather_rows(rows: Tensor, asked_to_stop: str) -> tuple[Tensor, bool]:
+    """Every rank's per-sample figures, on the CPU, and whether any rank was asked to stop."""
+    flagged = torch.cat([rows, torch.full_like(rows[:1], float(bool(asked_to_stop)))])
+    everyone = [torch.empty_like(flagged) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, flagged)
+    everyone = [part.cpu() for part in everyone]
+    return torch.cat([part[:-1] for part in everyone]), any(part[-1, 0] > 0 for part in everyone)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop after the step; a second SIGINT does not wait."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, _frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name

@@ -1,0 +1,353 @@
+"""Train ST-DRC (Sec. 3.3 to 4.1), on a laptop or on a cluster.
+
+    python train.py                                               # the tiny model on the clips in assets/
+    torchrun --nproc_per_node=8 train.py configs/paper.toml       # the paper's run, on 8 GPUs
+    python train.py configs/paper.toml --plan --gpus 8            # what that needs; loads nothing
+    python train.py configs/paper.toml --export st-drc.safetensors   # the result, in the released layout
+
+Run the same command again to continue after a stop: Ctrl-C or SIGTERM finishes the step, saves and exits 0.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import state
+from checkpoint import Checkpoint
+from config import Config, read_config, require_same_run
+from data import CachedClips, TrainingClips, collate, letterbox
+from errors import Parser, UserError, one_line_errors, whole_file
+from face import ArcFace, FaceDetector, recognition_file
+from guidance import generate
+from logbook import Log
+from media import contact_sheet, read_image, to_tensor, to_uint8
+from objective import Dice, Objective, roll
+from parallel import StopSignal, build_model, gather_rows, join_processes
+from plan import Plan
+from text import GEMMA, TextConnector, TextEncoder
+from vae import VideoVAE
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    options = parse_arguments()
+    config = read_config(options.config, options.set)
+    run, ckpt = Path(config["run"]["out"]), Path(config["model"]["ckpt"] or HERE / "assets" / "tiny.safetensors")
+    if options.plan:
+        return print(make_plan(config, ckpt).report(options.gpus, options.mfu))
+    if options.export:
+        return export(config, run, ckpt, Path(options.export))
+
+    # ---- where we are, and what the run was
+    device = join_processes()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    batch, micro_batch = config["optim"]["batch"], config["parallel"]["micro_batch"]
+    if batch % world:
+        raise UserError(f"optim.batch = {batch} cannot be shared out evenly over {world} ranks")
+    clips = CachedClips(config["data"]["cache"])
+    if not options.dry_run:
+        open_run(run, config)
+
+    # ---- frozen parts, the DiT, the optimizer
+    objective = build_objective(config, ckpt, clips, device)
+    samples = encode_samples(config, ckpt, clips, run, device) if not options.dry_run else []
+    model = build_model(config["parallel"], ckpt, device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config["optim"]["lr"],
+        betas=tuple(config["optim"]["betas"]),
+        weight_decay=config["optim"]["weight_decay"],
+        fused=device.type == "cuda",
+    )
+    first = 0
+    if not options.dry_run and (done := state.checkpoints(run)):
+        first = state.load(done[-1], model, optimizer)
+        report(f"continuing {run} after step {first}")
+    plan = make_plan(config, ckpt)
+    log = Log(config, plan, run, first, enabled=rank == 0 and not options.dry_run)
+
+    # ---- steps
+    stop = StopSignal()
+    steps = first + 1 if options.dry_run else config["optim"]["steps"]
+    batches = iter(training_batches(config, clips, first, steps))
+    for step in range(first, steps):
+        begin = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(math.ceil(batch // world / micro_batch))]
+        rows, names = [], []
+        for k, micro in enumerate(micro_batches):
+            last = k + 1 == len(micro_batches)
+            # DDP adds up gradients locally and exchanges them once. FSDP cannot: it would have to keep them whole.
+            wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+            with wait:
+                out = objective(model, micro, [throw(config, clips, count) for count in micro["counts"]])
+                (out["loss"].sum() * world / batch).backward()  # both DDP and FSDP average over ranks
+            rows.append(torch.stack([out[key].detach().float() for key in Log.COLUMNS], dim=1))
+            names += micro["names"]
+
+        table, stop_now = gather_rows(torch.cat(rows), stop.asked)  # (batch, columns), of all ranks
+        if not table.isfinite().all():
+            stop_on_bad_loss(step, names, torch.cat(rows))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config["optim"]["clip"])
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not math.isfinite(norm):
+            raise UserError(
+                f"step {step + 1}: the gradient is not finite (norm {norm}), on rank {rank} for {', '.join(names)}; "
+                "nothing was saved over the last checkpoint"
+            )
+        lr = config["optim"]["lr"] * min(1.0, (step + 1) / max(1, config["optim"]["warmup"]))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        if options.dry_run:
+            report(log.line(done, table, norm, lr, time.perf_counter() - begin))
+            report("dry run: one step done, nothing written")
+            break
+        log.add(done, table, norm, lr, time.perf_counter() - begin)
+        every = config["log"]["sample_every"]
+        if samples and every and (done % every == 0 or done == steps):
+            draw_samples(config, model, objective, samples, clips, run / "samples", done)
+        if stop_now or done % config["log"]["save_every"] == 0 or done == steps:
+            folder = state.save(run, done, model, optimizer, config["log"]["keep"])
+            report(f"saved {folder}")
+        if stop_now:
+            report(f"stopped by {stop.asked or 'a signal to another rank'} after step {done}; run again to continue")
+            break
+    log.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default=str(HERE / "configs" / "tiny.toml"), help="a TOML file")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one option")
+    parser.add_argument("--dry-run", action="store_true", help="one step on one batch; write nothing")
+    parser.add_argument("--export", metavar="FILE", help="write the newest checkpoint in the released layout")
+    parser.add_argument("--plan", action="store_true", help="print memory per GPU and days; load nothing")
+    parser.add_argument("--gpus", type=int, default=8, help="for --plan")
+    parser.add_argument("--mfu", type=float, default=0.4, help="for --plan: share of the peak that is reached")
+    return parser.parse_args()
+
+
+def report(text: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# setting up
+
+
+def open_run(run: Path, config: Config) -> None:
+    """Make the run's folder, or see that it was started with the same options."""
+    record = run / "config.json"
+    if record.exists():
+        require_same_run(json.loads(record.read_text()), config, run)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        with whole_file(record) as temporary:
+            temporary.write_text(json.dumps(config, indent=1))
+    dist.barrier()
+
+
+def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torch.device) -> Objective:
+    """The frozen parts that a step needs beside the DiT, in the precision of the computation."""
+    low = torch.bfloat16 if config["parallel"]["precision"] == "bf16" else torch.float32
+    faces, reference = config["faces"], config["reference"]
+    detector = arcface = None
+    if faces["pack"]:
+        for turn in range(2):  # rank 0 first: a pack that is not there is downloaded once
+            if turn == (dist.get_rank() > 0):
+                detector = FaceDetector(faces["pack"], device)
+                arcface = ArcFace.from_onnx(recognition_file(faces["pack"])).to(device)
+            dist.barrier()
+    sharded = config["parallel"]["mode"] == "fsdp"
+    return Objective(
+        vae=VideoVAE.from_checkpoint(ckpt, device, low).requires_grad_(False),
+        connector=TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False),
+        null_features=clips.null_features,
+        slots=clips.settings["max_tokens"],
+        fps=clips.settings["fps"],
+        detector=detector,
+        arcface=arcface,
+        use_reference=reference["use"],
+        placement=reference["placement"],
+        ref_timestep=reference["timestep"],
+        dtype=low if sharded else torch.float32,
+        autocast=low == torch.bfloat16 and not sharded,
+        **{key: faces[key] for key in ("lambda_id", "lambda_tic", "gamma", "window", "min_weight")},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# steps
+
+
+def training_batches(config: Config, clips: CachedClips, first: int, steps: int) -> DataLoader:
+    """This rank's micro-batches of steps `first` to `steps`; sample j of a step goes to rank j modulo their number."""
+    batch, size = config["optim"]["batch"], config["parallel"]["micro_batch"]
+
+    def counts() -> Iterator[list[int]]:
+        for step in range(first, steps):
+            mine = list(range(step * batch + dist.get_rank(), (step + 1) * batch, dist.get_world_size()))
+            yield from (mine[k : k + size] for k in range(0, len(mine), size))
+
+    training = TrainingClips(clips, seed=config["run"]["seed"], augment=config["reference"]["augment"])
+    workers = config["data"]["workers"]
+    return DataLoader(
+        training,
+        batch_sampler=counts(),
+        num_workers=workers,
+        collate_fn=collate,
+        multiprocessing_context="spawn" if workers else None,  # forking after threads have started can hang
+        persistent_workers=False,
+    )
+
+
+def throw(config: Config, clips: CachedClips, count: int) -> Dice:
+    """The dice of the run's sample number `count`."""
+    channels, frames, height, width = clips.latent_shape
+    windows = max(1, frames - config["faces"]["window"] + 1)
+    dropout = config["dropout"]
+    return roll(
+        config["run"]["seed"],
+        count,
+        frames * height * width,
+        channels,
+        windows,
+        dropout["text"],
+        dropout["reference"],
+    )
+
+
+def stop_on_bad_loss(step: int, names: list[str], rows: Tensor) -> None:
+    """Name the samples whose loss is not finite, on every rank, and end the run. Checkpoints stay as they are."""
+    bad = [name for name, row in zip(names, rows) if not row.isfinite().all()]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, bad)
+    culprits = ", ".join(name for part in everyone for name in part)
+    raise UserError(
+        f"step {step + 1}: the loss is not finite for {culprits}; nothing was saved over the last checkpoint"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# samples
+
+
+def encode_samples(
+    config: Config, ckpt: Path, clips: CachedClips, run: Path, device: torch.device
+) -> list[tuple[Any, Tensor]]:
+    """The fixed samples' photos, letterboxed, and contexts, last the empty prompt's context. Gemma is freed."""
+    wanted = config["log"]["samples"]
+    if not wanted or not config["log"]["sample_every"]:
+        return []
+    height, width = clips.settings["height"], clips.settings["width"]
+    photos = [letterbox(read_image(face), height, width) for face, _ in wanted]
+    path = run / "prompts.safetensors"
+    if dist.get_rank() == 0:  # one rank reads Gemma, the others its result
+        gemma = config["model"]["gemma"] or (GEMMA if config["model"]["ckpt"] else HERE / "assets" / "gemma")
+        encoder = TextEncoder.from_checkpoint(
+            ckpt, gemma, device, torch.bfloat16 if device.type == "cuda" else torch.float32
+        )
+        with whole_file(path) as temporary:
+            save_file({"context": encoder.encode([prompt for _, prompt in wanted] + [""]).cpu()}, str(temporary))
+        del encoder
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    dist.barrier()
+    contexts = load_file(str(path))["context"].to(device).split(1)
+    return list(zip([*photos, None], contexts))
+
+
+def draw_samples(
+    config: Config,
+    model: nn.Module,
+    objective: Objective,
+    samples: list[tuple[Any, Tensor]],
+    clips: CachedClips,
+    folder: Path,
+    step: int,
+) -> None:
+    """A contact sheet for each fixed sample. Every rank takes part, since each holds a shard; rank 0 writes."""
+    *wanted, (_, null_context) = samples
+    size = {key: clips.settings[key] for key in ("frames", "height", "width", "fps")}
+    guidance, reference = config["guidance"], config["reference"]
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner.eval()
+    for k, (photo, context) in enumerate(wanted):
+        with torch.autocast(null_context.device.type, torch.bfloat16, enabled=objective.autocast):
+            video = generate(
+                inner,
+                objective.vae,
+                context,
+                null_context,
+                to_tensor(photo) if reference["use"] else None,
+                **size,
+                steps=guidance["steps"],
+                seed=k,
+                placement=reference["placement"],
+                dtype=objective.dtype,
+                s_y=guidance["s_text"],
+                s_r=guidance["s_ref"],
+                ref_timestep=reference["timestep"],
+            )
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            contact_sheet(folder / f"step-{step:06d}-{k}.png", photo, to_uint8(video))
+    inner.train()
+    report(f"drew {len(wanted)} samples into {folder}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# before and after
+
+
+def make_plan(config: Config, ckpt: Path) -> Plan:
+    """The plan for the checkpoint's config, or the released one's where neither it nor the cache is here yet."""
+    ltx = Checkpoint(ckpt).config if ckpt.exists() else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
+    cache = Path(config["data"]["cache"])
+    settings = CachedClips(cache).settings if (cache / "cache.json").exists() else PAPER_CLIPS
+    size = tuple(settings[key] for key in ("frames", "height", "width"))
+    return Plan(config, ltx, size, settings["max_tokens"])
+
+
+PAPER_CLIPS = {"frames": 121, "height": 480, "width": 832, "fps": 24.0, "max_tokens": 1024}
+
+
+def export(config: Config, run: Path, ckpt: Path, out: Path) -> None:
+    """Write the newest checkpoint of the run in the released layout."""
+    base = Checkpoint(ckpt)
+    guidance = config["guidance"]
+    ours = base.ours | {
+        "placement": config["reference"]["placement"],
+        "ref_timestep": config["reference"]["timestep"],
+        "training": config,
+        "defaults": base.ours.get("defaults", {}) | {"s_text": guidance["s_text"], "s_ref": guidance["s_ref"]},
+    }
+    ours.pop("weights", None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = state.export(run, ckpt, out, ours)
+    print(f'wrote {out} from {folder}: sample with  python sample.py --ckpt {out} --ref face.jpg --prompt "..."')
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
