@@ -45,10 +45,10 @@ class Log:
     def figures(self, step: int, table: Tensor, norm: float, lr: float, seconds: float) -> dict[str, float]:
         mean = dict(zip(self.COLUMNS, table.double().mean(0).tolist()))
         total = dict(zip(self.COLUMNS, table.double().sum(0).tolist()))
-        seen = table[:, self.COLUMNS.index("looked")] > 0
+        seen = table[:, self.COLUMNS.index("faces")] > 0
         id_column, tic_column = self.COLUMNS.index("id"), self.COLUMNS.index("tic")
         figures = {"step": step, "loss": mean["loss"], "flow": mean["flow"], "w_aux": mean["w_aux"]}
-        # Over the samples that were looked at, so that the share of high noise levels does not blur the figure.
+        # Over the samples in which a face was found: the others' zeros would make the figure look better than it is.
         figures["id"] = table[seen, id_column].double().mean().item() if seen.any() else 0.0
         figures["tic"] = table[seen, tic_column].double().mean().item() if seen.any() else 0.0
         figures["face_rate"] = total["faces"] / total["looked"] if total["looked"] else 0.0

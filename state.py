@@ -14,6 +14,7 @@ JSON; nothing is unpickled.
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def export(run: Path, base: Path, out: Path, ours: dict[str, Any]) -> Path:
             return source.read_bytes(name)
         tensor = torch.empty(source.tensors[name]["shape"])
         reader = HuggingFaceStorageReader(str(folders[-1]))
-        dcp.load({f"model.{trained[name]}": tensor}, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it wonders whether a single process is meant, which no_dist says
+            dcp.load({f"model.{trained[name]}": tensor}, storage_reader=reader, no_dist=True)
         return tensor
 
     write(

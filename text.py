@@ -130,6 +130,11 @@ class TextEncoder:
                 f"{connector.layers - 1} of {connector.hidden}: give --gemma the one that belongs to it "
                 f"({GEMMA} for LTX-2.3)"
             )
+        if tokenizer("")["input_ids"] != [tokenizer.bos_token_id]:
+            raise UserError(
+                f"this Gemma's tokenizer does not begin a prompt with <bos>, which LTX-2.3 was trained with: set "
+                f"add_bos_token to true in its tokenizer_config.json, or take {GEMMA}"
+            )
         self.tokenizer, self.gemma, self.connector = tokenizer, gemma, connector
         self.max_tokens = min(MAX_TOKENS, tokenizer.model_max_length)
 

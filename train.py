@@ -5,7 +5,8 @@
     python train.py configs/paper.toml --plan --gpus 8            # what that needs; loads nothing
     python train.py configs/paper.toml --export st-drc.safetensors   # the result, in the released layout
 
-Run the same command again to continue after a stop: Ctrl-C or SIGTERM finishes the step, saves and exits 0.
+Run the same command again to continue after a stop. Ctrl-C, SIGTERM or a file named "stop" in the run's folder end it
+after the step: saved, exit code 0. (torchrun kills its workers 30 s after a SIGTERM to itself; the file has no limit.)
 """
 
 import argparse
@@ -97,7 +98,8 @@ def main() -> None:
             rows.append(torch.stack([out[key].detach().float() for key in Log.COLUMNS], dim=1))
             names += micro["names"]
 
-        table, stop_now = gather_rows(torch.cat(rows), stop.asked)  # (batch, columns), of all ranks
+        asked = stop.asked or ("the file stop" if (run / "stop").exists() else "")
+        table, stop_now = gather_rows(torch.cat(rows), asked)  # (batch, columns), of all ranks
         if not table.isfinite().all():
             stop_on_bad_loss(step, names, torch.cat(rows))
         norm = nn.utils.clip_grad_norm_(model.parameters(), config["optim"]["clip"])
@@ -126,7 +128,9 @@ def main() -> None:
             folder = state.save(run, done, model, optimizer, config["log"]["keep"])
             report(f"saved {folder}")
         if stop_now:
-            report(f"stopped by {stop.asked or 'a signal to another rank'} after step {done}; run again to continue")
+            report(f"stopped by {asked or 'a signal to another rank'} after step {done}; run again to continue")
+            if rank == 0:
+                (run / "stop").unlink(missing_ok=True)
             break
     log.close()
     dist.barrier()

@@ -96,7 +96,9 @@ def make_gemma(folder: Path) -> None:
     tokenizer.train_from_iterator([*PROMPTS, " ".join(letters)], trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
-    GemmaTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TOKENS).save_pretrained(folder)
+    GemmaTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TOKENS, add_bos_token=True).save_pretrained(
+        folder
+    )
 
     config = Gemma3TextConfig(
         vocab_size=len(learned["vocab"]),

@@ -1,0 +1,334 @@
+"""train.py on the clips in assets/: many processes and one, stops and continuations, the export, errors."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+import sample
+import train
+from checkpoint import OUR_METADATA, Checkpoint
+from errors import one_line_errors
+
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "assets"
+QUICK = {
+    "optim.batch": 4,
+    "optim.warmup": 2,
+    "optim.lr": 1e-4,
+    "parallel.micro_batch": 2,
+    "log.every": 1,
+    "log.save_every": 100,
+    "log.sample_every": 0,
+    "log.tensorboard": "false",
+}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """The cache of the four clips in assets/, made by the command."""
+    folder = tmp_path_factory.mktemp("clips") / "cache"
+    options = ["--manifest", ASSETS / "clips" / "manifest.csv", "--ckpt", ASSETS / "tiny.safetensors", "--out", folder]
+    options += ["--gemma", ASSETS / "gemma", "--faces", ASSETS / "faces"]
+    subprocess.run([sys.executable, ROOT / "data.py", "prepare", *options], check=True, capture_output=True)
+    return folder
+
+
+def command(clips: Path, run: Path, **options) -> list[str]:
+    changes = QUICK | {"data.cache": clips, "run.out": run} | {k.replace("__", "."): v for k, v in options.items()}
+    words = [str(ROOT / "configs" / "tiny.toml")]
+    for key, value in changes.items():
+        words += ["--set", f"{key}={json.dumps(value) if isinstance(value, list) else value}"]
+    return [str(ROOT / "train.py"), *words]
+
+
+def torchrun(ranks: int, words: list[str]) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *words], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def run_here(words: list[str], monkeypatch) -> int:
+    """train.main in this process; returns the exit code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        with one_line_errors():
+            train.main()
+        return 0
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, put together from its shards."""
+    reader = HuggingFaceStorageReader(str(run / f"step-{step:06d}"))
+    tensors = {name: torch.empty(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "assuming the intent is to load in a single process": it is
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def one_process(clips, tmp_path_factory) -> Path:
+    """Three undisturbed steps in one process, everything on: reference, augmentation, identity losses, dropout."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    torchrun(1, command(clips, run, optim__steps=3, log__save_every=1))
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parallel__mode": "ddp"},
+        {"parallel__mode": "fsdp"},
+        {"parallel__mode": "fsdp", "parallel__replicas": 2},
+        {"parallel__mode": "fsdp", "parallel__recompute": "true"},
+    ],
+    ids=["ddp", "fsdp", "hsdp", "fsdp-recompute"],
+)
+def test_two_processes_are_one(options, clips, one_process, tmp_path):
+    """The same global batch gives the same losses and weights, whoever computes which part of it."""
+    torchrun(2, command(clips, tmp_path / "run", optim__steps=3, **options))
+    assert losses(tmp_path / "run") == pytest.approx(losses(one_process), abs=1e-5)
+    ours, theirs = weights(tmp_path / "run", 3), weights(one_process, 3)
+    assert ours.keys() == theirs.keys()
+    start = load_file(ASSETS / "tiny.safetensors")
+    moved = 0.0
+    for name, tensor in ours.items():
+        if name.startswith("model."):
+            torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=0)
+            first = start["model.diffusion_model." + name.removeprefix("model.")].float()
+            moved = max(moved, (tensor - first).abs().max().item())
+    assert moved > 1e-4  # and they did learn
+
+
+@pytest.mark.slow
+def test_killed_and_continued(clips, one_process, tmp_path):
+    """SIGKILL in the middle of a step: the next run goes on as if nothing had happened, no half checkpoint is left."""
+    run = tmp_path / "run"
+    words = [sys.executable, *command(clips, run, optim__steps=3, log__save_every=1)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("saved"):
+            break
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert len(losses(run)) < 3
+    torchrun(1, command(clips, run, optim__steps=3, log__save_every=1))
+    assert losses(run) == pytest.approx(losses(one_process), abs=1e-6)
+    ours, theirs = weights(run, 3), weights(one_process, 3)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=0)
+    assert not list(run.glob(".*")), "a temporary folder was left"
+
+
+@pytest.mark.slow
+def test_two_ranks_checkpoint_continues_on_one(clips, one_process, tmp_path, monkeypatch, capsys):
+    """Shards of two ranks become the whole model of one, optimizer included."""
+    run = tmp_path / "run"
+    torchrun(2, command(clips, run, optim__steps=2, parallel__mode="fsdp"))
+    assert run_here(command(clips, run, optim__steps=3), monkeypatch) == 0
+    assert "after step 2" in capsys.readouterr().out
+    assert losses(run) == pytest.approx(losses(one_process), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "stop file"])
+def test_asked_to_stop(how, clips, tmp_path):
+    run = tmp_path / "run"
+    words = [sys.executable, *command(clips, run, optim__steps=1000, faces__pack="")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process.stdout.readline()  # the first step is done
+    if how == "stop file":
+        (run / "stop").touch()
+    else:
+        process.send_signal(getattr(signal, how))
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "run again to continue" in output
+    (saved,) = run.glob("step-*")
+    assert json.loads((saved / "progress.json").read_text())["step"] == len(losses(run))
+    assert not (run / "stop").exists()
+
+
+def test_last_checkpoints_are_kept(clips, tmp_path, monkeypatch):
+    options = {"optim__steps": 3, "log__save_every": 1, "log__keep": 2, "optim__batch": 1, "faces__pack": ""}
+    assert run_here(command(clips, tmp_path / "run", **options), monkeypatch) == 0
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-000002", "step-000003"]
+
+
+@pytest.mark.slow
+def test_export_is_the_base_with_the_trained_tensors_replaced(clips, one_process, tmp_path, monkeypatch, capsys):
+    """So ComfyUI and ltx-core, which go by names and metadata, load it: everything untrained is equal byte for byte."""
+    base = tmp_path / "base.safetensors"  # the embedded file and something of an audio branch
+    tensors = load_file(ASSETS / "tiny.safetensors")
+    tensors["model.diffusion_model.audio_adaln_single.linear.weight"] = torch.randn(6, 4).half()
+    tensors["audio_vae.decoder.conv_in.conv.weight"] = torch.arange(7.0)
+    metadata = Checkpoint(ASSETS / "tiny.safetensors").metadata | {"license": "as released"}
+    save_file(tensors, base, metadata=metadata)
+    out = tmp_path / "new" / "st-drc.safetensors"
+    words = command(clips, one_process, model__ckpt=base, reference__placement="remote")
+    assert run_here([*words, "--export", str(out)], monkeypatch) == 0
+
+    before, after = Checkpoint(base), Checkpoint(out)
+    assert list(after.tensors) == list(before.tensors)
+    trained = weights(one_process, 3)
+    changed = 0
+    for name, entry in before.tensors.items():
+        assert {k: after.tensors[name][k] for k in ("dtype", "shape")} == {k: entry[k] for k in ("dtype", "shape")}
+        ours = trained.get("model." + name.removeprefix("model.diffusion_model."))
+        if ours is None:
+            assert after.read_bytes(name) == before.read_bytes(name), name
+        else:
+            assert torch.equal(after.read(name), ours.to(torch.bfloat16)), name
+            changed += after.read_bytes(name) != before.read_bytes(name)
+    assert changed > 100
+    assert {k: v for k, v in after.metadata.items() if k != OUR_METADATA} == {
+        k: v for k, v in before.metadata.items() if k != OUR_METADATA
+    }
+    assert after.ours["placement"] == "remote"
+    assert after.ours["training"]["optim"]["batch"] == 4
+    assert after.ours["defaults"]["s_ref"] == 7.5
+    assert "weights" not in after.ours  # no longer random
+
+    with safe_open(out, framework="pt") as file:  # the library's own reader takes it
+        assert set(file.keys()) == set(before.tensors)
+    sampled = tmp_path / "sample.mp4"
+    words = ["sample.py", "--ckpt", str(out), "--gemma", str(ASSETS / "gemma"), "--prompt", "A man.", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", [*words, "--ref", str(ASSETS / "face.png"), "--out", str(sampled)])
+    sample.main()
+    assert sampled.exists()
+    assert "random" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_export_holds_one_tensor_at_a_time(clips, one_process, tmp_path):
+    """46 GB must not need 46 GB: exporting over a base with 600 MB of other tensors stays far below that."""
+    base = tmp_path / "base.safetensors"
+    tensors = load_file(ASSETS / "tiny.safetensors")
+    tensors |= {f"vocoder.weight_{k}": torch.zeros(50 * 2**20, dtype=torch.uint8) for k in range(12)}
+    save_file(tensors, base, metadata=Checkpoint(ASSETS / "tiny.safetensors").metadata)
+    del tensors
+    script = (
+        "import resource, sys; sys.argv = sys.argv[1:]; import train\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "train.main()\n"
+        "print('grew', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    words = [*command(clips, one_process, model__ckpt=base), "--export", str(tmp_path / "out.safetensors")]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 250  # MB; the file is over 600
+    assert (tmp_path / "out.safetensors").stat().st_size > 600 * 2**20
+
+
+def poison(clips: Path, folder: Path) -> str:
+    """A copy of the cache in which one clip's latents are not numbers; returns its name."""
+    shutil.copytree(clips, folder)
+    shard = folder / "shard-00000.safetensors"
+    tensors = load_file(shard)
+    name = next(key for key in tensors if key.endswith(".latents"))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    with safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, shard, metadata=metadata)
+    clip = json.loads(metadata["cache"])["clips"][0]
+    assert name.startswith(f"{clip['row']:07d}")
+    return clip["name"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(clips, tmp_path, monkeypatch, capsys):
+    name = poison(clips, tmp_path / "cache")
+    options = {
+        "optim__steps": 5,
+        "log__save_every": 1,
+        "optim__batch": 1,
+        "parallel__micro_batch": 1,
+        "faces__pack": "",
+    }
+    assert run_here(command(tmp_path / "cache", tmp_path / "run", **options), monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error and name in error
+    for folder in (tmp_path / "run").glob("step-*"):  # whatever was saved before is good
+        assert all(t.isfinite().all() for t in weights(tmp_path / "run", int(folder.name[5:])).values())
+
+
+def test_dry_run_writes_nothing(clips, tmp_path, monkeypatch, capsys):
+    assert run_here([*command(clips, tmp_path / "run"), "--dry-run"], monkeypatch) == 0
+    assert not (tmp_path / "run").exists()
+    line = capsys.readouterr().out.splitlines()[0]
+    for figure in ("loss", "flow", "id", "tic", "faces", "grad", "lr", "tok/s", "TFLOP/s", "GiB"):
+        assert figure in line
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"optim__weightdecay": 0}, "did you mean optim.weight_decay"),
+        ({"parallel__mode": "tpu"}, "none of ddp, fsdp"),
+        ({"data__cache": "nowhere"}, "data.py prepare"),
+        ({"faces__pack": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"model__ckpt": "missing.safetensors"}, "no checkpoint at missing.safetensors"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(options, says, clips, tmp_path, monkeypatch, capsys):
+    assert run_here(command(clips, tmp_path / "run", **options), monkeypatch) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and says in error and "\n" not in error
+
+
+def test_a_run_is_not_continued_as_another(clips, one_process, monkeypatch, capsys):
+    assert run_here(command(clips, one_process, optim__lr=0.5), monkeypatch) == 2
+    assert "optim.lr" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_samples_and_curves_are_drawn(clips, tmp_path, monkeypatch):
+    """The fixed samples become contact sheets, and every figure is in TensorBoard."""
+    samples = [[str(ASSETS / "face.png"), "A woman smiles."]]
+    options = {"log__sample_every": 1, "log__samples": samples, "guidance__steps": 2, "log__tensorboard": "true"}
+    assert run_here(command(clips, tmp_path / "run", optim__steps=1, **options), monkeypatch) == 0
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Image.open(tmp_path / "run" / "samples" / "step-000001-0.png") as sheet:
+        assert sheet.width > 5 * sheet.height
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {"loss", "flow", "id", "tic", "w_aux", "face_rate", "grad_norm", "lr"} <= set(board.Tags()["scalars"])
+    (loss,) = board.Scalars("loss")
+    assert loss.value == pytest.approx(losses(tmp_path / "run")[0], rel=1e-6)
+
+
+def test_only_safetensors_and_json_are_written(one_process):
+    """A checkpoint that had to be unpickled could run code when it is loaded."""
+    kinds = {path.suffix for path in one_process.rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json", ".jsonl"}
