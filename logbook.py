@@ -1,6 +1,7 @@
 """What a person sees of a run: one line per `log.every` steps, the same figures in log.jsonl, and TensorBoard."""
 
 import json
+import re
 import resource
 import sys
 import time
@@ -109,4 +110,4 @@ def peak_tflops() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((tflops for card, (tflops, _) in CARDS.items() if card.split("-")[0] in name.split()), None)
+    return next((tflops for card, (tflops, _) in CARDS.items() if re.search(rf"\b{card.split('-')[0]}\b", name)), None)

@@ -32,11 +32,11 @@ def join_processes() -> torch.device:
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    how = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if gpu else {"backend": "gloo"}
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(**how)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(**how, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 

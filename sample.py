@@ -120,6 +120,7 @@ def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dic
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")
     settings["placement"] = options.placement or checkpoint.ours.get("placement", "tass")
+    settings["ref_timestep"] = checkpoint.ours.get("ref_timestep", "clean")
     settings["s_y"], settings["s_r"] = settings.pop("s_text"), settings.pop("s_ref")
     return settings
 

@@ -1,0 +1,114 @@
+"""What several test files need: the golden vectors, the tiny modules, and checkpoints made to order."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; read when transformers is first imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+torch.set_num_threads(2)
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_A = ROOT / "tests" / "data" / "tiny_a.safetensors"
+AUDIO = ("audio_", "av_ca_", "video_to_audio_", "scale_shift_table_a2v_", "vocoder.")
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_a():
+    """Path of the random checkpoint that the golden vectors were computed with."""
+    return TINY_A
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return load_file(ROOT / "tests" / "data" / "tiny_a.golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def released():
+    """The released model: its `config`, and the shapes of the `needed` and `ignored` tensors by name."""
+    layout = json.loads((ROOT / "tests" / "data" / "ltx-2.3-tensors.json").read_text())
+    return layout | {"config": json.loads((ROOT / "configs" / "ltx-2.3.json").read_text())}
+
+
+@pytest.fixture(scope="session")
+def model(tiny_a):
+    from model import LTXVideo
+
+    return LTXVideo.from_checkpoint(tiny_a).requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def vae(tiny_a):
+    from vae import VideoVAE
+
+    return VideoVAE.from_checkpoint(tiny_a).requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def connector(tiny_a):
+    from text import TextConnector
+
+    return TextConnector.from_checkpoint(tiny_a).requires_grad_(False)
+
+
+def is_audio(name):
+    """Facts: what of the file belongs to the audio branch."""
+    return any(sign in name for sign in AUDIO)
+
+
+def read_metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.fixture
+def forge(tmp_path):
+    """forge(tensors={name: tensor or None}, config={"part.key": value}, metadata={...}) -> an altered tiny_a's path."""
+
+    def make(tensors=None, config=None, metadata=None):
+        all_tensors = load_file(TINY_A) | (tensors or {})
+        told = read_metadata(TINY_A)
+        parts = json.loads(told["config"])
+        for key, value in (config or {}).items():
+            part, key = key.split(".")
+            parts[part][key] = value
+        told = told | {"config": json.dumps(parts)} | (metadata or {})
+        path = tmp_path / "forged.safetensors"
+        kept = {name: tensor for name, tensor in all_tensors.items() if tensor is not None}
+        save_file(kept, path, {key: value for key, value in told.items() if value is not None})
+        return path
+
+    return make
+
+
+def write_sparse(path, shapes, metadata):
+    """A safetensors file of bf16 zeros with a true header and true length, whose data takes no disk."""
+    header, end = {"__metadata__": metadata}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+@pytest.fixture(scope="session")
+def released_file(released, tmp_path_factory):
+    """The whole released layout, 46 GB long, on no disk."""
+    path = tmp_path_factory.mktemp("released") / "ltx-2.3.safetensors"
+    metadata = {"config": json.dumps(released["config"]), "model_version": "2.3.0"}
+    return write_sparse(path, released["needed"] | released["ignored"], metadata)

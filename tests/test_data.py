@@ -1,0 +1,841 @@
+"""Eq. 5 by measuring what comes out, manifests with every fault, and a cache that is killed, shared and resumed.
+
+The clips are red squares (the hand-made detector of test_face takes red for a face) on a ground whose color says whose
+clip it is and whose brightness says which frame.
+"""
+
+import colorsys
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_face import build_detector, build_iresnet
+from test_media import make_video
+
+import cache
+from cache import prepare
+from data import (
+    AUGMENT,
+    CachedClips,
+    TrainingClips,
+    augment_reference,
+    collate,
+    epoch_order,
+    letterbox,
+    reference_tensor,
+    sample_rng,
+)
+from errors import UserError
+from face import ArcFace, FaceDetector, align, recognition_file
+from manifest import crop_face, read_manifest, vip200k
+from media import read_frame, read_image, read_video, to_tensor
+from text import TextEncoder
+from vae import VideoVAE
+
+OFF = {"flip": 0, "rotate": 0, "crop": 0, "jitter": 0}
+
+
+def rngs(count):
+    return [sample_rng(0, 0, k) for k in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sec. 3.1: letterbox
+
+
+def test_letterbox_is_symmetric_keeps_the_ratio_and_touches_the_frame():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        height, width = rng.integers(16, 200, 2)
+        image = Image.new("RGB", tuple(rng.integers(8, 300, 2)), "white")
+        boxed = np.asarray(letterbox(image, height, width))
+        assert boxed.shape == (height, width, 3) and set(np.unique(boxed)) <= {0, 255}
+        rows, columns = (np.flatnonzero(boxed[..., 0].any(axis)) for axis in (1, 0))
+        top, left, bottom, right = rows[0], columns[0], height - 1 - rows[-1], width - 1 - columns[-1]
+        assert abs(top - bottom) <= 1 and abs(left - right) <= 1
+        assert (top == bottom == 0) or (left == right == 0)
+        scale = min(width / image.width, height / image.height)
+        assert abs(len(columns) - image.width * scale) <= 0.51 or len(columns) == 1
+        assert abs(len(rows) - image.height * scale) <= 0.51 or len(rows) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 5: augmentation
+
+
+def portrait(width=60, height=80):
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+def test_without_any_operation_nothing_changes_and_a_flip_is_a_mirror():
+    image = portrait()
+    for rng in rngs(5):
+        assert np.array_equal(augment_reference(image, rng, **OFF), image)
+    for rng in rngs(5):
+        flipped = augment_reference(image, rng, **OFF | {"flip": 1})
+        assert np.array_equal(np.asarray(flipped), np.asarray(image)[:, ::-1])
+
+
+def test_each_operation_has_its_own_chance():
+    """Who did what, told apart by its traces; the four are independent, so each pair occurs as often as its product."""
+    ground = np.full((60, 60, 3), 100, np.uint8)
+    ground[:, 10:20] = (60, 90, 200)  # left of the middle, unless flipped
+    image, n = Image.fromarray(ground), 1500
+    done = []
+    for rng in rngs(n):
+        out = augment_reference(image, rng)
+        pixels = np.asarray(out).astype(int)
+        blue = np.flatnonzero((pixels[..., 2] - pixels[..., 0] > 20)[len(pixels) // 2])
+        corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
+        plain = np.median(pixels.reshape(-1, 3), axis=0)
+        done.append((
+            blue.mean() > out.width / 2,
+            (corners.max(1) < 70).any() or (out.size == image.size and len(np.unique(pixels[..., 0])) > 4),
+            out.size != image.size,
+            (plain != 100).any(),
+        ))  # fmt: skip
+    done = np.array(done)
+    flip, _, crop, jitter = done.mean(0)
+    tolerance = 4 * math.sqrt(0.25 / n)
+    assert abs(flip - AUGMENT["flip"]) < tolerance
+    assert abs(crop - AUGMENT["crop"]) < tolerance + 0.01
+    assert abs(jitter - AUGMENT["jitter"]) < tolerance + 0.02  # some jitter leaves grey 100 at 100
+    uncropped = done[~done[:, 2]]  # a crop may cut the black corners away
+    assert abs(uncropped[:, 1].mean() - AUGMENT["rotate"]) < 2 * tolerance
+    for a, b in ((0, 2), (0, 3), (2, 3)):
+        assert abs((done[:, a] & done[:, b]).mean() - done[:, a].mean() * done[:, b].mean()) < tolerance
+
+
+def test_rotation_is_slight_and_leaves_black_corners():
+    half = np.full((101, 101, 3), 250, np.uint8)
+    half[50:] = 120
+    angles = []
+    for rng in rngs(200):
+        out = augment_reference(Image.fromarray(half), rng, **OFF | {"rotate": 1})
+        assert out.size == (101, 101)
+        pixels = np.asarray(out)[..., 0].astype(float)
+        edges = [np.interp(-185, -pixels[25:76, x], np.arange(25, 76)) for x in (30, 70)]  # where 250 turns into 120
+        angles.append(math.degrees(math.atan2(edges[0] - edges[1], 40)))  # counter-clockwise is positive
+        if abs(angles[-1]) > 3:
+            assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
+    angles = np.array(angles)
+    assert np.abs(angles).max() < 10.2 and angles.min() < -9 and angles.max() > 9
+    assert np.abs(np.quantile(angles, [0.25, 0.5, 0.75]) - [-5, 0, 5]).max() < 1.7  # uniform
+
+
+def test_crop_is_a_part_of_the_image_and_keeps_enough():
+    width, height = 200, 100
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    image = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))  # each pixel says where it was
+    kept, corners = [], []
+    for rng in rngs(300):
+        out = np.asarray(augment_reference(image, rng, **OFF | {"crop": 1})).astype(int)
+        left, top = out[0, 0, :2]
+        assert np.array_equal(out, np.asarray(image)[top : top + out.shape[0], left : left + out.shape[1]])
+        kept.append((out.shape[1] / width, out.shape[0] / height))
+        corners.append((left == 0, left + out.shape[1] == width))
+    kept = np.array(kept)
+    assert kept.min() >= 0.85 and kept.min(0).max() < 0.87 and kept.max(0).min() > 0.98
+    assert abs(np.corrcoef(kept.T)[0, 1]) < 0.25  # width and height by themselves
+    assert np.array(corners).any(0).all()  # and from either end
+
+
+def test_jitter_stays_within_its_bounds():
+    color = (180, 120, 90)
+    hue, _, value = colorsys.rgb_to_hsv(*[c / 255 for c in color])
+    flat = Image.new("RGB", (8, 8), color)
+
+    def outputs(**only):
+        strength = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0} | only
+        results = [augment_reference(flat, rng, **OFF | {"jitter": 1} | strength) for rng in rngs(300)]
+        return np.array([np.asarray(result)[0, 0] for result in results], float)
+
+    plain = outputs()
+    assert np.abs(plain - color).max() <= 2  # to HSV and back costs a level or two
+    factors = outputs(brightness=0.2)[:, 0] / color[0]
+    assert 0.78 < factors.min() < 0.82 and 1.18 < factors.max() < 1.22
+    assert np.abs(outputs(contrast=0.2) - color).max() < 20  # a flat image has no contrast but to its own grey
+    chroma = outputs(saturation=0.2)
+    chroma = (chroma.max(1) - chroma.min(1)) / (180 - 90)
+    assert 0.76 < chroma.min() < 0.84 and 1.16 < chroma.max() < 1.24
+    turned = outputs(hue=0.02)
+    shift = np.array([colorsys.rgb_to_hsv(*(row / 255))[0] for row in turned]) - hue
+    shift = (shift + 0.5) % 1 - 0.5
+    assert shift.min() > -0.024 and shift.max() < 0.024 and shift.min() < -0.01 and shift.max() > 0.01
+    assert np.abs(turned.max(1) / 255 - value).max() < 0.01
+    two = Image.fromarray(np.repeat([[[100] * 3, [200] * 3]], 4, axis=1).astype(np.uint8))
+    strength = OFF | {"jitter": 1, "brightness": 0, "saturation": 0, "hue": 0}
+    ranges = [np.ptp(np.asarray(augment_reference(two, rng, **strength)).astype(int)) / 100 for rng in rngs(200)]
+    assert 0.78 < min(ranges) < 0.83 and 1.17 < max(ranges) < 1.22
+
+
+def test_one_strength_does_not_change_the_other_draws():
+    image = portrait()
+    for k in range(20):
+        with_crop = augment_reference(image, sample_rng(0, 0, k), rotate=0, jitter=0, crop=1)
+        without = augment_reference(image, sample_rng(0, 0, k), rotate=0, jitter=0, crop=0)
+        size = with_crop.size
+        places = [(x, y) for x in range(61 - size[0]) for y in range(81 - size[1])]
+        assert any(np.array_equal(without.crop((x, y, x + size[0], y + size[1])), with_crop) for x, y in places)
+    with pytest.raises(UserError, match="blur"):
+        augment_reference(image, sample_rng(0, 0, 0), blur=1)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index_and_off_without_rng():
+    image, seen = portrait(), set()
+    for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (2, 3, 4)]:
+        one, two = (reference_tensor(image, 64, 64, sample_rng(*key)) for _ in range(2))
+        assert torch.equal(one, two) and one.shape == (3, 64, 64)
+        seen.add(one.numpy().tobytes())
+    assert len(seen) == 6
+    plain = reference_tensor(image, 48, 96)
+    assert torch.equal(plain, to_tensor(letterbox(image, 48, 96)))
+    mirrored = reference_tensor(image, 48, 96, sample_rng(0, 0, 0), **OFF | {"flip": 1})
+    assert torch.equal(mirrored, plain.flip(2)) and not torch.equal(mirrored, plain)
+
+
+def test_epoch_order_visits_each_once():
+    orders = [epoch_order(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    for order in orders:
+        assert sorted(order) == list(range(50))
+    assert len({order.tobytes() for order in orders}) == 4
+    assert np.array_equal(epoch_order(50, 1, 0), orders[2])
+    assert sample_rng(5, 0, 0).random() != np.random.default_rng(np.random.SeedSequence(5, spawn_key=(1, 0))).random()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Manifests
+
+
+def test_csv_and_jsonl_say_the_same(tmp_path):
+    (tmp_path / "m.csv").write_text(
+        "\ufeffvideo,caption,reference,identity,start,end,reference_video,reference_time,reference_box,extra\r\n"
+        'a/b.mp4,"She said ""hi"", then left.",r.png,7,1.5,4,,,,x\r\n'
+        'c.mp4," zwei\nZeilen ",,,,,d.webm,2.25,"0.1, 0.2 0.5,0.75",\r\n',
+        encoding="utf-8",
+    )
+    rows = [
+        {"video": "a/b.mp4", "caption": 'She said "hi", then left.', "reference": "r.png", "identity": 7, "start": 1.5,
+         "end": 4, "extra": [1]},
+        {"video": "c.mp4", "caption": "zwei\nZeilen", "reference_video": "d.webm", "reference_time": "2.25",
+         "reference_box": [0.1, 0.2, 0.5, 0.75], "start": None},
+    ]  # fmt: skip
+    (tmp_path / "m.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    csv, jsonl = read_manifest(tmp_path / "m.csv"), read_manifest(str(tmp_path / "m.jsonl"))
+    assert [clip.line for clip in csv] == [2, 4] and [clip.line for clip in jsonl] == [1, 3]
+    for a, b in zip(csv, jsonl):
+        assert vars(a) | {"line": 0} == vars(b) | {"line": 0} and a.problem is None
+    assert csv[0].video == tmp_path / "a/b.mp4" and csv[0].reference == tmp_path / "r.png"
+    assert (csv[0].identity, csv[0].start, csv[0].end) == ("7", 1.5, 4.0) and csv[
+        0
+    ].caption == 'She said "hi", then left.'
+    assert csv[1].reference_video == tmp_path / "d.webm" and csv[1].reference_box == (0.1, 0.2, 0.5, 0.75)
+    assert (csv[1].start, csv[1].end, csv[1].reference_time, csv[1].caption) == (0.0, None, 2.25, "zwei\nZeilen")
+
+
+def test_bad_rows_keep_their_place_and_say_why(tmp_path):
+    rows = [
+        ('{"video": "a.mp4", "caption": "good"}', None),
+        ('{"video": "a.mp4", "caption": ', "not JSON"),
+        ("[1, 2]", "not a JSON object"),
+        ('"text"', "not a JSON object"),
+        ('{"video": " ", "caption": "x"}', "no video"),
+        ('{"caption": "x"}', "no video"),
+        ('{"video": "a.mp4", "caption": "x", "start": "soon"}', "start 'soon'"),
+        ('{"video": "a.mp4", "caption": "x", "start": -1}', "start -1"),
+        ('{"video": "a.mp4", "caption": "x", "end": NaN}', "end nan"),
+        ('{"video": "a.mp4", "caption": "x", "start": 3, "end": 3}', "end 3 is not after start 3"),
+        ('{"video": "a.mp4", "caption": "x", "reference_video": "b.mp4"}', "reference_time go together"),
+        ('{"video": "a.mp4", "caption": "x", "reference_box": [0.1, 0.2, 0.3]}', "reference_box"),
+        ('{"video": "a.mp4", "caption": "x", "reference_box": [100, 20, 300, 400]}', "reference_box"),
+        ('{"video": "b.mp4", "caption": "good"}', None),
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(text for text, _ in rows))
+    clips = read_manifest(tmp_path / "m.jsonl")
+    assert [clip.line for clip in clips] == list(range(1, len(rows) + 1))
+    for clip, (_, problem) in zip(clips, rows):
+        assert clip.problem is None if problem is None else problem in clip.problem
+    (tmp_path / "m.csv").write_text("video,caption\na.mp4,x\nb.mp4,x,y,z\nc.mp4\n,x\n")
+    clips = read_manifest(tmp_path / "m.csv")
+    assert [clip.problem for clip in clips] == [None, "more fields than columns", None, "no video"]
+    assert clips[2].caption == ""  # an empty caption is found in prepare, with the other reasons
+
+
+def test_what_is_no_manifest(tmp_path):
+    for name, content, said in [
+        ("a.csv", "video,text\na.mp4,x\n", r"a\.csv, line 1: no column 'caption'.*text"),
+        ("only.csv", "file,caption\n", r"only\.csv, line 1: no column 'video'"),
+        ("a.jsonl", '\n{"video": "a.mp4", "text": "x"}\n', r"a\.jsonl, line 2: no column 'caption'"),
+        ("empty.csv", "", r"empty\.csv lists no clip"),
+        ("head.csv", "video,caption\n", r"head\.csv lists no clip"),
+        ("a.txt", "x", r"a\.txt.*\.csv or \.jsonl"),
+        ("latin.csv", "video,caption\na.mp4,é".encode("latin-1"), r"latin\.csv is not UTF-8"),
+    ]:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match=said):
+            read_manifest(tmp_path / name)
+    with pytest.raises(UserError, match=r"no manifest at .*missing\.csv"):
+        read_manifest(tmp_path / "missing.csv")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VIP-200K
+
+
+def annotation(video, first, last, rate, **more):
+    clip = {"beg": {"frame_num": first, "framerate": rate}, "end": {"frame_num": last, "framerate": rate}}
+    return {"id": video, "clip": clip} | more
+
+
+def test_vip200k_takes_references_from_other_clips_only(tmp_path):
+    """Of VIP-200K's own example: frames 1016 to 1147 at 23.976 fps, a segment 0 to 130 and a face in frame 16."""
+    rate, (a, b) = 23.976, ([0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.7, 0.8])
+    one = {
+        "faces": [
+            annotation("aaa", 1016, 1147, rate, fidx=16, xyxy_norm=a),
+            annotation("aaa", 2000, 2300, rate, fidx=5, xyxy_norm=b),
+            annotation("bbb", 1016, 1147, 30.0, fidx=60, xyxy_norm=b),
+            annotation("gone", 0, 50, 30.0, fidx=1, xyxy_norm=b),
+        ],
+        "segments": [
+            annotation("aaa", 1016, 1147, rate, fidx_beg=0, fidx_end=130, caption="First."),
+            annotation("aaa", 2000, 2300, rate, fidx_beg=24, fidx_end=200, caption="Zweitens: ä."),
+            annotation("gone", 0, 50, 30.0, fidx_beg=0, fidx_end=49, caption="Missing."),
+        ],
+    }
+    lonely = {
+        "faces": [
+            annotation("bbb", 5, 95, 30.0, fidx=3, xyxy_norm=a),
+            annotation("gone", 0, 9, 30.0, fidx=1, xyxy_norm=a),
+        ],
+        "segments": [
+            annotation("bbb", 5, 95, 30.0, fidx_beg=0, fidx_end=89, caption="Nobody else."),
+            {"id": "bbb", "caption": "no clip"},
+        ],
+    }  # fmt: skip
+    (tmp_path / "vip.json").write_text(json.dumps([one, lonely]))
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "aaa.webm").write_bytes(b"x")
+    (tmp_path / "videos" / "bbb.mp4").write_bytes(b"x")
+    (tmp_path / "videos" / "gone.mp4.part").write_bytes(b"x")
+    (tmp_path / "videos" / "gone.mp4").write_bytes(b"")  # a download that never began
+    seen = Counter()
+    for seed in range(12):
+        counts = vip200k(tmp_path / "vip.json", tmp_path / "videos", tmp_path / "m.jsonl", seed)
+        first, second = read_manifest(tmp_path / "m.jsonl")
+        assert first.problem is None and second.problem is None and first.identity == second.identity
+        assert first.video.name == second.video.name == "aaa.webm" and first.caption == "First."
+        assert (first.start, first.end) == pytest.approx((1016 / rate, 1147 / rate), abs=1e-5)
+        assert (second.start, second.end) == pytest.approx((2024 / rate, 2201 / rate), abs=1e-5)
+        ours = {"aaa.webm": (2005 / rate, tuple(b)), "bbb.mp4": (1076 / 30, tuple(b))}
+        time, box = ours[first.reference_video.name]
+        assert first.reference_time == pytest.approx(time, abs=1e-5) and first.reference_box == box
+        ours["aaa.webm"] = (1032 / rate, tuple(a))
+        time, box = ours[second.reference_video.name]
+        assert second.reference_time == pytest.approx(time, abs=1e-5) and second.reference_box == box
+        seen[first.reference_video.name] += 1
+    assert len(seen) == 2  # drawn, not always the first
+    assert counts == {
+        "segments": 5, "written": 2, "video missing": 1, "no face in another clip": 1, "unreadable": 1,
+        "videos": 3, "videos missing": 1,
+    }  # fmt: skip
+    text = (tmp_path / "m.jsonl").read_text()
+    vip200k(tmp_path / "vip.json", tmp_path / "videos", tmp_path / "m.jsonl", 11)
+    assert (tmp_path / "m.jsonl").read_text() == text and "ä" in text
+
+
+def test_vip200k_says_what_is_wrong(tmp_path):
+    (tmp_path / "videos").mkdir()
+    for content, said in [
+        ("{", "vip.json is not JSON"),
+        ('{"faces": []}', "vip.json, item 0"),
+        ('[{"faces": [], "segments": []}, {"faces": []}]', "vip.json, item 1"),
+        ('[{"faces": [], "segments": []}]', "none of 0 segments"),
+    ]:
+        (tmp_path / "vip.json").write_text(content)
+        with pytest.raises(UserError, match=said):
+            vip200k(tmp_path / "vip.json", tmp_path / "videos", tmp_path / "m.jsonl")
+        assert not (tmp_path / "m.jsonl").exists()
+    with pytest.raises(UserError, match="nowhere"):
+        vip200k(tmp_path / "vip.json", tmp_path / "nowhere", tmp_path / "m.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+SIZE, FRAMES, FPS = 64, 17, 12
+GROUNDS = {"green": (20, 120, 40), "blue": (20, 60, 130), "grey": (90, 90, 90)}
+
+
+def draw(ground, number, face=True):
+    pixels = np.full((SIZE, SIZE, 3), GROUNDS[ground], np.uint8) + np.uint8(number)
+    if face:
+        x = 8 * (number % 5)
+        pixels[16:48, x : x + 32] = (255, 0, 0)
+    return pixels
+
+
+def film(path, ground, count=60, face=True, start=0):
+    return make_video(path, [draw(ground, start + k, face) for k in range(count)], rate=30)
+
+
+@pytest.fixture(scope="module")
+def world(root, tmp_path_factory):
+    """A folder with clips of every kind, a manifest, a pack of face models, a Gemma: what `prepare` takes."""
+    folder = tmp_path_factory.mktemp("world")
+    film(folder / "own.mp4", "green", 90)
+    film(folder / "anna1.mp4", "green")
+    film(folder / "anna2.mp4", "blue")
+    film(folder / "faceless.mp4", "grey", face=False)
+    film(folder / "short.mp4", "blue", 20)
+    (folder / "corrupt.mp4").write_bytes((folder / "own.mp4").read_bytes()[:700])
+    Image.fromarray(draw("grey", 0)).resize((96, 96), Image.Resampling.NEAREST).save(folder / "photo.png")
+    Image.fromarray(draw("blue", 3)).save(folder / "photo.jpg", quality=95)
+    Image.fromarray(draw("grey", 0, face=False)).save(folder / "wall.png")
+    (folder / "zero.png").write_bytes(b"")
+    rows = [
+        {"video": "own.mp4", "caption": "A woman smiles.", "reference": "photo.png", "start": 1.2},
+        {"video": "own.mp4", "caption": "The whole video, and a much longer caption than the other one has."},
+        {"video": "corrupt.mp4", "caption": "x"},
+        {"video": "own.mp4", "caption": "x", "reference": "zero.png"},
+        "{ not json",
+        {"video": "own.mp4", "caption": "  "},
+        {"video": "anna1.mp4", "caption": "Anna turns.", "identity": "anna"},
+        {"video": "anna2.mp4", "caption": "Anna again.", "identity": "anna"},
+        {"video": "short.mp4", "caption": "x", "reference": "photo.png"},
+        {"video": "own.mp4", "caption": "x", "reference": "wall.png"},
+        {"video": "faceless.mp4", "caption": "An empty room.", "reference": "photo.jpg"},
+        {"video": "faceless.mp4", "caption": "x"},
+        {"video": "anna2.mp4", "caption": "Ünal, from a box.", "reference_video": "own.mp4", "reference_time": 0.51,
+         "reference_box": [0.125, 0.25, 0.625, 0.75]},
+        {"video": "own.mp4", "caption": "Bob alone.", "identity": "bob", "start": 0.5, "end": 2.5},
+    ]  # fmt: skip
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (folder / "clips.jsonl").write_text(text + "\n")
+    (folder / "pack").mkdir()
+    build_detector(folder / "pack" / "det.onnx")
+    build_iresnet(folder / "pack" / "rec.onnx")
+    from transformers import AutoTokenizer
+
+    shutil.copytree(root / "assets" / "gemma", folder / "gemma")
+    AutoTokenizer.from_pretrained(root / "assets" / "gemma", add_bos_token=True).save_pretrained(folder / "gemma")
+    return folder
+
+
+SHARD_GB = 4e-3 / 4  # 3 rows a shard
+
+
+@pytest.fixture(scope="module")
+def options(root, world):
+    return {
+        "manifest": world / "clips.jsonl",
+        "ckpt": root / "assets" / "tiny.safetensors",
+        "gemma": world / "gemma",
+        "faces": world / "pack",
+        "height": SIZE,
+        "width": SIZE,
+        "frames": FRAMES,
+        "fps": FPS,
+        "reference": "other",
+        "shard_gb": SHARD_GB,
+        "seed": 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def made(options, world):
+    prepare(out=world / "cache", **options)
+    return world / "cache"
+
+
+def everything(folder):
+    """Names and bytes of all files, also of those that should not be there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+def test_each_bad_row_is_reported_with_file_and_line_and_loses_nothing_else(made, world):
+    report = [json.loads(line) for line in (made / "report.jsonl").read_text().splitlines()]
+    assert {line["manifest"] for line in report} == {"clips.jsonl"}
+    reasons = {line["line"]: line["reason"] for line in report if "reason" in line}
+    assert reasons == {
+        3: "unreadable video",
+        4: "unreadable reference",
+        5: "bad row",
+        6: "empty caption",
+        9: "too short",
+        10: "no face in the reference",
+        12: "no face in the reference",
+    }
+    details = {line["line"]: line["detail"] for line in report if "reason" in line}
+    for line, said in {
+        3: "corrupt.mp4",
+        4: "zero.png",
+        5: "not JSON",
+        9: "short.mp4 is too short: 0.67",
+        10: "wall.png",
+    }.items():
+        assert said in details[line]
+    notes = {line["line"]: line["note"] for line in report if "note" in line}
+    assert notes.keys() == {2, 14} and "'bob'" in notes[14]  # asked for "other", and there was none
+    clips = CachedClips(made)
+    assert clips.names == ["own:1", "own:2", "anna1:7", "anna2:8", "faceless:11", "anna2:13", "own:14"]
+    assert sorted(path.name for path in made.iterdir()) == [
+        "cache.json", "null.safetensors", "report.jsonl", *(f"shard-{k:05d}.safetensors" for k in range(5))
+    ]  # fmt: skip
+
+
+def test_contents_are_what_the_parts_compute(made, options, world):
+    clips, rows = CachedClips(made), read_manifest(world / "clips.jsonl")
+    vae = VideoVAE.from_checkpoint(options["ckpt"])
+    encoder = TextEncoder.from_checkpoint(options["ckpt"], options["gemma"])
+    detector, arcface = FaceDetector(world / "pack"), ArcFace.from_onnx(recognition_file(world / "pack"))
+    assert clips.latent_shape == (16, 5, 8, 8) and len(clips) == 7
+    assert {key: clips.settings[key] for key in ("height", "width", "frames", "fps", "max_tokens")} == {
+        "height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "max_tokens": 64
+    }  # fmt: skip
+    assert torch.equal(clips.null_features, encoder.features([""])[0].bfloat16()) and len(clips.null_features) == 1
+    for i, name in enumerate(clips.names):
+        item, row = clips[i], rows[int(name.split(":")[1]) - 1]
+        assert item["name"] == name and item["caption"] == row.caption
+        video = read_video(row.video, FRAMES, FPS, SIZE, SIZE, row.start)
+        pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            latents = vae.encode(pixels)[0].bfloat16()
+        assert item["latents"].dtype == torch.bfloat16 and torch.equal(item["latents"], latents)
+        features = encoder.features([row.caption])[0].bfloat16()
+        assert item["features"].dtype == torch.bfloat16 and torch.equal(item["features"], features)
+        x = to_tensor(item["image"])[None]
+        landmarks, _, valid = detector.detect(x)
+        e_ref = arcface(align(x, landmarks))[0]
+        assert valid.all() and item["e_ref"].dtype == torch.float32 and torch.equal(item["e_ref"], e_ref)
+    assert len({item["e_ref"].numpy().tobytes() for item in clips}) > 4
+    assert np.array_equal(clips[0]["image"], read_image(world / "photo.png"))
+    assert np.array_equal(clips[4]["image"], read_image(world / "photo.jpg"))
+    assert not torch.equal(clips[0]["latents"], clips[1]["latents"])  # the same video from another time on
+
+
+def test_references_are_cut_from_the_right_video(made, options, world, tmp_path):
+    clips = CachedClips(made)
+    videos = {name: [np.asarray(read_frame(world / f"{name}.mp4", k / 30)) for k in range(count)]
+              for name, count in (("own", 90), ("anna1", 60), ("anna2", 60))}  # fmt: skip
+
+    def frame_of(clip, video):
+        """Numbers of the frames that hold the image as it is, anywhere."""
+        image = np.asarray(clip["image"]).transpose(2, 0, 1)  # (3, h, w)
+        assert image.shape[1] == image.shape[2] > 20
+        places = [np.lib.stride_tricks.sliding_window_view(f, image.shape[1:], (0, 1)) for f in videos[video]]
+        return [k for k, place in enumerate(places) if (place == image).all((2, 3, 4)).any()]
+
+    assert frame_of(clips[2], "anna2") and not frame_of(clips[2], "anna1")  # the other clip of the identity
+    assert frame_of(clips[3], "anna1") and not frame_of(clips[3], "anna2")
+    assert frame_of(clips[1], "own")  # no identity: the same video
+    assert all(15 <= k < 75 for k in frame_of(clips[6], "own")) and frame_of(clips[6], "own")  # from start to end
+    # box 8..40 x 16..48 of frame 15 (0.51 s at 30 fps), margin 1.6: 51 pixels square around (24, 32), moved in
+    assert np.array_equal(clips[5]["image"], read_frame(world / "own.mp4", 15 / 30).crop((0, 6, 51, 57)))
+
+    same = CachedClips(prepared(tmp_path / "same", options, reference="same"))
+    assert frame_of(same[2], "anna1") and not frame_of(same[2], "anna2")
+    assert same.names == clips.names and not any("note" in line for line in same.report)
+    seeded = CachedClips(prepared(tmp_path / "seed", options, reference="same", seed=4))
+    picked = [[frame_of(c[k], name) for c in (same, seeded)] for k, name in ((1, "own"), (2, "anna1"), (3, "anna2"))]
+    assert any(a != b for a, b in picked)
+
+
+def prepared(folder, options, **changes):
+    prepare(out=folder, **options | changes)
+    return folder
+
+
+def test_crop_face_is_a_square_inside_the_image():
+    image = Image.fromarray(np.arange(100 * 80 * 3).reshape(80, 100, 3).astype(np.uint8))  # 100 wide, 80 high
+    for box, corners in [
+        ((40, 30, 60, 50), (34, 24, 66, 56)),
+        ((40, 35, 60, 45), (34, 24, 66, 56)),
+        ((0, 0, 20, 20), (0, 0, 32, 32)),  # moved in
+        ((-10, 70, 10, 90), (0, 48, 32, 80)),
+        ((10, 0, 80, 80), (0, 0, 100, 80)),  # larger than the image
+    ]:
+        assert np.array_equal(crop_face(image, np.array(box, float)), image.crop(corners)), box
+
+
+def test_faces_can_be_required_in_the_video(options, tmp_path):
+    report = CachedClips(prepared(tmp_path / "c", options, require_face_in_video=True)).report
+    reasons = {line["line"]: line["reason"] for line in report if "reason" in line}
+    assert reasons[11] == reasons[12] == "no face in the video" and 1 not in reasons
+
+
+def test_large_references_are_reduced(options, world, tmp_path):
+    (tmp_path / "m.csv").write_text(f"video,caption,reference\n{world / 'own.mp4'},x,large.png\n")
+    Image.fromarray(draw("blue", 3)).resize((1500, 1500), Image.Resampling.NEAREST).save(tmp_path / "large.png")
+    assert CachedClips(prepared(tmp_path / "c", options, manifest=tmp_path / "m.csv"))[0]["image"].size == (1024, 1024)
+
+
+def test_dataset_in_workers_and_epochs(made):
+    clips = CachedClips(made)
+    training = TrainingClips(clips, seed=5)
+    counts = list(range(11))
+    alone = [collate([training[count]]) for count in counts]
+    loader = torch.utils.data.DataLoader(training, sampler=counts, batch_size=3, num_workers=2, collate_fn=collate)
+    batches = list(loader)
+    assert [name for batch in batches for name in batch["names"]] == [batch["names"][0] for batch in alone]
+    for key in ("latents", "references", "e_ref"):
+        assert torch.equal(torch.cat([batch[key] for batch in batches]), torch.cat([batch[key] for batch in alone]))
+    for a, b in zip((f for batch in batches for f in batch["features"]), (batch["features"][0] for batch in alone)):
+        assert torch.equal(a, b)
+    assert [count for batch in batches for count in batch["counts"]] == counts
+    first = batches[0]
+    assert first["latents"].shape == (3, 16, 5, 8, 8) and first["latents"].dtype == torch.bfloat16
+    assert first["references"].shape == (3, 3, SIZE, SIZE) and first["e_ref"].shape == (3, 16)
+    names = [batch["names"][0] for batch in alone]
+    assert sorted(names[:7]) == sorted(clips.names) and set(names[7:]) <= set(clips.names)
+    assert names[7:] == [clips.names[k] for k in epoch_order(7, 5, 1)[:4]]
+    index = int(epoch_order(7, 5, 1)[0])
+    again = reference_tensor(clips[index]["image"], SIZE, SIZE, sample_rng(5, 1, index))
+    assert torch.equal(alone[7]["references"][0], again)
+    plain = TrainingClips(clips, seed=5, augment=False)[7]
+    assert torch.equal(plain["reference"], reference_tensor(clips[index]["image"], SIZE, SIZE))
+    assert pickle.loads(pickle.dumps(clips)).names == clips.names
+    with pytest.raises(IndexError):
+        clips[7]
+    item = clips[0]["latents"]
+    assert item.untyped_storage().nbytes() == item.nbytes  # not a view of the whole shard
+
+
+def test_damaged_caches_say_what_to_run(made, tmp_path):
+    with pytest.raises(UserError, match=r"no cache in .*data\.py prepare"):
+        CachedClips(tmp_path)
+
+    def spoil(name, change):
+        folder = tmp_path / name
+        shutil.copytree(made, folder)
+        change(folder)
+        with pytest.raises(UserError, match=rf"{name}.*prepare") as caught:
+            CachedClips(folder)
+        return str(caught.value)
+
+    shard = "shard-00002.safetensors"
+    assert shard in spoil("gone", lambda folder: (folder / shard).unlink())
+    data = (made / shard).read_bytes()
+    assert shard in spoil("cut", lambda folder: (folder / shard).write_bytes(data[:-5]))
+    assert "null" in spoil("null", lambda folder: (folder / "null.safetensors").unlink())
+    changed = (made / "cache.json").read_text().replace('"seed": 3', '"seed": 4')
+    assert "shard-00000" in spoil("other", lambda folder: (folder / "cache.json").write_text(changed))
+    with pytest.raises(UserError, match=r"cache\.json is damaged"):
+        (tmp_path / "cache.json").write_text("{")
+        CachedClips(tmp_path)
+
+
+def test_a_damaged_shard_is_made_again(made, options, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(made, folder)
+    (folder / "shard-00001.safetensors").write_bytes(b"\0" * 50)
+    (folder / "shard-00003.safetensors").unlink()
+    (folder / ".shard-00003.99.part.safetensors").write_bytes(b"left over")
+    (folder / "text-00000.safetensors").write_bytes(b"left over")
+    prepare(out=folder, **options)
+    assert everything(folder) == everything(made)
+
+
+def test_other_settings_are_refused(made, options, world, tmp_path):
+    before = everything(made)
+    other = tmp_path / "clips.jsonl"
+    other.write_text((world / "clips.jsonl").read_text() + "\n")
+    shutil.copytree(world / "pack", tmp_path / "pack")
+    build_iresnet(tmp_path / "pack" / "extra.onnx")
+    for change, said in [
+        ({"height": 128}, "height = 64 and this run has 128"),
+        ({"fps": 24}, "fps = 12.0 and this run has 24.0"),
+        ({"frames": 13}, "frames"),
+        ({"reference": "same"}, "reference = other and this run has same"),
+        ({"seed": 4}, "seed"),
+        ({"shard_gb": 1}, "rows_per_shard"),
+        ({"dtype": torch.bfloat16}, "dtype"),
+        ({"manifest": other}, "manifest_sha256"),
+        ({"faces": tmp_path / "pack"}, "faces"),
+    ]:
+        with pytest.raises(UserError, match=rf"{made} was made with {said}"):
+            prepare(out=made, **options | change)
+    assert everything(made) == before
+
+
+def test_fingerprint_is_of_vae_and_projection(options, tmp_path):
+    """A fine-tuned DiT fits the same cache; another VAE or text projection does not."""
+    from checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(options["ckpt"])
+    data, print_ = bytearray(options["ckpt"].read_bytes()), cache.fingerprint(checkpoint)
+    for name, same in [
+        ("model.diffusion_model.proj_out.weight", True),
+        ("vae.encoder.conv_in.conv.weight", False),
+        ("vae.per_channel_statistics.std-of-means", False),
+        ("text_embedding_projection.video_aggregate_embed.bias", False),
+    ]:
+        at = checkpoint.data_start + checkpoint.tensors[name]["data_offsets"][0]
+        (tmp_path / "c.safetensors").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert (cache.fingerprint(Checkpoint(tmp_path / "c.safetensors")) == print_) is same, name
+
+
+def test_sizes_that_the_vae_cannot_take(options, tmp_path):
+    for change, said in [
+        ({"height": 60}, r"--height 60 is not a multiple of 8: the nearest are 56 and 64"),
+        ({"frames": 16}, r"--frames 16 is not 4k\+1: the nearest are 13 and 17"),
+        ({"width": 0}, "--width 0"),
+        ({"fps": 0}, "--fps 0"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            prepare(out=tmp_path / "c", **options | change)
+    assert not (tmp_path / "c").exists()
+
+
+def test_nothing_usable(options, world, tmp_path):
+    (tmp_path / "m.csv").write_text(f"video,caption\nmissing.mp4,x\n{world / 'own.mp4'},\n")
+    with pytest.raises(UserError, match=r"none of the 2 clips can be used.*report\.jsonl"):
+        prepare(out=tmp_path / "c", **options | {"manifest": tmp_path / "m.csv"})
+    with pytest.raises(UserError, match=r"holds no clip.*report\.jsonl"):
+        CachedClips(tmp_path / "c")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command: killed, shared
+
+
+def command(root, options, folder):
+    arguments = [sys.executable, str(root / "data.py"), "prepare", "--out", str(folder)]
+    for key, value in options.items():
+        arguments += [f"--{key.replace('_', '-')}", str(value)]
+    return arguments
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""} | more
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_same_cache_as_one(made, options, root, tmp_path):
+    """At the same time, in one folder, with a third rank's shards left to be made by one process."""
+    folder = tmp_path / "cache"
+    start = command(root, options, folder)
+    ranks = [
+        subprocess.Popen(start, env=environment(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank)))
+        for rank in range(2)
+    ]
+    assert [process.wait(60) for process in ranks] == [0, 0]
+    there = {path.name for path in folder.glob("shard-*")}
+    assert there == {f"shard-{k:05d}.safetensors" for k in (0, 1, 3, 4)} and not (folder / "report.jsonl").exists()
+    with pytest.raises(UserError, match="not complete"):
+        CachedClips(folder)
+    prepare(out=folder, **options)
+    assert everything(folder) == everything(made)
+
+
+@pytest.mark.slow
+def test_killed_command_completes_when_run_again(made, options, root, tmp_path):
+    folder = tmp_path / "cache"
+    process = subprocess.Popen(command(root, options, folder), env=environment(), stderr=subprocess.DEVNULL)
+    while not (folder / "shard-00000.safetensors").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (folder / "report.jsonl").exists()
+    done = subprocess.run(command(root, options, folder), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "7 of 14 clips" in done.stdout and "left out, bad row: 1" in done.stdout
+    assert "MiB and" in done.stderr + done.stdout and "hours" in done.stderr + done.stdout  # the estimate
+    assert everything(folder) == everything(made)
+
+
+KILLER = """
+    # Forks a process per life out of one that has imported everything; each is killed in the middle of its work.
+    import os, pathlib, random, signal, sys, threading
+    sys.path.insert(0, sys.argv[1])
+    import insightface.app, torch, transformers, cache  # noqa
+    options, folder, dice = eval(sys.argv[2]), sys.argv[3], random.Random(0)
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(owner, name, fatal):
+        # dies at the fatal-th change of a folder: before it when fatal is odd, after it when even
+        real = getattr(owner, name)
+        def hooked(*args, **kwargs):
+            count[0] += 1
+            if count[0] == (fatal + 1) // 2 and fatal % 2:
+                die()
+            result = real(*args, **kwargs)
+            if count[0] == (fatal + 1) // 2:
+                die()
+            return result
+        setattr(owner, name, hooked)
+
+    for life in range(60):
+        fatal, delay = (dice.randint(1, 10), None) if life % 3 else (0, dice.uniform(0.05, 1.2))
+        if (pid := os.fork()) == 0:
+            torch.set_num_threads(2)
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            count = [0]
+            if fatal:
+                hook(os, "replace", fatal)
+                hook(pathlib.Path, "unlink", fatal)
+            else:
+                timer = threading.Timer(delay, die)
+                timer.daemon = True
+                timer.start()
+            cache.prepare(out=folder, **options)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        parts = sum(".part" in name for name in os.listdir(folder))
+        print("ended" if status == 0 else f"killed {os.WTERMSIG(status)}", len(os.listdir(folder)), parts, flush=True)
+        if status == 0:
+            break
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_result_is_the_same(made, options, root, tmp_path):
+    """SIGKILL before and after renames and deletions, and at random times, life after life, until one gets through."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    told = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in options.items()}
+    script = [sys.executable, "-c", textwrap.dedent(KILLER), str(root), repr(told), str(folder)]
+    run = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=100)
+    lives = run.stdout.splitlines()
+    assert run.returncode == 0 and lives[-1].startswith("ended"), run.stderr[-2000:]
+    assert len(lives) > 8 and all(life.startswith("killed 9") for life in lives[:-1])
+    assert len({life.split()[2] for life in lives}) > 4  # at different points of the work
+    assert any(life.split()[3] != "0" for life in lives)  # some in the middle of a file
+    assert everything(folder) == everything(made)
+
+
+@pytest.mark.slow
+def test_commands_report_in_one_line(options, made, root, tmp_path):
+    def run(*arguments):
+        script = [sys.executable, str(root / "data.py"), *map(str, arguments)]
+        return subprocess.run(script, env=environment(), capture_output=True, text=True)
+
+    shown = run("show", made)
+    assert shown.returncode == 0 and "7 clips, 7 rows left out" in shown.stdout
+    sheet = Image.open(made / "references.png")
+    sheet.load()
+    (made / "references.png").unlink()
+    assert sheet.getpixel((60, 126))[0] > 240 and sheet.getpixel((200, 126))[0] < 120  # photo.png
+    refused = run("show", tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and refused.stderr.startswith("error: no cache")
+    (tmp_path / "m.csv").write_text("video,text\na.mp4,x\n")
+    failed = subprocess.run(
+        command(root, options | {"manifest": tmp_path / "m.csv"}, tmp_path / "c"),
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert failed.returncode == 2 and "m.csv, line 1: no column 'caption'" in failed.stderr
+    assert failed.stderr.count("\n") == 1 and not (tmp_path / "c").exists()
+    (tmp_path / "vip.json").write_text("[]")
+    vip = run("vip200k", "--annotations", tmp_path / "vip.json", "--videos", tmp_path, "--out", tmp_path / "o.jsonl")
+    assert vip.returncode == 2 and vip.stderr.count("\n") == 1

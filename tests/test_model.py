@@ -1,0 +1,178 @@
+"""model.py against the golden vectors, and what an attention over places and per-token timesteps must keep."""
+
+import pytest
+import torch
+
+from model import LTXVideo
+
+FPS = 24.0
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def inputs(golden):
+    """Arguments of the model for [video, clean reference], as a dict to change entries of."""
+    tokens, reference = golden["latent"].shape[1], golden["ref"].shape[1]
+    sigma = golden["sigma"]
+    timesteps = torch.cat([sigma[:, None].expand(-1, tokens), torch.zeros(2, reference)], dim=1)
+    return {
+        "latents": torch.cat([golden["latent"], golden["ref"]], dim=1),
+        "timesteps": timesteps,
+        "sigma": sigma,
+        "context": golden["context"],
+        "positions": torch.cat([golden["video_positions"], golden["tass_positions"]], dim=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def tokens(golden):
+    return golden["latent"].shape[1]
+
+
+def as_dtype(inputs, dtype):
+    """Latents and context in the model's dtype; levels and places stay float32, as sampling passes them."""
+    return inputs | {key: inputs[key].to(dtype) for key in ("latents", "context")}
+
+
+def test_velocity_equals_golden_without_reference(model, golden):
+    sigma, tokens = golden["sigma"], golden["latent"].shape[1]
+    timesteps = sigma[:, None].expand(-1, tokens)
+    v = model(golden["latent"], timesteps, sigma, golden["context"], golden["video_positions"])
+    torch.testing.assert_close(v, golden["velocity_text"], atol=1e-4, rtol=0)
+
+
+def test_velocity_equals_golden_with_reference(model, golden, inputs):
+    torch.testing.assert_close(model(**inputs), golden["velocity_text_ref"], atol=1e-4, rtol=0)
+
+
+def test_float64_agrees_with_golden(tiny_a, golden, inputs):
+    double = LTXVideo.from_checkpoint(tiny_a, dtype=torch.float64)
+    v = double(**as_dtype(inputs, torch.float64))
+    assert v.dtype == torch.float64
+    torch.testing.assert_close(v.float(), golden["velocity_text_ref"], atol=1e-4, rtol=0)
+
+
+def test_bfloat16_runs_and_is_near(tiny_a, golden, inputs):
+    half = LTXVideo.from_checkpoint(tiny_a, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    v = half(**as_dtype(inputs, torch.bfloat16))
+    want = golden["velocity_text_ref"]
+    assert v.dtype == torch.bfloat16
+    assert (v.float() - want).abs().mean() < 0.05 * want.abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_timestep_sinusoid_is_made_in_float32(model, dtype):
+    """In bf16, 1000 t is known to 4 only: sigmas 0.997 and 0.999 would be the same noise level."""
+    seen = []
+    model = model.adaln_single.emb["timestep_embedder"]
+    hook = model.linear_1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    t = torch.tensor([0.997, 0.998, 0.999, 1.0])
+    with pytest.raises(RuntimeError):  # float32 weights after a sinusoid in another dtype
+        model(t, dtype)
+    hook.remove()
+    k = torch.arange(128, dtype=torch.float64)
+    angles = 1000 * t.double()[:, None] * 10000 ** (-k / 128)
+    want = torch.cat([angles.cos(), angles.sin()], dim=1)
+    assert seen[0].dtype == dtype and (seen[0].double() - want).abs().max() < 4e-3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_samples_of_a_batch_do_not_mix(model, seed):
+    sizes = torch.Generator().manual_seed(seed)
+    n, s = (torch.randint(3, 20, (2,), generator=sizes)).tolist()
+    arguments = {
+        "latents": randn(3, n, 4, seed=seed),
+        "timesteps": torch.rand(3, n, generator=sizes),
+        "sigma": torch.rand(3, generator=sizes),
+        "context": randn(3, s, 128, seed=seed + 1),
+        "positions": 100 * torch.rand(3, 3, n, 2, generator=sizes),
+    }
+    together = model(**arguments)
+    for row in range(3):
+        alone = model(**{key: value[row : row + 1] for key, value in arguments.items()})
+        torch.testing.assert_close(alone, together[row : row + 1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_order_of_reference_tokens_means_nothing(model, inputs, tokens, seed):
+    """A token is known by its position alone, not by its place in the sequence."""
+    total = inputs["latents"].shape[1]
+    order = torch.arange(total)
+    order[tokens:] = tokens + torch.randperm(total - tokens, generator=torch.Generator().manual_seed(seed))
+    moved = inputs | {key: inputs[key][:, order] for key in ("latents", "timesteps")}
+    moved["positions"] = inputs["positions"][:, :, order]
+    v = model(**inputs)[:, :tokens]
+    torch.testing.assert_close(model(**moved)[:, :tokens], v, atol=2e-5, rtol=0)
+    displaced = model(**(moved | {"positions": inputs["positions"]}))[:, :tokens]  # the tokens without their positions
+    assert torch.equal(order, torch.arange(total)) or (displaced - v).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moving_video_and_reference_together_changes_nothing(model, inputs, tokens, seed):
+    cells = torch.randint(1, 10, (3,), generator=torch.Generator().manual_seed(seed))
+    shift = (cells * torch.tensor([8 / FPS, 32, 32])).view(1, 3, 1, 1)
+    v = model(**inputs)
+    torch.testing.assert_close(model(**(inputs | {"positions": inputs["positions"] + shift})), v, atol=1e-3, rtol=0)
+    apart = inputs["positions"].clone()
+    apart[:, :, tokens:] += shift
+    assert (model(**(inputs | {"positions": apart})) - v)[:, :tokens].abs().max() > 1e-3
+
+
+def test_every_token_is_modulated_by_its_own_timestep(model, inputs, tokens):
+    v = model(**inputs)
+    noisy = inputs["timesteps"].clone()
+    noisy[:, tokens:] = inputs["sigma"][:, None]  # the reference says the video's noise level
+    assert (model(**(inputs | {"timesteps": noisy})) - v)[:, :tokens].abs().max() > 1e-3
+    one = inputs["timesteps"].clone()
+    one[0, 3] = 0.9
+    changed = (model(**(inputs | {"timesteps": one})) - v).abs().amax(dim=2)
+    assert changed[0, 3] == changed[0].max() > 1e-3 and changed[1].max() < 1e-5
+
+
+def test_the_text_is_modulated_by_sigma_and_not_by_the_tokens(model, inputs):
+    v = model(**inputs)
+    other = model(**(inputs | {"sigma": inputs["sigma"] / 2}))
+    assert (other - v).abs().max() > 1e-3
+
+
+def test_a_different_timestep_for_every_token(model, inputs):
+    """AdaLN runs on the distinct timesteps only; another sample's may not disturb the look-up."""
+    levels = torch.rand(2, inputs["latents"].shape[1], generator=torch.Generator().manual_seed(0))
+    v = model(**(inputs | {"timesteps": levels}))
+    half = levels.clone()
+    half[1] = levels[0]
+    torch.testing.assert_close(model(**(inputs | {"timesteps": half}))[0], v[0], atol=2e-5, rtol=0)
+
+
+def test_masked_tokens_are_as_good_as_absent(model, golden, inputs, tokens):
+    """A dropped reference leaves its slots in the batch; nothing in them may be looked at."""
+    mask = torch.ones(inputs["timesteps"].shape, dtype=torch.bool)
+    mask[0, tokens:] = False
+    filled = inputs | {"latents": inputs["latents"].clone()}
+    filled["latents"][0, tokens:] = 50 * randn(*golden["ref"].shape[1:])
+    v = model(**filled, mask=mask)
+    torch.testing.assert_close(v[0, :tokens], golden["velocity_text"][0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(v[1], golden["velocity_text_ref"][1], atol=1e-4, rtol=0)
+
+
+def test_recomputed_blocks_give_the_same_gradient(tiny_a, inputs):
+    gradients = []
+    for again in (False, True):
+        trained = LTXVideo.from_checkpoint(tiny_a)
+        for block in trained.transformer_blocks:
+            block.recompute = again
+        trained(**inputs).square().mean().backward()
+        gradients.append([p.grad for p in trained.parameters()])
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_gradient_reaches_every_parameter(tiny_a, inputs):
+    trained = LTXVideo.from_checkpoint(tiny_a)
+    trained(**inputs).square().mean().backward()
+    without = [name for name, p in trained.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert without == []

@@ -1,0 +1,467 @@
+"""sample.py as a person runs it: a real photograph to an MP4, --check, and one line for each mistake."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_A, is_audio
+from PIL import Image
+from safetensors.torch import save_file
+
+import sample
+import text
+from checkpoint import SUPPORTED, Checkpoint
+from errors import one_line_errors
+
+SHORT = ["--steps", "1", "--frames", "5", "--height", "32", "--width", "48"]
+LIMIT = 20_000  # bytes a file may have on the full disk
+
+
+@pytest.fixture
+def face(root):
+    return str(root / "assets" / "face.png")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("--ref", ...) -> (exit code, stdout, stderr) of `python sample.py --ref ...`, in this process."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, options)])
+        code = 0
+        try:
+            with one_line_errors():
+                sample.main()
+        except SystemExit as left:
+            code = left.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(command, tmp_path):
+    """refused("--ref", ...) -> the one line on stderr of a command that fails as it should, writing nothing."""
+
+    def run(*options, out="out/clip.mp4"):
+        code, _, stderr = command(*options, "--out", tmp_path / out)
+        assert code == 2 and "Traceback" not in stderr, stderr
+        assert len(stderr.splitlines()) == 1 and stderr.startswith("error: "), stderr
+        assert not [path for path in tmp_path.rglob("*") if path.suffix == ".mp4" or ".part" in path.name]
+        return stderr
+
+    return run
+
+
+def real_command(root, *options, **subprocess_options):
+    command = [sys.executable, root / "sample.py", *options]
+    return subprocess.run(command, capture_output=True, text=True, **subprocess_options)
+
+
+def read_video(path):
+    """Frames (F, H, W, 3), frames per second, and the settings in the metadata."""
+    with av.open(str(path)) as container:
+        (stream,) = container.streams
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        assert stream.frames == len(frames)
+        return frames, float(stream.average_rate), json.loads(container.metadata["comment"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# it works
+
+
+@pytest.mark.slow
+def test_a_real_photograph_to_a_video(root, tmp_path):
+    photo = Path(importlib.util.find_spec("insightface").origin).parent / "data" / "images" / "t1.jpg"
+    out = tmp_path / "new" / "clip.mp4"
+    prompt = 'A woman turns to the camera; she says "hi".'
+    done = real_command(root, "--ref", photo, "--prompt", prompt, "--out", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "arning" not in done.stderr and "seed 0: 30/30 steps" in done.stderr and "s/step" in done.stderr
+    assert sorted(path.name for path in out.parent.iterdir()) == ["clip.mp4", "clip.png"]
+    frames, fps, settings = read_video(out)
+    assert frames.shape == (17, 64, 64, 3) and fps == 12.0
+    assert frames.std() > 1
+    assert settings["prompt"] == prompt and settings["ref"] == str(photo) and settings["seed"] == 0
+    assert (settings["s_y"], settings["s_r"], settings["placement"]) == (5.0, 7.5, "tass")
+    with Image.open(out.with_suffix(".png")) as sheet:
+        assert sheet.size == (7 * 164 - 4, 160 + 16)
+        first = np.asarray(sheet.crop((0, 16, 160, 176))).astype(int)
+    with Image.open(photo) as original:  # wider than high: bars above and below
+        band = round(160 * original.height / original.width)
+    assert original.width > original.height
+    assert (first[: (160 - band) // 2 - 6] < 12).all() and (first[-((160 - band) // 2 - 6) :] < 12).all()
+    assert first[80 - band // 4 : 80 + band // 4].std() > 20
+
+
+def test_all_options_arrive(command, face, tmp_path):
+    out = tmp_path / "clip.mp4"
+    options = ["--frames", 9, "--height", 40, "--width", 56, "--fps", 8, "--steps", 2, "--s-text", 3, "--s-ref", 4]
+    options += ["--placement", "remote", "--seed", 11, "--negative", "blurry", "--dtype", "bfloat16", "--device", "cpu"]
+    code, stdout, stderr = command("--ref", face, "--prompt", "A man.", "--out", out, *options)
+    assert code == 0, stderr
+    frames, fps, settings = read_video(out)
+    assert frames.shape == (9, 40, 56, 3) and fps == 8.0 and str(out) in stdout
+    want = {"frames": 9, "height": 40, "width": 56, "fps": 8.0, "steps": 2, "s_y": 3.0, "s_r": 4.0, "seed": 11}
+    want |= {"placement": "remote", "prompt": "A man.", "negative": "blurry", "ref": face}
+    assert want.items() <= settings.items()
+
+
+def test_the_paper_is_the_default_where_the_checkpoint_has_none(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x"])
+    settings = sample.resolve_settings(sample.parse_arguments(), Checkpoint(TINY_A))
+    want = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_y": 5.0, "s_r": 7.5}
+    assert settings == want | {"placement": "tass"}
+
+
+def test_seeds_count_up_and_each_is_the_video_it_is_alone(command, face, tmp_path):
+    common = ["--ref", face, "--prompt", "A man.", *SHORT]
+    assert command(*common, "--out", tmp_path / "many.mp4", "--samples", 2, "--seed", 4)[0] == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["many-4.mp4", "many-4.png", "many-5.mp4", "many-5.png"]
+    assert command(*common, "--out", tmp_path / "one.mp4", "--seed", 5)[0] == 0
+    videos = [read_video(tmp_path / name)[0] for name in ("many-4.mp4", "many-5.mp4", "one.mp4")]
+    assert np.array_equal(videos[1], videos[2]) and not np.array_equal(videos[0], videos[1])
+
+
+def test_twice_the_same_is_the_same_to_the_byte(command, face, tmp_path):
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        assert command("--ref", face, "--prompt", "A man.", *SHORT, "--out", folder / "clip.mp4")[0] == 0
+    for file in ("clip.mp4", "clip.png"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_every_choice_changes_the_video(command, face, tmp_path):
+    """An option that is read and never used would give the plain video."""
+    changes = {
+        "plain": [],
+        "prompt": ["--prompt", "A blue wall."],
+        "negative": ["--negative", "an old man"],
+        "s-text": ["--s-text", "1.5"],
+        "s-ref": ["--s-ref", "2"],
+        "placement": ["--placement", "temporal"],
+        "fps": ["--fps", "6"],
+        "steps": ["--steps", "3"],
+    }
+    videos = {}
+    for name, options in changes.items():
+        out = tmp_path / f"{name}.mp4"
+        assert command("--ref", face, "--prompt", "A man.", *SHORT, "--steps", "2", *options, "--out", out)[0] == 0
+        videos[name] = read_video(out)[0]
+    assert command("--prompt", "A man.", *SHORT, "--steps", "2", "--out", tmp_path / "text.mp4")[0] == 0
+    videos["no reference"] = read_video(tmp_path / "text.mp4")[0]
+    same = [name for name, video in videos.items() if name != "plain" and np.array_equal(video, videos["plain"])]
+    assert same == []
+
+
+def test_gemma_is_gone_before_the_dit_is_loaded(command, monkeypatch, face, tmp_path):
+    """At full size both together are 50 GB."""
+    gemmas, alive = [], []
+    load_gemma, load_model = text.load_gemma, sample.LTXVideo.from_checkpoint
+
+    def watched_gemma(*arguments):
+        tokenizer, gemma = load_gemma(*arguments)
+        gemmas.append(weakref.ref(gemma))
+        return tokenizer, gemma
+
+    def watched_model(*arguments):
+        alive.append(gemmas[0]() is not None)
+        return load_model(*arguments)
+
+    monkeypatch.setattr(text, "load_gemma", watched_gemma)
+    monkeypatch.setattr(sample.LTXVideo, "from_checkpoint", watched_model)
+    assert command("--ref", face, "--prompt", "A man.", *SHORT, "--out", tmp_path / "clip.mp4")[0] == 0
+    assert alive == [False]
+
+
+def test_random_weights_say_so(command, face, tmp_path):
+    _, stdout, _ = command("--ref", face, "--prompt", "A man.", *SHORT, "--out", tmp_path / "clip.mp4")
+    checkpoint = Checkpoint(sample.ASSETS / "tiny.safetensors")
+    assert ("random" in stdout) == (checkpoint.ours.get("weights") == "random")
+
+
+def test_the_reference_photo_survives(command, face, tmp_path):
+    """`--ref me.png --out me.mp4` would put the contact sheet in the place of the photo."""
+    photo = tmp_path / "me.png"
+    shutil.copy(face, photo)
+    command("--ref", photo, "--prompt", "A man.", *SHORT, "--out", tmp_path / "me.mp4")
+    assert photo.read_bytes() == Path(face).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --check
+
+
+def totals(shapes):
+    return len(shapes), sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+@pytest.mark.slow
+def test_check_prints_the_totals_of_the_released_layout(root, released, released_file):
+    done = real_command(root, "--check", "--ckpt", released_file)
+    assert done.returncode == 0, done.stderr
+    needed = released["needed"]
+    of_text = "text_embedding_projection.", "model.diffusion_model.video_embeddings_connector."
+    parts = {  # what it prints: the names that belong to it
+        "DiT": {
+            n: s for n, s in needed.items() if n.startswith("model.diffusion_model.") and not n.startswith(of_text)
+        },
+        "text projection and connector": {n: s for n, s in needed.items() if n.startswith(of_text)},
+        "VAE encoder": {n: s for n, s in needed.items() if n.startswith("vae.encoder.")},
+        "VAE decoder": {n: s for n, s in needed.items() if n.startswith("vae.decoder.")},
+        "VAE statistics": {n: s for n, s in needed.items() if n.startswith("vae.per_channel_statistics.")},
+        "all that is needed": needed,
+    }
+    lines = done.stdout.splitlines()
+    for title, shapes in parts.items():
+        (line,) = [line for line in lines if line.startswith(title)]
+        count, parameters = totals(shapes)
+        assert line.split()[-3:] == [f"{count:,}", f"{parameters:,}", f"{2 * parameters:,}"]
+    (line,) = [line for line in lines if line.startswith("ignored")]
+    assert line.split()[-1] == f"{len(released['ignored']):,}"
+    assert lines[-1] == "nothing is missing"
+
+
+def test_check_tells_what_is_missing(command, forge):
+    gone = ["model.diffusion_model.proj_out.bias", "vae.decoder.conv_in.conv.weight"]
+    path = forge(tensors=dict.fromkeys(gone) | {"vae.encoder.conv_in.conv.bias": torch.zeros(3)})
+    code, stdout, stderr = command("--check", "--ckpt", path)
+    assert code == 2 and len(stderr.splitlines()) == 1 and "nothing is missing" not in stdout
+    assert all(name in stderr for name in gone) and "vae.encoder.conv_in.conv.bias has shape [3]" in stderr
+
+
+def test_check_reads_no_tensor(command, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "read_bytes", lambda *_: pytest.fail("tensor data was read"))
+    assert command("--check")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes: options and photos
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--frames", "18"], ["--frames 18", "4k+1", "17 and 21"]),
+        (["--frames", "0"], ["--frames 0", "1 and 5"]),
+        (["--frames", "-7"], ["--frames -7", "1 and 5"]),
+        (["--height", "60"], ["--height 60", "multiple of 8", "56 and 64"]),
+        (["--width", "3"], ["--width 3", "8 and 16"]),
+        (["--steps", "0"], ["--steps 0"]),
+        (["--fps", "0"], ["--fps 0"]),
+        (["--fps", "nan"], ["--fps nan"]),
+        (["--fps", "inf"], ["--fps inf"]),
+        (["--s-ref", "nan"], ["--s-ref nan"]),
+        (["--seed", "99999999999999999999"], ["--seed"]),
+        (["--samples", "0"], ["--samples 0"]),
+        (["--prompt", ""], ["prompt is empty", "--prompt"]),
+        (["--prompt", " \n "], ["prompt is empty"]),
+        (["--device", "abacus"], ["'abacus'", "--device cpu"]),
+        (["--device", "meta"], ["'meta'"]),
+        (["--dtype", "int8"], ["int8"]),
+        (["--placement", "moon"], ["moon", "tass"]),
+        (["--ref", "no/such/face.jpg"], ["no image at no/such/face.jpg"]),
+        (["--ckpt", "no/such/model.safetensors"], ["no checkpoint at no/such/model.safetensors", "--ckpt"]),
+        (["--gemma", "no/such/gemma"], ["no/such/gemma", "hf auth login", "https://huggingface.co/"]),
+        (["--speed", "9"], ["--speed", "--help"]),
+    ],
+)
+def test_wrong_options(refused, face, options, words):
+    line = refused("--ref", face, "--prompt", "A man.", *SHORT, *options)
+    assert all(word in line for word in words), line
+
+
+def test_wrong_sizes_of_the_released_model(refused, released_file):
+    for option, value, words in (("--frames", 120, "113 and 121"), ("--height", 500, "480 and 512")):
+        line = refused("--ckpt", released_file, "--prompt", "A man.", option, value)
+        assert words in line and ("8k+1" in line or "multiple of 32" in line)
+
+
+def test_missing_prompt(refused, face):
+    assert "--prompt" in refused("--ref", face)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu(refused, face):
+    assert "'cuda'" in refused("--ref", face, "--prompt", "A man.", "--device", "cuda")
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated jpeg", "truncated png", "folder"])
+def test_wrong_photos(refused, tmp_path, kind):
+    photo = tmp_path / "face.jpg"
+    if kind == "folder":
+        photo.mkdir()
+    elif kind.startswith("truncated"):
+        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(photo, kind.split()[1])
+        photo.write_bytes(photo.read_bytes()[:-2000])
+    else:
+        photo.write_bytes(b"" if kind == "empty" else b"not a photograph")
+    assert str(photo) in refused("--ref", photo, "--prompt", "A man.", *SHORT)
+
+
+@pytest.mark.parametrize("out", ["clip.avi", "clip", "clip.mp4.txt"])
+def test_output_that_is_no_mp4(refused, face, out):
+    assert ".mp4" in refused("--ref", face, "--prompt", "A man.", *SHORT, out=out)
+
+
+def test_output_folder_that_cannot_be_made(refused, face, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for out in ("file/clip.mp4", "file/deeper/clip.mp4"):
+        assert "file" in refused("--ref", face, "--prompt", "A man.", *SHORT, out=out)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="resource limits")
+@pytest.mark.parametrize("limit, whole", [(LIMIT, []), (100_000, ["clip.mp4"])])
+def test_a_full_disk_leaves_nothing_half_written(root, face, tmp_path, limit, whole):
+    """The video fails, or the contact sheet after it: what stands there is whole."""
+
+    def fill_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    out = tmp_path / "clip.mp4"
+    options = ["--ref", face, "--prompt", "A man.", "--steps", "1", "--out", out]
+    done = real_command(root, *options, preexec_fn=fill_disk, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    errors = [line for line in done.stderr.splitlines() if line and "steps" not in line]
+    assert done.returncode == 2 and len(errors) == 1 and "File too large" in errors[0], done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == whole
+    if whole:
+        assert read_video(out)[0].shape == (17, 64, 64, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes: checkpoints
+
+
+def rename_all(forge, rename, metadata=None):
+    """A file of other tensor names and metadata."""
+    path = forge().with_name("other.safetensors")
+    save_file({rename(k): torch.zeros(2) for k in range(4)}, path, metadata)
+    return path
+
+
+def cut(path, size):
+    with open(path, "r+b") as file:
+        file.truncate(size)
+    return path
+
+
+def filled(path, data):
+    path.write_bytes(data)
+    return path
+
+
+QKV = "model.diffusion_model.transformer_blocks.1.attn1.to_q.weight"
+WRONG_FILES = {
+    "empty": (lambda f: filled(f(), b""), ["not a whole safetensors file"]),
+    "text": (lambda f: filled(f(), b"<html>Sign in to download</html>"), ["not a whole safetensors file"]),
+    "cut in the header": (lambda f: cut(f(), 5000), ["not a whole safetensors file", "download it again"]),
+    "cut in the data": (lambda f: cut(f(), 3_000_000), ["not a whole safetensors file", "download it again"]),
+    "LTX-2.0": (
+        lambda f: f(config={"transformer.cross_attention_adaln": False}, metadata={"model_version": "2.0.1"}),
+        ["looks like LTX-2.0", "2.0.1"],
+    ),
+    "LTX-2.0 without version": (
+        lambda f: f(config={"transformer.cross_attention_adaln": False}, metadata={"model_version": None}),
+        ["looks like LTX-2.0", "cross_attention_adaln"],
+    ),
+    "LTX-2.5": (lambda f: f(metadata={"model_version": "2.5.0"}), ["looks like LTX-2.5", "2.5.0"]),
+    "version unknown": (lambda f: f(metadata={"model_version": None}), ["unknown version"]),
+    "LTX-Video 0.9": (
+        lambda f: f(config={"transformer._class_name": "Transformer3DModel"}, metadata={"model_version": None}),
+        ["LTX-Video 0.9", "Transformer3DModel"],
+    ),
+    "another setting": (
+        lambda f: f(config={"transformer.rope_type": "interleaved"}),
+        ["transformer.rope_type = 'interleaved'", "'split'"],
+    ),
+    "another VAE": (lambda f: f(config={"vae.causal_decoder": True}), ["vae.causal_decoder = True"]),
+    "LoRA": (
+        lambda f: rename_all(f, lambda k: f"diffusion_model.transformer_blocks.{k}.attn1.to_q.lora_A.weight"),
+        ["LoRA"],
+    ),
+    "diffusers part": (lambda f: rename_all(f, lambda k: f"transformer_blocks.{k}.to_q.weight"), ["diffusers"]),
+    "unrelated": (lambda f: rename_all(f, lambda k: f"bert.layer.{k}.weight"), ["unrelated", "bert.layer.0.weight"]),
+    "config missing": (lambda f: f(metadata={"config": None}), ["metadata lacks the config"]),
+    "config damaged": (lambda f: f(metadata={"config": "{"}), ["metadata lacks the config"]),
+    "config of another form": (lambda f: f(metadata={"config": '{"transformer": [1], "vae": 2}'}), [".safetensors"]),
+    "key of the config missing": (
+        lambda f: f(
+            metadata={"config": json.dumps({"transformer": SUPPORTED["transformer"], "vae": SUPPORTED["vae"]})}
+        ),
+        ["forged.safetensors"],
+    ),
+    "tensor missing": (lambda f: f(tensors={QKV: None}), [QKV, "missing"]),
+    "projection missing": (
+        lambda f: f(tensors={"text_embedding_projection.video_aggregate_embed.weight": None}),
+        ["video_aggregate_embed.weight is missing"],
+    ),
+    "wrong shape": (lambda f: f(tensors={QKV: torch.zeros(128, 64)}), [QKV, "[128, 64]", "[128, 128]"]),
+    "fp8": (lambda f: f(tensors={QKV: torch.zeros(128, 128).to(torch.float8_e4m3fn)}), [QKV, "fp8"]),
+    "int8": (lambda f: f(tensors={QKV: torch.zeros(128, 128, dtype=torch.int8)}), [QKV]),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_FILES)
+def test_wrong_checkpoints(refused, forge, face, kind):
+    make, words = WRONG_FILES[kind]
+    path = make(forge)
+    for options in (["--ref", face, "--prompt", "A man.", *SHORT[:2], "--gemma", sample.ASSETS / "gemma"], ["--check"]):
+        if options != ["--check"] and kind in ("tensor missing", "wrong shape", "fp8", "int8"):
+            continue  # found when the DiT is loaded, after a Gemma that fits; see the next test
+        line = refused("--ckpt", path, *options)
+        assert str(path) in line and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("kind", ["tensor missing", "wrong shape", "fp8", "int8"])
+def test_wrong_tensors_are_found_before_gemma_reads_the_prompt(refused, forge, face, kind, monkeypatch):
+    """Loading 24 GB of Gemma first, to say then that the checkpoint is broken, wastes minutes."""
+    path = WRONG_FILES[kind][0](forge)
+    monkeypatch.setattr(text, "load_gemma", lambda *_: pytest.fail("Gemma was loaded first"))
+    line = refused(
+        "--ckpt", path, "--ref", face, "--prompt", "A man.", "--frames", "9", "--height", "32", "--width", "32"
+    )
+    assert QKV in line
+
+
+@pytest.mark.slow
+def test_real_processes_end_with_code_2_and_one_line(root, face, forge, tmp_path):
+    for options, words in (
+        (["--ckpt", tmp_path / "none.safetensors"], "no checkpoint"),
+        (["--ckpt", cut(forge(), 100_000)], "not a whole safetensors file"),
+        (["--frames", "18"], "17 and 21"),
+    ):
+        done = real_command(root, "--ref", face, "--prompt", "A man.", *options, "--out", tmp_path / "clip.mp4")
+        assert done.returncode == 2 and done.stdout == ""
+        assert len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+def test_absence_of_the_audio_branch_does_not_matter(command, forge, released):
+    assert all(map(is_audio, released["ignored"]))
+    audio = [name for name in Checkpoint(TINY_A).tensors if is_audio(name)]
+    assert audio and command("--check", "--ckpt", forge(tensors=dict.fromkeys(audio)))[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the set-up
+
+
+def test_exactly_one_onnxruntime_is_installed():
+    """Both own the module `onnxruntime`; installed together the CPU one may hide the GPU."""
+    names = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
+    assert len(names & {"onnxruntime", "onnxruntime-gpu"}) == 1
