@@ -1,4 +1,5 @@
 # make sample   set up .venv and make a video with the embedded model
+# make train    set up and train the tiny model on the clips in assets/
 # make test     set up and run the tests
 # make setup    only set up; PYTHON=python3.12 picks the interpreter, ORT=gpu|cpu the onnxruntime (found by nvidia-smi)
 
@@ -8,7 +9,7 @@ OTHER  := $(if $(filter gpu,$(ORT)),onnxruntime,onnxruntime-gpu)
 RUN    := .venv/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: setup sample test lint clean
+.PHONY: setup sample train test lint clean
 
 setup: .venv/ready-$(ORT)
 
@@ -26,6 +27,10 @@ setup: .venv/ready-$(ORT)
 sample: setup
 	$(RUN) sample.py --ref assets/face.png --prompt "A woman with brown hair turns her head and smiles." --out out/sample.mp4
 
+train: setup
+	$(RUN) data.py prepare --manifest assets/clips/manifest.csv --out cache/tiny
+	$(RUN) train.py
+
 test: setup
 	$(RUN) -m pytest --durations=10
 
@@ -34,4 +39,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv out cache/tiny runs/tiny

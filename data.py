@@ -167,7 +167,7 @@ class CachedClips(torch.utils.data.Dataset):
         self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
         self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit
         with safe_open(self.folder / NULL, framework="pt") as file:
-            self.null_features = file.get_tensor("features").clone()
+            self.null_features = file.get_tensor("features")
 
     def __len__(self) -> int:
         return len(self.places)
@@ -178,8 +178,7 @@ class CachedClips(torch.utils.data.Dataset):
             raise IndexError(f"clip {i} of {len(self)}")
         shard, row = self.places[i]
         with safe_open(self.folder / shard_file(shard), framework="pt") as file:
-            # clone: what safetensors returns may be a view of the whole file, which a worker would send with it
-            item = {part: file.get_tensor(f"{row:07d}.{part}").clone() for part in PARTS}
+            item = {part: file.get_tensor(f"{row:07d}.{part}") for part in PARTS}
         image = Image.open(io.BytesIO(item["image"].numpy().tobytes())).convert("RGB")
         caption = item["caption"].numpy().tobytes().decode()
         return item | {"name": self.names[i], "image": image, "caption": caption}

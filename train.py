@@ -35,7 +35,7 @@ from guidance import generate
 from logbook import Log
 from media import contact_sheet, read_image, to_tensor, to_uint8
 from objective import Dice, Objective, roll
-from parallel import StopSignal, build_model, gather_rows, join_processes
+from parallel import StopSignal, build_model, gather_rows, join_processes, reshard
 from plan import Plan
 from text import GEMMA, TextConnector, TextEncoder
 from vae import VideoVAE
@@ -317,6 +317,7 @@ def draw_samples(
             folder.mkdir(parents=True, exist_ok=True)
             contact_sheet(folder / f"step-{step:06d}-{k}.png", photo, to_uint8(video))
     inner.train()
+    reshard(inner)
     report(f"drew {len(wanted)} samples into {folder}")
 
 
