@@ -183,9 +183,11 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
                 arcface = ArcFace.from_onnx(recognition_file(faces["pack"])).to(device)
             dist.barrier()
     sharded = config["parallel"]["mode"] == "fsdp"
+    connector = TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False)
+    connector.projection = None  # the cache holds what comes after it
     return Objective(
         vae=VideoVAE.from_checkpoint(ckpt, device, low).requires_grad_(False),
-        connector=TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False),
+        connector=connector,
         null_features=clips.null_features,
         slots=clips.settings["max_tokens"],
         fps=clips.settings["fps"],
@@ -196,6 +198,7 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
         ref_timestep=reference["timestep"],
         dtype=low if sharded else torch.float32,
         autocast=low == torch.bfloat16 and not sharded,
+        window_context=faces["context"],
         **{key: faces[key] for key in ("lambda_id", "lambda_tic", "gamma", "window", "min_weight")},
     )
 
