@@ -333,13 +333,23 @@ def test_samples_and_curves_are_drawn(clips, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_bf16_is_close_and_quiet(mode, clips, one_process, tmp_path):
-    """bf16 computation over float32 weights: nearly the same losses, and no warning in a normal run."""
-    done = torchrun(
-        2, command(clips, tmp_path / "run", optim__steps=2, parallel__precision="bf16", parallel__mode=mode)
-    )
-    assert losses(tmp_path / "run") == pytest.approx(losses(one_process)[:2], rel=0.02)
+    """bf16 computation over float32 weights: the same loss, nearly the same step, and no warning in a normal run.
+
+    Only the first step is compared: a small change of a weight shows in its bf16 copy when a few have added up.
+    """
+    options = {"optim__steps": 1, "parallel__precision": "bf16", "parallel__mode": mode}
+    done = torchrun(2, command(clips, tmp_path / "run", **options))
+    assert losses(tmp_path / "run") == pytest.approx(losses(one_process)[:1], rel=1e-3)
     assert "Warning" not in done.stderr, done.stderr
-    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run", 1).values())
+    start = load_file(ASSETS / "tiny.safetensors")
+    ours, theirs = weights(tmp_path / "run", 1), weights(one_process, 1)
+    steps = []
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.float32
+        if name.startswith("model."):
+            first = start["model.diffusion_model." + name.removeprefix("model.")].float()
+            steps.append(torch.stack([tensor - first, theirs[name] - first]).flatten(1))
+    assert torch.nn.functional.cosine_similarity(*torch.cat(steps, dim=1), dim=0) > 0.9
 
 
 def test_only_safetensors_and_json_are_written(one_process):
