@@ -69,11 +69,13 @@ def main() -> None:
         "faces": str(recognition_file(options.faces)),
         "det_size": options.det_size,
         "onnx": options.onnx,
-        "curricular": options.curricular,
         "clip": None if options.clip == "none" else options.clip,
         "clip_bgr": options.clip_bgr,
     }
-    stamps = {case.id: stamp(case, files[case.id], settings) for case in cases if case.id in files}
+    told = json.dumps(settings), options.curricular and Path(options.curricular)
+    there = [case for case in cases if case.id in files]
+    stamps = {case.id: stamp(files[case.id], case.reference, case.prompt, *told) for case in there}
+    file_stamps = {case.id: stamp(files[case.id]) for case in there}  # VBench sees the video and nothing else
     results = read_results(out / "results.jsonl")
     todo = [case for case in cases if results.get(case.id, {}).get("stamp") != stamps.get(case.id, "")]
 
@@ -101,14 +103,14 @@ def main() -> None:
     scored = {case.id: case for case in cases if case.id not in problems}
     if not scored:
         raise UserError(f"none of {len(cases)} cases could be scored: {next(iter(problems.values()))}")
-    of_vbench = read_vbench(out / "vbench", stamps)
-    if options.vbench:
-        lacking = {name for name in scored if of_vbench.get(name, {}).keys() < DIMENSIONS.keys()}
-        if lacking:
-            run_vbench(
-                {name: (files[name], stamps[name]) for name in scored if name in lacking}, out / "vbench", options.gpus
-            )
-            of_vbench = read_vbench(out / "vbench", stamps)
+    of_vbench, failure = read_vbench(out / "vbench", file_stamps), None
+    lacking = [name for name in scored if of_vbench.get(name, {}).keys() < DIMENSIONS.keys()]
+    if options.vbench and lacking:
+        try:
+            run_vbench({name: (files[name], file_stamps[name]) for name in lacking}, out / "vbench", options.gpus)
+        except UserError as error:  # said at the end: the rest of the table does not depend on it
+            failure = error
+        of_vbench = read_vbench(out / "vbench", file_stamps)
 
     # ---- tables and pictures
     rows = [
@@ -118,14 +120,15 @@ def main() -> None:
     ]
     write_csv(out / "scores.csv", rows)
     good = [row for row in rows if "problem" not in row]
-    how = (
-        f"protocol {options.protocol}, {Path(settings['faces']).name}, {'BGR' if options.clip_bgr else 'RGB'} for CLIP"
-    )
+    how = f"protocol {options.protocol}, faces by {Path(settings['faces']).name}"
+    how += ", CLIP sees BGR" if options.clip_bgr else ""
     text = markdown(options.name or Path(options.videos).resolve().name, good, len(cases), how)
     with whole_file(out / "summary.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     draw_sheet(out / "sheet.png", [picture(row, scored[row["id"]]) for row in extremes(good)])
     print(f"{text}\nwrote scores.csv, summary.md and sheet.png into {out}")
+    if failure:
+        raise failure
 
 
 def find_videos(folder: str | Path) -> dict[str, Path]:
@@ -133,19 +136,25 @@ def find_videos(folder: str | Path) -> dict[str, Path]:
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}: give --videos the folder of the videos")
     files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in VIDEO_SUFFIXES)
-    by_name = {file.stem: file for file in files if not file.name.startswith(".")}
+    by_name: dict[str, Path] = {}
+    for file in files:
+        if not file.name.startswith("."):  # what a killed run left half written
+            if file.stem in by_name:
+                raise UserError(f"{file} and {by_name[file.stem].name} are both videos of {file.stem}: remove one")
+            by_name[file.stem] = file
     if not by_name:
         raise UserError(f"no video in {folder}: they are looked for as <id>.mp4, .webm, .mkv, ...")
     return by_name
 
 
-def stamp(case: Case, video: Path, settings: dict[str, Any]) -> str:
-    """Of all that a video's scores depend on; another file, prompt, photo or option is another stamp."""
-    parts = [json.dumps(settings, sort_keys=True), case.prompt]
-    for file in (video, case.reference):
-        if file and file.is_file():
-            parts += [file.name, str(file.stat().st_size), str(file.stat().st_mtime_ns)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+def stamp(*parts: Path | str | None) -> str:
+    """Of all that a result depends on: texts, and files by name, size and time of change."""
+    texts = []
+    for part in parts:
+        if isinstance(part, Path) and part.is_file():
+            part = f"{part.name} {part.stat().st_size} {part.stat().st_mtime_ns}"
+        texts.append(str(part))
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:

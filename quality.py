@@ -52,7 +52,7 @@ def run_vbench(videos: dict[str, tuple[Path, str]], folder: Path, gpus: int = 1)
         subprocess.run(vbench_command(links, folder, gpus), cwd=folder, check=True)
     except subprocess.CalledProcessError as error:
         raise UserError(
-            f"VBench ended with code {error.returncode}, its last lines say why; all else is saved"
+            f"VBench ended with code {error.returncode}, its last lines say why; the rest is written"
         ) from None
 
 

@@ -128,7 +128,8 @@ def test_a_kill_loses_nothing_and_repeats_nothing(when, command, listed, monkeyp
     cases, out = listed({"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}), tmp_path / "videos"
     options = ["--batch", str(cases), *SHORT, "--out", str(out)]
     script = [sys.executable, "-c", KILLED, when, *options]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any(".part" in name for name in names(out))
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
