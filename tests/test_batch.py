@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sample
 from cases import read_cases
 from errors import UserError, one_line_errors
+from media import read_frames
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS = ROOT / "assets" / "clips"
@@ -54,14 +56,16 @@ def names(folder):
 
 def test_a_case_is_the_video_that_it_is_alone(command, listed, tmp_path):
     photo = CLIPS / "1.png"
-    cases = listed({"id": "a"}, {"id": "b", "reference": str(photo), "prompt": "A woman.", "seed": 7})
+    b = {"reference": str(photo), "prompt": "A woman.", "seed": 7}
+    cases = listed({"id": "a"}, {"id": "b"} | b, {"id": "c"} | b | {"seed": 8})
     assert command("--batch", cases, *SHORT, "--out", tmp_path / "many")[0] == 0
-    assert names(tmp_path / "many") == ["a.mp4", "a.png", "b.mp4", "b.png", "batch.json"]
+    assert names(tmp_path / "many") == ["a.mp4", "a.png", "b.mp4", "b.png", "batch.json", "c.mp4", "c.png"]
     alone = ["--ref", photo, "--prompt", "A woman.", "--seed", 7, *SHORT, "--out", tmp_path / "b.mp4"]
     assert command(*alone)[0] == 0
     for kind in (".mp4", ".png"):
         assert (tmp_path / "many" / f"b{kind}").read_bytes() == (tmp_path / f"b{kind}").read_bytes()
-    assert (tmp_path / "many" / "a.mp4").read_bytes() != (tmp_path / "b.mp4").read_bytes()
+    frames = [read_frames(tmp_path / "many" / f"{name}.mp4", range(5)) for name in "abc"]
+    assert not np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[1], frames[2])
 
 
 def test_a_failed_case_costs_only_itself(command, listed, tmp_path):

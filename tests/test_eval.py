@@ -240,20 +240,21 @@ def test_crops_of_curricular_face_are_opencvs(reader, monkeypatch):
     """norm_crop at 224, RGB, resized to 112: what the network receives, against insightface and OpenCV."""
     from insightface.utils.face_align import norm_crop
 
-    noise = np.random.default_rng(1).integers(0, 256, (2, 90, 90, 3)).astype(np.uint8)
-    frames = np.stack([cv2.GaussianBlur(frame, (0, 0), 3) for frame in noise])
+    frames = np.random.default_rng(1).integers(0, 256, (2, 540, 540, 3)).astype(np.uint8)
+    points = POINTS * 6  # a face of more than 224 pixels in noise: every way to reduce it gives another picture
     received = []
-    monkeypatch.setattr(reader, "detector", Watched(POINTS, 90))
+    monkeypatch.setattr(reader, "detector", Watched(points, 540))
     monkeypatch.setattr(reader, "curricular", lambda crops: received.append(crops) or crops.flatten(1)[:, :512])
     reader.read(frames)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        large = [norm_crop(f[..., ::-1].copy(), POINTS.astype(np.float32), image_size=224)[..., ::-1] for f in frames]
+        large = [norm_crop(f[..., ::-1].copy(), points.astype(np.float32), image_size=224)[..., ::-1] for f in frames]
     truth = np.stack([cv2.resize(np.ascontiguousarray(crop), (112, 112)) for crop in large])
     ours = ((received[0] + 1) * 127.5).permute(0, 2, 3, 1).numpy()
     assert ours.shape == (2, 112, 112, 3)
-    assert np.abs(ours - truth).max() < 2.5 and np.abs(ours - truth).mean() < 0.5
-    assert np.abs(ours[..., ::-1] - truth).mean() > 2  # the colours are not the same the other way round
+    # OpenCV 5 interpolates in floating point, OpenCV 4 rounds coordinates to 1/32 pixel; both round to bytes, twice
+    assert np.abs(ours - truth).mean() < (0.6 if int(cv2.__version__.split(".")[0]) >= 5 else 4)
+    assert np.abs(ours[..., ::-1] - truth).mean() > 10  # the colours are not the same the other way round
 
 
 def test_the_protocols_differ_in_frames_and_in_zeros(reader, monkeypatch, command, tmp_path):
@@ -541,6 +542,7 @@ def test_bootstrap():
     assert again == pytest.approx((low, high), abs=1e-9)
     assert report.bootstrap(values, ["one"] * 400) is None
     assert report.bootstrap(np.array([0.0, 1.0]), ["a", "b"]) == (0.0, 1.0)
+    assert report.bootstrap(np.array([0.0, 1.0, 1.0, 1.0]), ["a", "b", "b", "b"]) == (0.0, 1.0)  # a mean of videos
 
 
 def test_row_of_table_1():
