@@ -11,6 +11,7 @@ nobody, and there is nothing to hang.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,8 @@ import torch
 from cases import Case
 from errors import UserError, whole_file
 
-
-def rank_and_world() -> tuple[int, int]:
-    """This process among torchrun's, or (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# What a killed run leaves of a file of case [1]: errors.whole_file's names.
+HALF_WRITTEN = re.compile(r"\.(.+?)(\.failed)?\.\d+\.part\.\w+")
 
 
 class Batch:
@@ -34,7 +33,7 @@ class Batch:
         """Raises UserError if the folder was begun with other settings: its videos would not be comparable."""
         self.folder, self.failed = Path(folder), 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.rank, self.world = rank_and_world()
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         begun = self.folder / "batch.json"
         if begun.is_file():
             before = json.loads(begun.read_text())
@@ -56,9 +55,11 @@ class Batch:
 
     def missing(self, cases: list[Case]) -> list[Case]:
         """This rank's share of the cases that are not complete, after removing what killed runs left half written."""
-        for case in (mine := cases[self.rank :: self.world]):
-            for stale in self.folder.glob(f".{case.id}.*.part.*"):
-                stale.unlink(missing_ok=True)
+        mine = cases[self.rank :: self.world]
+        names = {case.id for case in mine}
+        for file in self.folder.iterdir():  # another rank may be writing its own just now
+            if (match := HALF_WRITTEN.fullmatch(file.name)) and match[1] in names:
+                file.unlink(missing_ok=True)
         return [case for case in mine if not self.is_complete(case)]
 
     def check(self, case: Case) -> None:

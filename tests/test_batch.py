@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import sample
+from batch import Batch
 from cases import read_cases
 from errors import UserError, one_line_errors
 from media import read_frames
@@ -163,6 +164,16 @@ def test_ranks_share_the_cases(command, listed, monkeypatch, tmp_path):
     assert command("--batch", cases, *SHORT, "--out", tmp_path / "v")[0] == 0
     made = [name for name in names(tmp_path / "v") if name.endswith(".mp4")]
     assert made == [f"{k}.mp4" for k in range(5)]
+
+
+def test_only_ones_own_half_written_files_are_removed(listed, monkeypatch, tmp_path):
+    cases = read_cases(listed({"id": "a"}, {"id": "a.1"}, {"id": "a.1.failed"}))
+    others = [".a.1.77.part.mp4", ".a.1.77.part.png", ".a.1.failed.77.part.txt", "a.77.part.mp4", ".b.77.part.mp4"]
+    for name in [*others, ".a.77.part.mp4", ".a.77.part.png", ".a.failed.77.part.txt"]:
+        (tmp_path / name).touch()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert [case.id for case in Batch(tmp_path, {}).missing(cases)] == ["a"]
+    assert names(tmp_path) == sorted([*others, "batch.json", "cases.jsonl"])
 
 
 def test_gemma_reads_all_prompts_and_is_freed_before_the_dit_comes(command, listed, monkeypatch, tmp_path):

@@ -171,6 +171,41 @@ def test_own_references_score_higher_than_foreign_ones(command, tmp_path):
     assert (table.argmax(1) == range(4)).all(), table
 
 
+def test_all_columns_of_ours_arrive(command, monkeypatch, tiny_clip, tmp_path):
+    """FaceSim-Cur and CLIP-Score through the command, on a video whose frames differ."""
+    monkeypatch.setattr(CurricularFace, "from_file", lambda path, device: lambda x: F.avg_pool2d(x, 28).flatten(1))
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    frames = np.concatenate([np.repeat(photo(2)[None], 12, 0), np.repeat(photo(0)[None], 8, 0)])
+    lossless(videos / "a.mkv", frames)
+    cases = listed(tmp_path / "cases.jsonl", {"id": "a", "reference": str(CLIPS / "2.png"), "prompt": "a face."})
+    options = [
+        "--videos",
+        videos,
+        "--cases",
+        cases,
+        "--out",
+        out,
+        *TINY[:4],
+        "--curricular",
+        "x.bin",
+        "--clip",
+        tiny_clip,
+    ]
+    code, stdout, stderr = command(*options)
+    assert code == 0, stderr
+    (row,) = scores(out).values()
+    reader = FaceReader(FACES, "x.bin", det_size=128)
+    both = reader.read(np.stack([photo(2), photo(0)]))
+    first = sum(int(x) < 12 for x in np.linspace(0, 19, 16))
+    other = max(0, cosine(both.cur[0].numpy(), both.cur[1].numpy()))
+    assert 0 < other < 0.99 and 8 < first < 12
+    assert float(row["facesim_cur"]) == pytest.approx((first + (16 - first) * other) / 16, abs=1e-4)
+    expected = ClipScore(tiny_clip)(frames[[k * 20 // 16 for k in range(16)]], "a face.")
+    assert float(row["clip_score"]) == pytest.approx(expected, abs=1e-4)
+    assert "FaceSim-Cur empty" not in stdout and "CLIP-Score empty" not in stdout and "AQ, IQ, MS, DD empty" in stdout
+
+
 def test_negative_cosines_count_as_zero_and_frames_without_a_face_not_at_all():
     e = torch.tensor([[1.0, 0], [-3, 0], [3, 4], [9, 9]])  # cosines 1, -1, 0.6; the last frame has no face
     found = torch.tensor([True, True, True, False])
