@@ -155,11 +155,11 @@ def face_sim(e: Tensor, e_ref: Tensor, found: Tensor, skip_zeros: bool = False) 
 class ClipScore:
     """Mean logits_per_image of a CLIP over a video's frames: about 100 times the cosine of image and text.
 
-    name: a hub id or a folder with weights, tokenizer and preprocessor_config.json. The weights are read by
-    transformers: safetensors, or where a repository has none, a .bin by torch's weights-only reader. Images go through transformers'
-    own preprocessing on Pillow (shortest side to 224 bicubic, central crop, mean and deviation), texts are cut at the
-    model's 77 tokens. bgr: colours the wrong way round, as the published script has them; for comparison with numbers
-    made by it.
+    name: a hub id or a folder with weights, tokenizer and preprocessor_config.json. transformers reads the weights:
+    safetensors, or where a repository has none, its .bin by torch's weights-only reader. Images go through
+    transformers' preprocessing on Pillow (shortest side to 224 bicubic, central crop, mean and deviation), texts are
+    cut at the model's 77 tokens. bgr: colours the wrong way round, as the published script has them; for comparison
+    with numbers made by it.
     """
 
     def __init__(self, name: str | Path, device: str | torch.device = "cpu", bgr: bool = False):
