@@ -4,7 +4,7 @@
                largest face, 5 landmarks              └─> CurricularFace ───> e_f ─┴─> negative = 0, mean over frames
     frames, prompt ──> CLIP ──> mean logits
 
-FaceSim follows the released scripts line by line (PKU-YuanGroup/ConsisID eval/get_facesim_fid.py, `consisid`;
+FaceSim is what the released scripts compute (PKU-YuanGroup/ConsisID eval/get_facesim_fid.py, `consisid`;
 PKU-YuanGroup/OpenS2V-Nexus eval/get_facesim.py, `opens2v`), CLIP-Score the former's eval/get_clipscore.py. Deviations:
 frames are decoded one after the other by FFmpeg and counted, where the scripts seek with OpenCV and believe the header;
 photos are turned as EXIF says; crops are not rounded to bytes between alignment, resizing and network; CLIP sees RGB.
