@@ -1,4 +1,5 @@
 # make sample   set up .venv and make a video with the embedded model
+# make train    set up and train the tiny model on the clips in assets/
 # make vbench   set up .venv-vbench for eval.py --vbench (PYTHON=python3.11 or older)
 # make test     set up and run the tests
 # make setup    only set up; PYTHON=python3.12 picks the interpreter, ORT=gpu|cpu the onnxruntime (found by nvidia-smi)
@@ -9,7 +10,7 @@ OTHER  := $(if $(filter gpu,$(ORT)),onnxruntime,onnxruntime-gpu)
 RUN    := .venv/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: setup sample vbench test lint clean
+.PHONY: setup sample train vbench test lint clean
 
 setup: .venv/ready-$(ORT)
 
@@ -26,6 +27,10 @@ setup: .venv/ready-$(ORT)
 
 sample: setup
 	$(RUN) sample.py --ref assets/face.png --prompt "A woman with brown hair turns her head and smiles." --out out/sample.mp4
+
+train: setup
+	$(RUN) data.py prepare --manifest assets/clips/manifest.csv --out cache/tiny
+	$(RUN) train.py
 
 # Not the environment of everything else: VBench pins numpy below 2 and a transformers of 2023.
 vbench: .venv-vbench/ready
@@ -45,4 +50,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf .venv .venv-vbench out
+	rm -rf .venv .venv-vbench out cache/tiny runs/tiny

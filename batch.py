@@ -31,6 +31,7 @@ class Batch:
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]):
         """Raises UserError if the folder was begun with other settings: its videos would not be comparable."""
+        settings = json.loads(json.dumps(settings))  # as they read when they come back
         self.folder, self.failed = Path(folder), 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

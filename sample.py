@@ -12,6 +12,7 @@ freed, then VAE and DiT are loaded.
 import argparse
 import gc
 import json
+import math
 import os
 from contextlib import nullcontext
 from functools import partial
@@ -78,6 +79,8 @@ def main() -> None:
     if options.check:
         return check(checkpoint)
     settings = resolve_settings(options, checkpoint)
+    for part in (LTXVideo, TextConnector, VideoVAE):
+        part.from_checkpoint(path, device="meta")  # every name and shape, before Gemma reads the prompt
     device, dtype = resolve_device(options)
     size, negative = (settings["height"], settings["width"]), options.negative
     if options.batch:
@@ -163,6 +166,11 @@ def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dic
         if value != lower:
             rule = f"{step}k+1" if extra else f"a multiple of {step}"
             raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
+    for name in ("fps", "s_text", "s_ref"):
+        if not math.isfinite(settings[name]):
+            raise UserError(f"--{name.replace('_', '-')} {settings[name]} is not a finite number")
+    if not 0 <= options.seed < 2**63 - options.samples:
+        raise UserError(f"--seed {options.seed} is not between 0 and 2^63")
     for name in ("fps", "steps"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")
@@ -176,7 +184,7 @@ def resolve_device(options: argparse.Namespace) -> tuple[torch.device, torch.dty
     """The device, tried out, and the dtype."""
     try:
         device = torch.device(options.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"device {options.device!r} cannot be used here ({reason}): try --device cpu") from None
@@ -190,11 +198,15 @@ def resolve_outputs(options: argparse.Namespace) -> list[tuple[int, Path]]:
         raise UserError(f"--out {out} does not end in .mp4")
     if options.samples < 1:
         raise UserError(f"--samples {options.samples} is not above 0")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if options.samples == 1:
-        return [(options.seed, out)]
     seeds = range(options.seed, options.seed + options.samples)
-    return [(seed, out.with_stem(f"{out.stem}-{seed}")) for seed in seeds]
+    outputs = [(seed, out.with_stem(f"{out.stem}-{seed}") if len(seeds) > 1 else out) for seed in seeds]
+    for _, video in outputs:
+        if options.ref and Path(options.ref).resolve() == video.with_suffix(".png").resolve():
+            raise UserError(f"the contact sheet of {video} would replace --ref {options.ref}: name another --out")
+        if video.is_dir():
+            raise UserError(f"--out {video} is a folder: name a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return outputs
 
 
 def default_gemma(options: argparse.Namespace) -> str | Path:

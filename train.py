@@ -35,7 +35,7 @@ from guidance import generate
 from logbook import Log
 from media import contact_sheet, read_image, to_tensor, to_uint8
 from objective import Dice, Objective, roll
-from parallel import StopSignal, build_model, gather_rows, join_processes
+from parallel import StopSignal, build_model, gather_rows, join_processes, reshard
 from plan import Plan
 from text import GEMMA, TextConnector, TextEncoder
 from vae import VideoVAE
@@ -183,9 +183,11 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
                 arcface = ArcFace.from_onnx(recognition_file(faces["pack"])).to(device)
             dist.barrier()
     sharded = config["parallel"]["mode"] == "fsdp"
+    connector = TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False)
+    connector.projection = None  # the cache holds what comes after it
     return Objective(
         vae=VideoVAE.from_checkpoint(ckpt, device, low).requires_grad_(False),
-        connector=TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False),
+        connector=connector,
         null_features=clips.null_features,
         slots=clips.settings["max_tokens"],
         fps=clips.settings["fps"],
@@ -196,6 +198,7 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
         ref_timestep=reference["timestep"],
         dtype=low if sharded else torch.float32,
         autocast=low == torch.bfloat16 and not sharded,
+        window_context=faces["context"],
         **{key: faces[key] for key in ("lambda_id", "lambda_tic", "gamma", "window", "min_weight")},
     )
 
@@ -317,6 +320,7 @@ def draw_samples(
             folder.mkdir(parents=True, exist_ok=True)
             contact_sheet(folder / f"step-{step:06d}-{k}.png", photo, to_uint8(video))
     inner.train()
+    reshard(inner)
     report(f"drew {len(wanted)} samples into {folder}")
 
 

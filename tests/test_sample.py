@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import sample
 import text
-from checkpoint import SUPPORTED, Checkpoint
+from checkpoint import OUR_METADATA, SUPPORTED, Checkpoint
 from errors import one_line_errors
 
 SHORT = ["--steps", "1", "--frames", "5", "--height", "32", "--width", "48"]
@@ -124,7 +124,16 @@ def test_the_paper_is_the_default_where_the_checkpoint_has_none(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x"])
     settings = sample.resolve_settings(sample.parse_arguments(), Checkpoint(TINY_A))
     want = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_y": 5.0, "s_r": 7.5}
-    assert settings == want | {"placement": "tass"}
+    assert settings == want | {"placement": "tass", "ref_timestep": "clean"}
+
+
+def test_a_checkpoint_says_what_it_was_trained_with_and_options_win(monkeypatch, forge):
+    ours = {"defaults": {"steps": 3, "width": 64, "fps": 12.0}, "placement": "overlap", "ref_timestep": "shared"}
+    checkpoint = Checkpoint(forge(metadata={OUR_METADATA: json.dumps(ours)}))
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x", "--width", "96", "--s-ref", "0"])
+    settings = sample.resolve_settings(sample.parse_arguments(), checkpoint)
+    want = {"steps": 3, "fps": 12.0, "width": 96, "height": 480, "s_r": 0.0}
+    assert (want | {"placement": "overlap", "ref_timestep": "shared"}).items() <= settings.items()
 
 
 def test_seeds_count_up_and_each_is_the_video_it_is_alone(command, face, tmp_path):
@@ -178,9 +187,10 @@ def test_gemma_is_gone_before_the_dit_is_loaded(command, monkeypatch, face, tmp_
         gemmas.append(weakref.ref(gemma))
         return tokenizer, gemma
 
-    def watched_model(*arguments):
-        alive.append(gemmas[0]() is not None)
-        return load_model(*arguments)
+    def watched_model(path, device="cpu", *arguments):
+        if torch.device(device).type != "meta":  # a check of the names may come earlier
+            alive.append(gemmas[0]() is not None)
+        return load_model(path, device, *arguments)
 
     monkeypatch.setattr(text, "load_gemma", watched_gemma)
     monkeypatch.setattr(sample.LTXVideo, "from_checkpoint", watched_model)
