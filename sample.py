@@ -82,10 +82,11 @@ def main() -> None:
     for part in (LTXVideo, TextConnector, VideoVAE):
         part.from_checkpoint(path, device="meta")  # every name and shape, before Gemma reads the prompt
     device, dtype = resolve_device(options)
-    size, negative = (settings["height"], settings["width"]), options.negative
+    size, told = (settings["height"], settings["width"]), settings | {"negative": options.negative}
+    told["checkpoint"] = Path(path).name
     if options.batch:
         cases = read_cases(options.batch)
-        batch = Batch(options.out, settings | {"negative": negative, "checkpoint": Path(path).name})
+        batch = Batch(options.out, told)
         jobs, alone = {case: batch.video(case) for case in batch.missing(cases)}, batch.one_case
     else:
         reference = Path(options.ref) if options.ref else None
@@ -107,7 +108,7 @@ def main() -> None:
     encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), device, dtype)
     contexts = {}  # on the CPU: 8 MB each at full size
     for prompt in tqdm(dict.fromkeys(case.prompt for case in sound), "prompts", disable=len(sound) == 1):
-        contexts[prompt] = encoder.encode([prompt, negative]).cpu().split(1)
+        contexts[prompt] = encoder.encode([prompt, options.negative]).cpu().split(1)
     del encoder
     free(device)
 
@@ -128,7 +129,7 @@ def main() -> None:
                 progress=partial(tqdm, desc=case.id or f"seed {case.seed}", unit="step", bar_format=BAR),
                 **settings,
             )
-            write_sample(jobs[case], case, photo, to_uint8(video), settings, negative, Path(path).name)
+            write_sample(jobs[case], case, photo, to_uint8(video), told)
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     if batch:
@@ -140,13 +141,10 @@ def read_reference(case: Case, height: int, width: int) -> Image.Image | None:
     return letterbox(read_image(case.reference), height, width) if case.reference else None
 
 
-def write_sample(
-    out: Path, case: Case, photo: Image.Image | None, frames: np.ndarray, settings: dict, negative: str, checkpoint: str
-) -> None:
+def write_sample(out: Path, case: Case, photo: Image.Image | None, frames: np.ndarray, told: dict) -> None:
     """The video, with all that it was made from in its metadata, then its contact sheet."""
-    reference = str(case.reference) if case.reference else None
-    used = settings | {"prompt": case.prompt, "negative": negative, "seed": case.seed, "ref": reference}
-    write_video(out, frames, settings["fps"], json.dumps(used | {"checkpoint": checkpoint}))
+    used = told | {"prompt": case.prompt, "seed": case.seed, "ref": str(case.reference) if case.reference else None}
+    write_video(out, frames, told["fps"], json.dumps(used))
     contact_sheet(out.with_suffix(".png"), photo, frames)
     print(f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}")
 
