@@ -3,8 +3,9 @@
     python sample.py --ref face.jpg --prompt "A woman in a red coat turns to the camera and smiles."
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --ref face.jpg --prompt "..."      # full size
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --check                            # is the file whole?
+    torchrun --nproc_per_node=8 sample.py --ckpt ... --batch cases.jsonl --out videos      # many; cases.py, batch.py
 
-Without --ckpt it uses the tiny model in assets/. The order of work keeps memory low: Gemma reads the prompt and is
+Without --ckpt it uses the tiny model in assets/. The order of work keeps memory low: Gemma reads all prompts and is
 freed, then VAE and DiT are loaded.
 """
 
@@ -12,12 +13,18 @@ import argparse
 import gc
 import json
 import math
+import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+from batch import Batch
+from cases import Case, read_cases
 from checkpoint import Checkpoint, file_name
 from data import letterbox
 from errors import Parser, UserError, one_line_errors
@@ -39,7 +46,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ref", help="photo of the face; without it, plain text-to-video")
     parser.add_argument("--prompt", help="what the video shows")
     parser.add_argument("--negative", default="", help="what the unconditional stream is told (default: nothing)")
-    parser.add_argument("--out", default="out/sample.mp4", help="the video; a contact sheet goes beside it as .png")
+    parser.add_argument(
+        "--batch", metavar="CASES", help="JSONL of id, reference, prompt, seed: a video of each (cases.py)"
+    )
+    parser.add_argument("--out", help="the video (out/sample.mp4; a contact sheet beside it), or the batch's folder")
     parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint (default: the tiny one in assets/)")
     parser.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA})")
     parser.add_argument("--height", type=int, help="pixels (default 480, or the checkpoint's own)")
@@ -52,10 +62,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--placement", choices=list(PLACEMENTS), help="where the reference sits (default: tass, Eq. 4)")
     parser.add_argument("--samples", type=int, default=1, help="videos to make, with seeds SEED, SEED+1, ...")
     parser.add_argument("--seed", type=int, default=0, help="one seed is one video, on every device")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has the GPU of its number
+    parser.add_argument("--device", default=gpu if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--check", action="store_true", help="only say whether the checkpoint is whole, and its sizes")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.out = options.out or ("out/batch" if options.batch else "out/sample.mp4")
+    return options
 
 
 def main() -> None:
@@ -69,46 +82,78 @@ def main() -> None:
     for part in (LTXVideo, TextConnector, VideoVAE):
         part.from_checkpoint(path, device="meta")  # every name and shape, before Gemma reads the prompt
     device, dtype = resolve_device(options)
-    outputs = resolve_outputs(options)
-    photo = letterbox(read_image(options.ref), settings["height"], settings["width"]) if options.ref else None
+    size, told = (settings["height"], settings["width"]), settings | {"negative": options.negative}
+    told["checkpoint"] = Path(path).name
+    if options.batch:
+        cases = read_cases(options.batch)
+        batch = Batch(options.out, told)
+        jobs, alone = {case: batch.video(case) for case in batch.missing(cases)}, batch.one_case
+    else:
+        reference = Path(options.ref) if options.ref else None
+        jobs = {Case("", reference, options.prompt, seed): out for seed, out in resolve_outputs(options)}
+        batch, alone = None, nullcontext  # what is wrong ends the run
+    sound = []
+    for case in jobs:
+        with alone(case):
+            if batch:
+                batch.check(case)
+            read_reference(case, *size)
+            sound.append(case)
+    if not sound:
+        return batch.finish(cases)
     if checkpoint.ours.get("weights") == "random":
         print(f"note: the weights in {path} are random, not trained: the video will be noise")
 
-    # ---- prompt to context; Gemma is gone when this is done
+    # ---- prompts to contexts; Gemma is gone when this is done
     encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), device, dtype)
-    context, null_context = encoder.encode([options.prompt, options.negative]).split(1)
+    contexts = {}  # on the CPU: 8 MB each at full size
+    for prompt in tqdm(dict.fromkeys(case.prompt for case in sound), "prompts", disable=len(sound) == 1):
+        contexts[prompt] = encoder.encode([prompt, options.negative]).cpu().split(1)
     del encoder
     free(device)
 
     # ---- noise to video
     vae = VideoVAE.from_checkpoint(path, device, dtype)
     model = LTXVideo.from_checkpoint(path, device, dtype)
-    image = to_tensor(photo) if photo else None
-    for seed, out in outputs:
-        video = generate(
-            model,
-            vae,
-            context,
-            null_context,
-            image,
-            seed=seed,
-            progress=partial(tqdm, desc=f"seed {seed}", unit="step", bar_format=BAR),
-            **settings,
-        )
-        frames = to_uint8(video)
-        used = settings | {"prompt": options.prompt, "negative": options.negative, "seed": seed, "ref": options.ref}
-        write_video(out, frames, settings["fps"], json.dumps(used | {"checkpoint": Path(path).name}))
-        contact_sheet(out.with_suffix(".png"), photo, frames)
-        print(
-            f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}"
-        )
+    for case in sound:
+        with alone(case):
+            photo = read_reference(case, *size)
+            context, null_context = (part.to(device) for part in contexts[case.prompt])
+            video = generate(
+                model,
+                vae,
+                context,
+                null_context,
+                to_tensor(photo) if photo else None,
+                seed=case.seed,
+                progress=partial(tqdm, desc=case.id or f"seed {case.seed}", unit="step", bar_format=BAR),
+                **settings,
+            )
+            write_sample(jobs[case], case, photo, to_uint8(video), told)
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+    if batch:
+        batch.finish(cases)
+
+
+def read_reference(case: Case, height: int, width: int) -> Image.Image | None:
+    """The photo, letterboxed; None for plain text-to-video."""
+    return letterbox(read_image(case.reference), height, width) if case.reference else None
+
+
+def write_sample(out: Path, case: Case, photo: Image.Image | None, frames: np.ndarray, told: dict) -> None:
+    """The video, with all that it was made from in its metadata, then its contact sheet."""
+    used = told | {"prompt": case.prompt, "seed": case.seed, "ref": str(case.reference) if case.reference else None}
+    write_video(out, frames, told["fps"], json.dumps(used))
+    contact_sheet(out.with_suffix(".png"), photo, frames)
+    print(f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}")
 
 
 def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dict:
     """What `generate` is told: the user's options, else the checkpoint's own defaults, else the paper's."""
-    if options.prompt is None or not options.prompt.strip():
+    if options.batch and (options.prompt or options.ref or options.samples != 1):
+        raise UserError("--batch has references, prompts and seeds of its own: leave out --prompt, --ref and --samples")
+    if not options.batch and (options.prompt is None or not options.prompt.strip()):
         raise UserError('the prompt is empty: say what the video shows with --prompt "..."')
     settings = PAPER | checkpoint.ours.get("defaults", {})
     settings |= {key: value for key in PAPER if (value := getattr(options, key)) is not None}
