@@ -403,5 +403,5 @@ def test_plan_needs_neither_checkpoint_nor_data_nor_memory(root, tmp_path):
     assert time.monotonic() - begin < 60
     report, _, memory = run.stdout.partition("KiB")
     assert "13.12 B parameters" in report and "| 8 x H20-96 | fits |" in report
-    assert int(memory) < 1.5 * 2**20
+    assert int(memory) < 4 * 2**20  # the weights alone are 52 GB; PyTorch with CUDA takes 1.7 GB by itself
     assert list(tmp_path.iterdir()) == []
