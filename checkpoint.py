@@ -95,8 +95,8 @@ class Checkpoint:
         self.data_start = 8 + length
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.tensors: dict[str, dict[str, Any]] = header
-        self.config: dict[str, Any] = _json_object(self.metadata.get("config"))
-        self.ours: dict[str, Any] = _json_object(self.metadata.get(OUR_METADATA))
+        self.config: dict[str, Any] = json_object(self.metadata.get("config"))
+        self.ours: dict[str, Any] = json_object(self.metadata.get(OUR_METADATA))
         _require_ltx23(self)
 
     def read_bytes(self, name: str) -> bytearray:
@@ -155,6 +155,19 @@ class Checkpoint:
         return None
 
 
+def distilled_sign(path: str | Path, metadata: dict[str, str]) -> str | None:
+    """What says that a checkpoint or LoRA is distilled to few steps without guidance; None if nothing does.
+
+    No tensor tells: a distilled model has the names and shapes of the full one.
+    """
+    if "distilled" in Path(path).name.lower():
+        return "its file name"
+    for key in ("model_version", "modelspec.title", "modelspec.architecture"):
+        if "distilled" in metadata.get(key, "").lower():
+            return f"{key} in its metadata"
+    return json_object(metadata.get(OUR_METADATA)).get("distilled")
+
+
 def file_name(name: str, prefixes: dict[str, str]) -> str:
     """A module's tensor name as the checkpoint writes it."""
     ours, theirs = next(pair for pair in prefixes.items() if name.startswith(pair[0]))
@@ -209,7 +222,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def _json_object(text: str | None) -> dict[str, Any]:
+def json_object(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
     except json.JSONDecodeError:
