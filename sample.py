@@ -2,6 +2,7 @@
 
     python sample.py --ref face.jpg --prompt "A woman in a red coat turns to the camera and smiles."
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --ref face.jpg --prompt "..."      # full size
+    python sample.py --ckpt ltx-2.3-22b-dev.safetensors --lora face.safetensors:0.8 ...    # with a LoRA merged in
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --check                            # is the file whole?
 
 Without --ckpt it uses the tiny model in assets/. The order of work keeps memory low: Gemma reads the prompt and is
@@ -17,10 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, file_name
-from data import letterbox
+from checkpoint import Checkpoint, distilled_sign, file_name
+from data import FITS
 from errors import Parser, UserError, one_line_errors
-from guidance import generate
+from guidance import DISTILLED_SIGMAS, generate
+from lora import LoRA, describe, merge_lora, parse_lora
 from media import contact_sheet, read_image, to_tensor, to_uint8, write_video
 from model import LTXVideo
 from rope import PLACEMENTS
@@ -29,6 +31,14 @@ from vae import VideoVAE, latent_scale
 
 ASSETS = Path(__file__).parent / "assets"
 PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_text": 5.0, "s_ref": 7.5}
+# How the reference is given, and what a prompt begins with: our LoRAs say it in their metadata, for others see PRESETS.
+REFERENCE = {"placement": "tass", "source_id": 2, "phase_scale": 1.0, "fit": "letterbox", "ref_timestep": "clean"}
+PRESETS = {
+    # LTX-Best-Face-ID. The guidance is our choice: its training knew nothing of Eq. 13, so ordinary guidance, mild.
+    "best-face-id": REFERENCE
+    | {"placement": "phase", "fit": "cover", "prompt_prefix": "ref_t2v: ", "s_text": 3.0, "s_ref": 3.0}
+}
+DISTILLED = {"steps": len(DISTILLED_SIGMAS) - 1, "s_text": 1.0, "s_ref": 1.0}  # one stream, with the reference
 BAR = "{desc}: {n}/{total} steps {bar:30} {rate_inv_fmt}, {remaining} left"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -49,6 +59,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--s-text", type=float, help="s_y of Eq. 13, strength of the prompt (default 5.0)")
     parser.add_argument("--s-ref", type=float, help="s_r of Eq. 13, strength of the reference (default 7.5)")
     parser.add_argument("--placement", choices=list(PLACEMENTS), help="where the reference sits (default: tass, Eq. 4)")
+    parser.add_argument("--fit", choices=list(FITS), help="how the photo becomes one of the video's shape (letterbox)")
+    parser.add_argument("--source-id", type=int, help="for --placement phase (default 2)")
+    parser.add_argument("--phase-scale", type=float, help="for --placement phase (default 1)")
+    parser.add_argument("--ref-timestep", choices=["clean", "shared"], help="its tokens say t = 0, or the video's t")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    parser.add_argument("--preset", choices=list(PRESETS), help="what a LoRA without our metadata was trained with")
+    parser.add_argument("--prompt-prefix", help="what the prompt is made to begin with (default: nothing)")
     parser.add_argument("--samples", type=int, default=1, help="videos to make, with seeds SEED, SEED+1, ...")
     parser.add_argument("--seed", type=int, default=0, help="one seed is one video, on every device")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -64,22 +81,25 @@ def main() -> None:
     checkpoint = Checkpoint(path)
     if options.check:
         return check(checkpoint)
-    settings = resolve_settings(options, checkpoint)
+    loras = resolve_loras(options, checkpoint)
+    settings = resolve_settings(options, checkpoint, loras)
+    fit, prefix = settings.pop("fit"), settings.pop("prompt_prefix")
+    prompt = options.prompt if options.prompt.startswith(prefix) else prefix + options.prompt
     device, dtype = resolve_device(options)
     outputs = resolve_outputs(options)
-    photo = letterbox(read_image(options.ref), settings["height"], settings["width"]) if options.ref else None
+    photo = FITS[fit](read_image(options.ref), settings["height"], settings["width"]) if options.ref else None
     if checkpoint.ours.get("weights") == "random":
         print(f"note: the weights in {path} are random, not trained: the video will be noise")
 
     # ---- prompt to context; Gemma is gone when this is done
     encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), device, dtype)
-    context, null_context = encoder.encode([options.prompt, options.negative]).split(1)
+    context, null_context = encoder.encode([prompt, options.negative]).split(1)
     del encoder
     free(device)
 
     # ---- noise to video
     vae = VideoVAE.from_checkpoint(path, device, dtype)
-    model = LTXVideo.from_checkpoint(path, device, dtype)
+    model = merge_lora(LTXVideo.from_checkpoint(path, device, dtype), loras)
     image = to_tensor(photo) if photo else None
     for seed, out in outputs:
         video = generate(
@@ -93,8 +113,9 @@ def main() -> None:
             **settings,
         )
         frames = to_uint8(video)
-        used = settings | {"prompt": options.prompt, "negative": options.negative, "seed": seed, "ref": options.ref}
-        write_video(out, frames, settings["fps"], json.dumps(used | {"checkpoint": Path(path).name}))
+        used = settings | {"prompt": prompt, "negative": options.negative, "seed": seed, "ref": options.ref, "fit": fit}
+        used |= {"checkpoint": Path(path).name, "loras": [f"{lora.path.name}:{lora.strength:g}" for lora in loras]}
+        write_video(out, frames, settings["fps"], json.dumps(used))
         contact_sheet(out.with_suffix(".png"), photo, frames)
         print(
             f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}"
@@ -103,12 +124,37 @@ def main() -> None:
         print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 
 
-def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dict:
-    """What `generate` is told: the user's options, else the checkpoint's own defaults, else the paper's."""
+def resolve_loras(options: argparse.Namespace, checkpoint: Checkpoint) -> list[LoRA]:
+    """The LoRA files, checked against the model; their weights are read when they are merged."""
+    with torch.device("meta"):
+        model = LTXVideo(checkpoint.config["transformer"]) if options.lora else None
+    loras = [LoRA(path, model, strength) for path, strength in map(parse_lora, options.lora)]
+    for lora in loras:
+        print(f"lora: {describe(lora)}")
+    return [lora for lora in loras if lora.strength]  # at strength 0 it is as if it had not been named
+
+
+def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> dict:
+    """What `generate` is told, and "fit" and "prompt_prefix". The user's options come first, then what a distilled
+    model needs, the preset, what the LoRAs say, the checkpoint's own defaults, the paper's."""
     if options.prompt is None or not options.prompt.strip():
         raise UserError('the prompt is empty: say what the video shows with --prompt "..."')
-    settings = PAPER | checkpoint.ours.get("defaults", {})
-    settings |= {key: value for key in PAPER if (value := getattr(options, key)) is not None}
+    preset = PRESETS.get(options.preset, {})
+    given = {key: v for key in (*PAPER, *REFERENCE, "prompt_prefix") if (v := getattr(options, key)) is not None}
+    settings = PAPER | REFERENCE | {"prompt_prefix": ""} | defaults_of(checkpoint.ours)
+    if wanted := wanted_by(loras, preset | given):
+        print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in wanted.items())}")
+    settings |= wanted | preset
+    signs = {file.path: distilled_sign(file.path, file.metadata) for file in (checkpoint, *loras)}
+    if found := [f"{path} is distilled, says {sign}" for path, sign in signs.items() if sign]:
+        settings |= DISTILLED
+        print(f"{found[0]}: {DISTILLED['steps']} steps of its own schedule, without guidance, unless you say otherwise")
+    settings |= given
+    if found and settings["steps"] == DISTILLED["steps"]:
+        settings["sigmas"] = DISTILLED_SIGMAS
+    if preset:
+        used = [f"{key} {settings[key]!r}{' (yours)' if key in given else ''}" for key in preset]
+        print(f"preset {options.preset}: {', '.join(used)}")
     time, rows, columns = latent_scale(checkpoint.config["vae"])
     for name, step, extra in (("height", rows, 0), ("width", columns, 0), ("frames", time, 1)):
         value = settings[name]
@@ -119,10 +165,26 @@ def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dic
     for name in ("fps", "steps"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")
-    settings["placement"] = options.placement or checkpoint.ours.get("placement", "tass")
-    settings["ref_timestep"] = checkpoint.ours.get("ref_timestep", "clean")
     settings["s_y"], settings["s_r"] = settings.pop("s_text"), settings.pop("s_ref")
     return settings
+
+
+def defaults_of(ours: dict) -> dict:
+    """What this project's entry in the metadata of a checkpoint or LoRA says about how to sample."""
+    return {key: ours[key] for key in REFERENCE if key in ours} | ours.get("defaults", {})
+
+
+def wanted_by(loras: list[LoRA], decided: dict) -> dict:
+    """What our LoRAs say about how to sample; where two differ, someone else has to have decided."""
+    wanted: dict = {}
+    for lora in loras:
+        for key, value in defaults_of(lora.ours).items():
+            if key not in decided and wanted.setdefault(key, value) != value:
+                raise UserError(
+                    f"the LoRAs were trained with different {key}, {wanted[key]} and {value}: "
+                    f"decide with --{key.replace('_', '-')}"
+                )
+    return wanted
 
 
 def resolve_device(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
