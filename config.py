@@ -34,7 +34,10 @@ DEFAULTS: Config = {
     },
     "reference": {
         "use": True,  # false: text-to-video, Table 1's first row
-        "placement": "tass",  # Eq. 4, or what Sec. 3.2 argues against: overlap, temporal, fixed, remote
+        "placement": "tass",  # Eq. 4, or what Sec. 3.2 argues against: overlap, temporal, fixed, remote; or phase
+        "source_id": 2,  # phase: the mark of the reference's tokens
+        "phase_scale": 1.0,  # phase: its strength
+        "fit": "letterbox",  # Sec. 3.1; "cover": scaled to cover and cut around the centre
         "timestep": "clean",  # the reference's tokens say t = 0; "shared": they say the video's t
         "augment": True,  # Eq. 5
     },
@@ -49,6 +52,12 @@ DEFAULTS: Config = {
         "gamma": 1.0,  # Eq. 12
         "window": 2,  # latent frames per sample that are decoded and looked at
         "min_weight": 1e-3,  # w_aux below which they are not
+    },
+    "lora": {
+        "rank": 0,  # 0: all weights are trained; above: they are frozen and adapters of this rank are trained
+        "alpha": 0.0,  # adapters are scaled by alpha / rank; 0: by 1
+        "targets": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],  # ends of layer names
+        "dropout": 0.0,  # of an adapter's input
     },
     "optim": {
         "steps": 20_000,
@@ -85,6 +94,7 @@ DEFAULTS: Config = {
 CHOICES = {
     ("reference", "placement"): tuple(PLACEMENTS),
     ("reference", "timestep"): ("clean", "shared"),
+    ("reference", "fit"): ("letterbox", "cover"),
     ("parallel", "mode"): ("ddp", "fsdp"),
     ("parallel", "precision"): ("bf16", "fp32"),
 }
@@ -125,6 +135,11 @@ def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
     for section, key in ABOVE_ZERO:
         if config[section][key] <= 0:
             raise UserError(f"{section}.{key} = {config[section][key]} is not above 0")
+    lora = config["lora"]
+    if lora["rank"] < 0 or lora["alpha"] < 0 or not 0 <= lora["dropout"] < 1:
+        raise UserError(f"lora = {lora}: rank and alpha are 0 or more, dropout is from 0 to below 1")
+    if lora["rank"] and config["parallel"]["mode"] != "ddp":
+        raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
     for section, key in (("model", "ckpt"), ("model", "gemma"), ("faces", "pack")):
         config[section][key] = _here_or_beside_the_code(config[section][key])
     config["log"]["samples"] = [_sample(entry) for entry in config["log"]["samples"]]
@@ -135,7 +150,7 @@ def require_same_run(old: Config, new: Config, run: Path) -> None:
     """Raise UserError that names the first option in which a continued run would differ from its beginning."""
     for section, options in new.items():
         for key, value in options.items():
-            before = old.get(section, {}).get(key)
+            before = old.get(section, {}).get(key, DEFAULTS[section][key])  # a run may be older than an option
             if before != value and (section, key) not in CHANGEABLE:
                 raise UserError(
                     f"{run} was started with {section}.{key} = {before!r} and is now given {value!r}: "

@@ -6,18 +6,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_A, write_sparse
+from conftest import ROOT, TINY_A, write_sparse
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 from checkpoint import OUR_METADATA, Checkpoint
+from config import read_config
 from errors import UserError, one_line_errors
 from guidance import sample_latents
 from lora import LoRA, LoRALinear, attach_lora, merge_lora, new_lora, save_lora
 from model import LTXVideo
+from objective import Objective
+from plan import Plan, dit_flops, weight_flops
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 # of a released file: six attentions and two feed-forwards a block
@@ -367,6 +372,66 @@ def test_weights_in_bf16_beside_adapters_in_float32(inputs):
     adapted(**low).float().square().mean().backward()
     kinds = {(p.dtype, p.requires_grad, p.grad is not None) for p in adapted.parameters()}
     assert kinds == {(torch.bfloat16, False, False), (torch.float32, True, True)}
+
+
+@pytest.mark.parametrize(
+    "placement, source_id, phase_scale", [("phase", 2, 1.0), ("phase", 1, 0.5), ("overlap", 2, 1.0)]
+)
+def test_training_gives_the_phase_to_the_references_tokens(placement, source_id, phase_scale, vae):
+    grid, seen = (2, 2, 3), {}
+    objective = Objective(vae, None, None, 8, 24.0, None, None)
+    objective.placement, objective.source_id, objective.phase_scale = placement, source_id, phase_scale
+
+    def record(latents, timesteps, sigma, context, positions, mask, phase):
+        seen.update(positions=positions, mask=mask, phase=phase)
+        return latents
+
+    has_reference = torch.tensor([True, False])
+    z_t, t = torch.zeros(2, 12, 4), torch.tensor([0.5, 0.25])
+    objective.velocity(record, z_t, t, torch.zeros(2, 8, 128), torch.zeros(2, 3, 64, 96), has_reference, grid)
+    want = torch.cat([torch.zeros(2, 12), torch.full((2, 6), float(source_id * phase_scale))], dim=1)
+    assert seen["phase"] is None if placement == "overlap" else torch.equal(seen["phase"], want)
+    assert torch.equal(seen["positions"][:, :, 12:], seen["positions"][:, :, :6])  # on the first frame
+    assert seen["mask"].sum(1).tolist() == [18, 12]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the plan
+
+
+def test_the_plan_counts_what_is_trained_and_fits_one_gpu(released):
+    config = read_config(ROOT / "configs" / "lora.toml")
+    plan = Plan(config, released["config"], (121, 480, 832), 1024)
+    sides = [released["needed"][f"model.diffusion_model.transformer_blocks.0.{layer}.weight"] for layer in VIDEO]
+    assert plan.trained == 48 * config["lora"]["rank"] * sum(map(sum, sides))
+    memory = plan.memory(1)
+    assert memory["frozen: DiT"] == 2 * sum(torch.Size(s).numel() for s in dit_shapes(released))
+    assert memory["adapters, fp32"] + memory["gradients, fp32"] + memory["AdamW moments, fp32"] == 16 * plan.trained
+    assert sum(memory.values()) < 0.9 * 80e9
+    assert "1 x H100-80 | fits" in plan.report(1, 0.4) and "adapters of rank 64" in plan.report(1, 0.4)
+    full = Plan(read_config(ROOT / "configs" / "paper.toml"), released["config"], (121, 480, 832), 1024)
+    assert full.trained == memory["frozen: DiT"] / 2 and sum(full.memory(1).values()) > 210e9
+    assert 0.6 < plan.flops_per_sample() / full.flops_per_sample() < 0.8
+
+
+def dit_shapes(released):
+    """Of the DiT's tensors in the released file: what is not the connector's."""
+    prefix, connector = "model.diffusion_model.", "model.diffusion_model.video_embeddings_connector."
+    named = released["needed"].items()
+    return [shape for name, shape in named if name.startswith(prefix) and not name.startswith(connector)]
+
+
+def test_the_plans_operations_are_those_that_are_done():
+    """Counted by PyTorch over a forward and a backward pass of the tiny model, frozen, with adapters."""
+    model, n, s = new_lora(tiny(), rank=16, alpha=16.0, targets=TARGETS), 600, 100
+    model.patchify_proj.requires_grad_(True)  # so that the first block's input has a gradient, as all others' have
+    positions, t = torch.rand(1, 3, n, 2), torch.rand(1)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.ones(1, n, 4), t.expand(1, n), t, torch.ones(1, s, 128), positions).sum().backward()
+    config = Checkpoint(TINY_A).config["transformer"]
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".adapters." in name)
+    want = 3 * dit_flops(config, n, 0, s) - weight_flops(config, n, s) + 6 * adapters * n
+    assert counter.get_total_flops() == pytest.approx(want, rel=0.04)  # text k and v have fewer tokens
 
 
 def test_saved_metadata_is_read_by_the_library(tmp_path):
