@@ -58,6 +58,7 @@ DEFAULTS: Config = {
         "alpha": 0.0,  # adapters are scaled by alpha / rank; 0: by 1
         "targets": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],  # ends of layer names
         "dropout": 0.0,  # of an adapter's input
+        "fp8": False,  # the frozen weights are stored in 8 bits (fp8.py): slower, and half the memory
     },
     "optim": {
         "steps": 20_000,

@@ -53,15 +53,18 @@ class Adapter(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with adapters. It takes the layer's place and keeps the names of its weight and bias."""
+    """A linear layer with adapters, in its place. The layer may be an FP8Linear."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, base: nn.Linear):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.adapters = nn.ModuleList()
+        self.base, self.adapters = base, nn.ModuleList()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = self.base(x)
         for adapter in self.adapters:
             y = y + adapter(x)
         return y
@@ -69,7 +72,8 @@ class LoRALinear(nn.Module):
 
 def linear_layers(model: nn.Module) -> dict[str, Tensor]:
     """The weights (out, in) that an adapter can change, by the name of their layer."""
-    return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)}
+    layers = ((name.removesuffix(".base"), m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    return {name: layer.weight for name, layer in layers}
 
 
 def _add_adapter(model: nn.Module, name: str, adapter: Adapter) -> None:
@@ -175,6 +179,7 @@ class LoRA:
 
     def pair(self, layer: str, like: Tensor) -> tuple[Tensor, Tensor, float]:
         """A (rank, in) and B (out, rank) on the device and in the dtype of `like`, and strength * alpha / rank."""
+        assert like.is_floating_point(), f"{layer} is stored in {like.dtype}: no LoRA can be merged into it"
         name_a, name_b, scale = self.pairs[layer]
         a, b = (self.file.get_tensor(name).to(like) for name in (name_a, name_b))
         return a, b, self.strength * scale

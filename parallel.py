@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Checkpoint, file_name
 from errors import UserError
+from fp8 import store_in_fp8
 from lora import new_lora
 from model import LTXVideo
 
@@ -44,13 +45,16 @@ def join_processes() -> torch.device:
 def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.device) -> nn.Module:
     """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2).
 
-    With adapters (lora.rank above 0) it is whole, frozen and in the precision of the computation; they are float32.
+    With adapters (lora.rank above 0) it is whole, frozen, and in the precision of the computation or in fp8; they are
+    float32.
     """
     run, lora = config["parallel"], config["lora"]
     if run["mode"] == "ddp":
         frozen = torch.bfloat16 if lora["rank"] and run["precision"] == "bf16" else torch.float32
         model = LTXVideo.from_checkpoint(ckpt, device, frozen).train()
         if lora["rank"]:
+            if lora["fp8"]:
+                store_in_fp8(model)
             alpha = lora["alpha"] or lora["rank"]
             new_lora(model, lora["rank"], alpha, lora["targets"], lora["dropout"], config["run"]["seed"])
         set_recompute(model, run["recompute"])

@@ -31,6 +31,7 @@ CARDS = {
     "A100-80": (312, 80),
     "H100-80": (989, 80),
     "H200-141": (989, 141),
+    "L40S-48": (362, 48),
 }
 TEXT_TOKENS = 1024
 
@@ -130,6 +131,11 @@ class Plan:
 
         own = "adapters" if self.rank else "DiT weights"
         parts = {"frozen: DiT": low * weights} if self.rank else {}
+        if self.rank and self.config["lora"]["fp8"]:
+            layers = [m.weight for m in self.dit.transformer_blocks.modules() if isinstance(m, nn.Linear)]
+            rows, largest = sum(len(weight) for weight in layers), max(weight.numel() for weight in layers)
+            bytes_saved = (low - 1) * sum(weight.numel() for weight in layers) - 4 * rows
+            parts = {"frozen: DiT, in fp8": low * weights - bytes_saved, "the weight in use": low * largest}
         parts |= {
             f"{own}, fp32": 4 * self.trained / shards,
             "gradients, fp32": 4 * self.trained / shards,

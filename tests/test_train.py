@@ -303,6 +303,7 @@ def test_adapters_are_all_that_is_trained_and_stored_and_continue(clips, lora_ru
     base, frozen = Checkpoint(ASSETS / "tiny.safetensors"), 0
     for name, tensor in built[-1].module.state_dict().items():
         if ".adapters." not in name:
+            name = name.replace(".base.", ".")
             assert torch.equal(tensor, base.read(f"model.diffusion_model.{name}", dtype=torch.float32)), name
             frozen += 1
         else:
@@ -340,16 +341,20 @@ def test_adapters_export_as_a_lora_that_samples_like_the_trained_model(clips, lo
 
 
 @pytest.mark.slow
-def test_adapters_train_in_bf16_beside_a_model_in_bf16(clips, tmp_path, monkeypatch, capsys):
-    """As on a GPU: frozen weights of two bytes, adapters of four, no autocast."""
+@pytest.mark.parametrize("fp8", [False, True])
+def test_adapters_train_in_bf16_beside_a_model_in_bf16_or_fp8(fp8, clips, tmp_path, monkeypatch, capsys):
+    """As on a GPU: frozen weights of two bytes or one, adapters of four, no autocast."""
     built, build = [], train.build_model
     monkeypatch.setattr(train, "build_model", lambda *arguments: built.append(build(*arguments)) or built[-1])
-    options = {"parallel__precision": "bf16", "parallel__recompute": "true"}
+    options = {"parallel__precision": "bf16", "parallel__recompute": "true", "lora__fp8": str(fp8).lower()}
     assert run_here([*lora_command(clips, tmp_path / "run", **options), "--dry-run"], monkeypatch) == 0
     assert "loss" in capsys.readouterr().out
     moved = [p for p in built[0].parameters() if p.requires_grad]
     assert {p.dtype for p in moved} == {torch.float32} and len(moved) == 80
-    assert {p.dtype for p in built[0].parameters() if not p.requires_grad} == {torch.bfloat16}
+    frozen = {name: p for name, p in built[0].named_parameters() if not p.requires_grad}
+    assert frozen["module.proj_out.weight"].dtype == torch.bfloat16
+    stored = frozen["module.transformer_blocks.0.attn1.to_q.base.weight"]
+    assert stored.dtype == (torch.uint8 if fp8 else torch.bfloat16)
 
 
 def poison(clips: Path, folder: Path) -> str:
