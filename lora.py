@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): a change of a few linear layers that is a thousandth of the model to train and to share.
+"""Low-rank adapters (LoRA): a change of linear layers that is a few hundredths of the model to train and to share.
 
         y = W x + b + sum over adapters of  strength * alpha / rank * B A x       (Hu et al. 2021, Eq. 3)
 

@@ -34,7 +34,7 @@ PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "
 # How the reference is given, and what a prompt begins with: our LoRAs say it in their metadata, for others see PRESETS.
 REFERENCE = {"placement": "tass", "source_id": 2, "phase_scale": 1.0, "fit": "letterbox", "ref_timestep": "clean"}
 PRESETS = {
-    # LTX-Best-Face-ID. The guidance is our choice: its training knew nothing of Eq. 13, so ordinary guidance, mild.
+    # LTX-Best-Face-ID. The guidance is our choice, since we know of none documented: equal scales, so two streams.
     "best-face-id": REFERENCE
     | {"placement": "phase", "fit": "cover", "prompt_prefix": "ref_t2v: ", "s_text": 3.0, "s_ref": 3.0}
 }
