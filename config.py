@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from data import FITS
 from errors import UserError
 from rope import PLACEMENTS
 
@@ -95,7 +96,7 @@ DEFAULTS: Config = {
 CHOICES = {
     ("reference", "placement"): tuple(PLACEMENTS),
     ("reference", "timestep"): ("clean", "shared"),
-    ("reference", "fit"): ("letterbox", "cover"),
+    ("reference", "fit"): tuple(FITS),
     ("parallel", "mode"): ("ddp", "fsdp"),
     ("parallel", "precision"): ("bf16", "fp32"),
 }

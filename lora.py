@@ -33,6 +33,8 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 PARTS = {".lora_A.weight": "A", ".lora_down.weight": "A", ".lora_B.weight": "B", ".lora_up.weight": "B"}
 PARTS[".alpha"] = "alpha"
 AUDIO = ("audio_", "av_ca_", "scale_shift_table_a2v_")  # signs of the audio branch in a name
+# How the reference is given, as this project's metadata says it; the paper's way where it does not.
+REFERENCE = {"placement": "tass", "source_id": 2, "phase_scale": 1.0, "fit": "letterbox", "ref_timestep": "clean"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # in the model
@@ -204,6 +206,24 @@ def parse_lora(text: str) -> tuple[str, float]:
     return path, strength
 
 
+def told_by(ours: dict) -> dict:
+    """What this project's entry in the metadata of a checkpoint or LoRA says about how to sample."""
+    return {key: ours[key] for key in REFERENCE if key in ours} | ours.get("defaults", {})
+
+
+def wanted_by(loras: list[LoRA], decided: dict) -> dict:
+    """What LoRAs say about how to sample; where two differ, the user has to have `decided`."""
+    wanted: dict = {}
+    for lora in loras:
+        for key, value in told_by(lora.ours).items() if lora.strength else ():
+            if key not in decided and wanted.setdefault(key, value) != value:
+                raise UserError(
+                    f"the LoRAs were trained with different {key}, {wanted[key]} and {value}: "
+                    f"leave one out, or decide with --{key.replace('_', '-')} of sample.py"
+                )
+    return wanted
+
+
 def merged(weight: Tensor, layer: str, loras: list[LoRA]) -> Tensor:
     """W + the sum of strength * alpha / rank * B A, in float32 at least, cast back once to W's dtype."""
     total = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -252,9 +272,9 @@ def merge_file(base: str | Path, loras: list[LoRA], out: str | Path) -> None:
     """The checkpoint `base` with LoRAs merged in, everything else byte for byte, one tensor in memory at a time."""
     source = Checkpoint(base)
     layers = {file_name(f"{name}.weight", LTXVideo.PREFIXES): name for lora in loras for name in lora.pairs}
-    ours = dict(source.ours)
-    for lora in loras:
-        ours |= {key: value for key, value in lora.ours.items() if key not in ("lora", "training", "defaults")}
+    wanted = wanted_by(loras, {})
+    ours = source.ours | {key: value for key, value in wanted.items() if key in REFERENCE}
+    ours["defaults"] = source.ours.get("defaults", {}) | {k: v for k, v in wanted.items() if k not in REFERENCE}
     ours["loras"] = [f"{lora.path.name}:{lora.strength:g}" for lora in loras]
     if sign := distilled_sign(base, source.metadata):
         ours["distilled"] = f"{Path(base).name}, by {sign}"

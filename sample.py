@@ -22,7 +22,7 @@ from checkpoint import Checkpoint, distilled_sign, file_name
 from data import FITS
 from errors import Parser, UserError, one_line_errors
 from guidance import DISTILLED_SIGMAS, generate
-from lora import LoRA, describe, merge_lora, parse_lora
+from lora import REFERENCE, LoRA, describe, merge_lora, parse_lora, told_by, wanted_by
 from media import contact_sheet, read_image, to_tensor, to_uint8, write_video
 from model import LTXVideo
 from rope import PLACEMENTS
@@ -31,9 +31,7 @@ from vae import VideoVAE, latent_scale
 
 ASSETS = Path(__file__).parent / "assets"
 PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_text": 5.0, "s_ref": 7.5}
-# How the reference is given, and what a prompt begins with: our LoRAs say it in their metadata, for others see PRESETS.
-REFERENCE = {"placement": "tass", "source_id": 2, "phase_scale": 1.0, "fit": "letterbox", "ref_timestep": "clean"}
-PRESETS = {
+PRESETS = {  # for LoRAs whose metadata does not say what they want
     # LTX-Best-Face-ID. The guidance is our choice, since we know of none documented: equal scales, so two streams.
     "best-face-id": REFERENCE
     | {"placement": "phase", "fit": "cover", "prompt_prefix": "ref_t2v: ", "s_text": 3.0, "s_ref": 3.0}
@@ -141,7 +139,7 @@ def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras:
         raise UserError('the prompt is empty: say what the video shows with --prompt "..."')
     preset = PRESETS.get(options.preset, {})
     given = {key: v for key in (*PAPER, *REFERENCE, "prompt_prefix") if (v := getattr(options, key)) is not None}
-    settings = PAPER | REFERENCE | {"prompt_prefix": ""} | defaults_of(checkpoint.ours)
+    settings = PAPER | REFERENCE | {"prompt_prefix": ""} | told_by(checkpoint.ours)
     if wanted := wanted_by(loras, preset | given):
         print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in wanted.items())}")
     settings |= wanted | preset
@@ -167,24 +165,6 @@ def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras:
             raise UserError(f"--{name} {settings[name]} is not above 0")
     settings["s_y"], settings["s_r"] = settings.pop("s_text"), settings.pop("s_ref")
     return settings
-
-
-def defaults_of(ours: dict) -> dict:
-    """What this project's entry in the metadata of a checkpoint or LoRA says about how to sample."""
-    return {key: ours[key] for key in REFERENCE if key in ours} | ours.get("defaults", {})
-
-
-def wanted_by(loras: list[LoRA], decided: dict) -> dict:
-    """What our LoRAs say about how to sample; where two differ, someone else has to have decided."""
-    wanted: dict = {}
-    for lora in loras:
-        for key, value in defaults_of(lora.ours).items():
-            if key not in decided and wanted.setdefault(key, value) != value:
-                raise UserError(
-                    f"the LoRAs were trained with different {key}, {wanted[key]} and {value}: "
-                    f"decide with --{key.replace('_', '-')}"
-                )
-    return wanted
 
 
 def resolve_device(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
-from checkpoint import OUR_METADATA, Checkpoint
+from checkpoint import OUR_METADATA, Checkpoint, distilled_sign
 from config import read_config
 from errors import UserError, one_line_errors
 from guidance import sample_latents
@@ -324,6 +324,26 @@ def test_a_merged_checkpoint_samples_like_the_lora(face, model, golden, tmp_path
         k: v for k, v in before.metadata.items() if k != OUR_METADATA
     }
     assert after.ours["loras"] == ["face.safetensors:0.8", "face.safetensors:0.4"]
+
+
+def test_a_merged_checkpoint_says_how_to_sample_as_its_loras_do(face, model, tmp_path):
+    def told(name, **ours):
+        save_file(load_file(face), tmp_path / name, {OUR_METADATA: json.dumps(ours)})
+        return tmp_path / name
+
+    one = LoRA(told("one", placement="phase", fit="cover", training={"a": 1}, defaults={"s_ref": 3.0}), model)
+    two, out = told("two", placement="remote", defaults={"s_ref": 9.0}), tmp_path / "distilled.safetensors"
+    lora.merge_file(TINY_A, [one, LoRA(two, model, 0.0)], out)
+    lora.merge_file(out, [LoRA(face, model)], tmp_path / "again.safetensors")
+    for path in (out, tmp_path / "again.safetensors"):
+        ours = Checkpoint(path).ours
+        assert (ours["placement"], ours["fit"], ours["defaults"]) == ("phase", "cover", {"s_ref": 3.0})
+        assert "training" not in ours
+    sign = distilled_sign(tmp_path / "again.safetensors", Checkpoint(tmp_path / "again.safetensors").metadata)
+    assert sign == "distilled.safetensors, by its file name" and distilled_sign(out, {}) == "its file name"
+    assert distilled_sign(TINY_A, Checkpoint(TINY_A).metadata) is None
+    with pytest.raises(UserError, match="different placement, phase and remote"):
+        lora.merge_file(TINY_A, [one, LoRA(two, model)], out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
