@@ -1,4 +1,6 @@
 # make sample   set up .venv and make a video with the embedded model
+# make train    set up and train the tiny model on the clips in assets/
+# make vbench   set up .venv-vbench for eval.py --vbench (PYTHON=python3.11 or older)
 # make test     set up and run the tests
 # make setup    only set up; PYTHON=python3.12 picks the interpreter, ORT=gpu|cpu the onnxruntime (found by nvidia-smi)
 
@@ -8,12 +10,12 @@ OTHER  := $(if $(filter gpu,$(ORT)),onnxruntime,onnxruntime-gpu)
 RUN    := .venv/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: setup sample test lint clean
+.PHONY: setup sample train vbench test lint clean
 
 setup: .venv/ready-$(ORT)
 
 # onnxruntime and onnxruntime-gpu overwrite each other's files, so the other one goes before this one comes.
-.venv/ready-$(ORT): $(wildcard requirements/*.txt)
+.venv/ready-$(ORT): $(filter-out %/vbench.txt,$(wildcard requirements/*.txt))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $(PYTHON) is missing or older than 3.10: run make PYTHON=python3.12, or another that you have"; exit 2; }
 	$(PYTHON) -m venv .venv
@@ -26,6 +28,20 @@ setup: .venv/ready-$(ORT)
 sample: setup
 	$(RUN) sample.py --ref assets/face.png --prompt "A woman with brown hair turns her head and smiles." --out out/sample.mp4
 
+train: setup
+	$(RUN) data.py prepare --manifest assets/clips/manifest.csv --out cache/tiny
+	$(RUN) train.py
+
+# Not the environment of everything else: VBench pins numpy below 2 and a transformers of 2023.
+vbench: .venv-vbench/ready
+
+.venv-vbench/ready: requirements/vbench.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11))' || \
+	  { echo "error: VBench needs Python 3.9 to 3.11: run make vbench PYTHON=python3.11, or another that you have"; exit 2; }
+	$(PYTHON) -m venv .venv-vbench
+	.venv-vbench/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/vbench.txt
+	touch $@
+
 test: setup
 	$(RUN) -m pytest --durations=10
 
@@ -34,4 +50,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-vbench out cache/tiny runs/tiny

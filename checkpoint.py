@@ -15,7 +15,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+PIECE = 4 * 2**20  # elements that are converted at a time
 
 OUR_METADATA = "nano_st_drc"  # what only this project needs to know, as JSON, beside the model's own config
 
@@ -82,7 +84,7 @@ class Checkpoint:
         if not self.path.is_file():
             raise UserError(f"no checkpoint at {path}: give --ckpt the path of ltx-2.3-22b-dev.safetensors")
         try:
-            with safe_open(self.path, framework="pt"):  # the library checks that header and length agree
+            with safe_open(self.path, framework="numpy"):  # the library checks that header and length agree
                 pass
         except (SafetensorError, ValueError) as error:
             raise UserError(
@@ -95,32 +97,43 @@ class Checkpoint:
         self.data_start = 8 + length
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.tensors: dict[str, dict[str, Any]] = header
-        self.config: dict[str, Any] = json_object(self.metadata.get("config"))
-        self.ours: dict[str, Any] = json_object(self.metadata.get(OUR_METADATA))
+        config = json_object(self.metadata.get("config"), self.path)
+        self.config: dict[str, Any] = Config({part: value for part, value in config.items() if isinstance(value, dict)})
+        self.ours: dict[str, Any] = json_object(self.metadata.get(OUR_METADATA), self.path)
         _require_ltx23(self)
 
     def read_bytes(self, name: str) -> bytearray:
         """One tensor's bytes as they are in the file."""
         start, end = self.tensors[name]["data_offsets"]
         data = bytearray(end - start)
+        self._fill(name, 0, data)
+        return data
+
+    def _fill(self, name: str, offset: int, data: bytearray) -> None:
+        """The tensor's bytes from `offset` on, as many as `data` takes."""
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.data_start + start)
+            file.seek(self.data_start + self.tensors[name]["data_offsets"][0] + offset)
             view, filled = memoryview(data), 0
             while filled < len(data):  # one read returns at most 2 GiB
                 count = file.readinto(view[filled:])
                 if not count:
                     raise UserError(f"{self.path} ends inside the tensor {name}: download it again")
                 filled += count
-        return data
 
     def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on `device`; floating-point ones in `dtype` if given."""
+        """One tensor on `device`; floating-point ones in `dtype` if given. Converted piece by piece, so that its
+        stored form never lies whole beside it."""
         entry = self.tensors[name]
         stored = DTYPES[entry["dtype"]]
-        data = self.read_bytes(name)
-        tensor = torch.frombuffer(data, dtype=stored) if data else torch.empty(0, dtype=stored)
-        tensor = tensor.view(entry["shape"])
-        return tensor.to(device=device, dtype=dtype if dtype and stored.is_floating_point else stored)
+        wanted = dtype if dtype and stored.is_floating_point else stored
+        tensor = torch.empty(entry["shape"], dtype=wanted, device=device)
+        offset = 0
+        for piece in tensor.view(-1).split(PIECE) if tensor.numel() else ():
+            data = bytearray(piece.numel() * stored.itemsize)
+            self._fill(name, offset, data)
+            piece.copy_(torch.frombuffer(data, dtype=stored))
+            offset += len(data)
+        return tensor
 
     def load(
         self,
@@ -152,6 +165,8 @@ class Checkpoint:
             return f"tensor {name} has shape {entry['shape']} where its config says {list(slot.shape)}"
         if entry["dtype"].startswith("F8"):
             return f"tensor {name} is stored in fp8 with scales of its own, which is not read here: take the bf16 file"
+        if entry["dtype"] not in ("BF16", "F16", "F32", "F64"):
+            return f"tensor {name} is stored as {entry['dtype']}, quantized, which is not read here: take the bf16 file"
         return None
 
 
@@ -165,7 +180,7 @@ def distilled_sign(path: str | Path, metadata: dict[str, str]) -> str | None:
     for key in ("model_version", "modelspec.title", "modelspec.architecture"):
         if "distilled" in metadata.get(key, "").lower():
             return f"{key} in its metadata"
-    return json_object(metadata.get(OUR_METADATA)).get("distilled")
+    return json_object(metadata.get(OUR_METADATA), Path(path)).get("distilled")
 
 
 def file_name(name: str, prefixes: dict[str, str]) -> str:
@@ -222,9 +237,25 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def json_object(text: str | None) -> dict[str, Any]:
+class Config(dict):
+    """A JSON object of the metadata of `path`. What the code needs and the file does not say is the file's fault."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise UserError(
+            f"{self.path} says nothing of {key!r} in its config: it is another model than the released LTX-2.3"
+        )
+
+
+def json_object(text: str | None, path: Path) -> dict[str, Any]:
+    def with_path(value: dict) -> Config:
+        config = Config(value)
+        config.path = path
+        return config
+
     try:
-        value = json.loads(text or "{}")
+        value = json.loads(text or "{}", object_hook=with_path)
     except json.JSONDecodeError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -52,6 +52,7 @@ DEFAULTS: Config = {
         "lambda_tic": 0.05,
         "gamma": 1.0,  # Eq. 12
         "window": 2,  # latent frames per sample that are decoded and looked at
+        "context": 1,  # latent frames decoded with them on either side, because the decoder looks both ways
         "min_weight": 1e-3,  # w_aux below which they are not
     },
     "lora": {
@@ -108,6 +109,7 @@ ABOVE_ZERO = (
     ("parallel", "micro_batch"),
     ("parallel", "replicas"),
     ("faces", "window"),
+    ("faces", "context"),
     ("log", "every"),
     ("log", "save_every"),
     ("log", "keep"),
@@ -118,6 +120,8 @@ ABOVE_ZERO = (
 CHANGEABLE = {("run", "out"), ("data", "workers"), ("optim", "steps")}
 CHANGEABLE |= {(section, key) for section in ("parallel", "log", "guidance") for key in DEFAULTS[section]}
 CHANGEABLE -= {("parallel", "precision")}
+# Of these only the name counts: files and folders may move.
+PATHS = {("model", "ckpt"), ("model", "gemma"), ("data", "cache"), ("faces", "pack")}
 
 
 def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
@@ -135,13 +139,19 @@ def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
         if config[section][key] not in known:
             raise UserError(f"{section}.{key} = {config[section][key]!r} is none of {', '.join(known)}")
     for section, key in ABOVE_ZERO:
-        if config[section][key] <= 0:
+        if not config[section][key] > 0:  # nor is nan, which TOML can write
             raise UserError(f"{section}.{key} = {config[section][key]} is not above 0")
     lora = config["lora"]
     if lora["rank"] < 0 or lora["alpha"] < 0 or not 0 <= lora["dropout"] < 1:
         raise UserError(f"lora = {lora}: rank and alpha are 0 or more, dropout is from 0 to below 1")
     if lora["rank"] and config["parallel"]["mode"] != "ddp":
         raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
+    for name, share in config["dropout"].items():
+        if not 0 <= share <= 1:
+            raise UserError(f"dropout.{name} = {share} is no share between 0 and 1")
+    betas = config["optim"]["betas"]
+    if not (len(betas) == 2 and all(type(beta) in (int, float) and 0 <= beta < 1 for beta in betas)):
+        raise UserError(f"optim.betas = {betas} should be two numbers from 0 to below 1")
     for section, key in (("model", "ckpt"), ("model", "gemma"), ("faces", "pack")):
         config[section][key] = _here_or_beside_the_code(config[section][key])
     config["log"]["samples"] = [_sample(entry) for entry in config["log"]["samples"]]
@@ -152,15 +162,19 @@ def require_same_run(old: Config, new: Config, run: Path) -> None:
     """Raise UserError that names the first option in which a continued run would differ from its beginning."""
     for section, options in new.items():
         for key, value in options.items():
-            before = old.get(section, {}).get(key, DEFAULTS[section][key])  # a run may be older than an option
-            if before != value and (section, key) not in CHANGEABLE:
+            before = old.get(section, {}).get(key)
+            moved = (section, key) in PATHS and Path(before or "").name == Path(value).name
+            if before != value and not moved and (section, key) not in CHANGEABLE:
                 raise UserError(
                     f"{run} was started with {section}.{key} = {before!r} and is now given {value!r}: "
                     "continue it as it was, or give run.out another folder"
                 )
 
 
-def _merge_file(config: Config, path: Path) -> None:
+def _merge_file(config: Config, path: Path, below: tuple[Path, ...] = ()) -> None:
+    """The file's options over those of the file that it extends; `below` are the files that extend this one."""
+    if path.resolve() in below:
+        raise UserError(f"{path} extends itself, by way of {below[-1]}")
     try:
         tables = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -168,7 +182,10 @@ def _merge_file(config: Config, path: Path) -> None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     if "extends" in tables:
-        _merge_file(config, path.parent / tables.pop("extends"))
+        parent = tables.pop("extends")
+        if not isinstance(parent, str):
+            raise UserError(f"{path}: extends = {parent!r} should be the name of one file")
+        _merge_file(config, path.parent / parent, (*below, path.resolve()))
     for section, options in tables.items():
         if not isinstance(options, dict):
             raise UserError(f"{path}: {section} stands outside a section")

@@ -32,6 +32,8 @@ from manifest import vip200k
 from media import cover, to_tensor
 from text import GEMMA
 
+ASSETS = Path(__file__).parent / "assets"  # what is embedded: the default where no checkpoint is named
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference: Sec. 3.1 and Eq. 5
 
@@ -175,7 +177,7 @@ class CachedClips(torch.utils.data.Dataset):
         self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
         self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit
         with safe_open(self.folder / NULL, framework="pt") as file:
-            self.null_features = file.get_tensor("features").clone()
+            self.null_features = file.get_tensor("features")
 
     def __len__(self) -> int:
         return len(self.places)
@@ -186,8 +188,7 @@ class CachedClips(torch.utils.data.Dataset):
             raise IndexError(f"clip {i} of {len(self)}")
         shard, row = self.places[i]
         with safe_open(self.folder / shard_file(shard), framework="pt") as file:
-            # clone: what safetensors returns may be a view of the whole file, which a worker would send with it
-            item = {part: file.get_tensor(f"{row:07d}.{part}").clone() for part in PARTS}
+            item = {part: file.get_tensor(f"{row:07d}.{part}") for part in PARTS}
         image = Image.open(io.BytesIO(item["image"].numpy().tobytes())).convert("RGB")
         caption = item["caption"].numpy().tobytes().decode()
         return item | {"name": self.names[i], "image": image, "caption": caption}
@@ -255,9 +256,9 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("prepare", help="make a cache, or complete one")
     make.add_argument("--manifest", required=True, help="CSV or JSONL of clips; manifest.py lists the columns")
-    make.add_argument("--ckpt", required=True, help="an LTX-2.3 checkpoint, for its VAE and text projection")
-    make.add_argument("--gemma", default=GEMMA, help="folder or hub name of Gemma 3 (default: %(default)s)")
-    make.add_argument("--faces", default="buffalo_l", help="insightface model pack, name or folder (%(default)s)")
+    make.add_argument("--ckpt", help="an LTX-2.3 checkpoint, for its VAE and text projection (default: the tiny one)")
+    make.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA}, or the tiny one)")
+    make.add_argument("--faces", help="insightface model pack, name or folder (default: buffalo_l, or the tiny one)")
     make.add_argument("--out", required=True, help="folder of the cache")
     make.add_argument("--height", type=int, help="pixels (default 480, or the checkpoint's own)")
     make.add_argument("--width", type=int, help="pixels (default 832, or the checkpoint's own)")
@@ -294,6 +295,10 @@ def main() -> None:
         for what, count in vip200k(**options).items():
             print(f"{what:24}{count:>10,}")
         return print(f"wrote {options['out']}")
+    tiny = options["ckpt"] is None
+    options["ckpt"] = options["ckpt"] or ASSETS / "tiny.safetensors"
+    options["gemma"] = options["gemma"] or (ASSETS / "gemma" if tiny else GEMMA)
+    options["faces"] = options["faces"] or (ASSETS / "faces" if tiny else "buffalo_l")
     # torchrun's variables are all that ranks need to share the work; without torchrun there is one
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = options["device"] or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")

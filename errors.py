@@ -37,9 +37,15 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(_report(f"{error.strerror or error}{where}"))
+    except MemoryError:
+        sys.exit(_report("out of memory: take a smaller size or fewer frames"))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         sys.exit(_report(f"out of GPU memory: {reason}; take a smaller size or fewer frames"))
+    except RuntimeError as error:  # torch has no class of its own for a CPU that is out of memory
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        sys.exit(_report("out of memory: take a smaller size or fewer frames"))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -127,7 +127,7 @@ class FaceDetector:
 # --- Alignment: the similarity warp (differentiable in the pixels) ----------------------------------------------------
 
 
-def similarity_matrix(landmarks: Tensor) -> Tensor:
+def similarity_matrix(landmarks: Tensor, size: int = CROP) -> Tensor:
     """landmarks (n, 5, 2) in pixels -> (n, 2, 3): x_crop = M [x, y, 1], the least-squares similarity, no reflection.
 
     With both point sets centred and read as complex numbers s and d, the best d = z s is z = sum(conj(s) d) /
@@ -136,7 +136,7 @@ def similarity_matrix(landmarks: Tensor) -> Tensor:
     pixels has no digits to spare in float32. Landmarks that are not finite or lie within about half a pixel of each
     other are no face: their matrix is zero.
     """
-    source, target = landmarks.detach().double(), ARCFACE_TEMPLATE.to(landmarks.device).double()
+    source, target = landmarks.detach().double(), ARCFACE_TEMPLATE.to(landmarks.device).double() * (size / CROP)
     source_mean, target_mean = source.mean(1), target.mean(0)  # (n, 2), (2,)
     s, d = source - source_mean[:, None], target - target_mean  # (n, 5, 2), (5, 2)
     spread = s.square().sum((1, 2))
@@ -147,8 +147,8 @@ def similarity_matrix(landmarks: Tensor) -> Tensor:
     return torch.where((spread >= 1)[:, None, None], matrix, 0)  # a NaN is not >= 1 either
 
 
-def align(frames: Tensor, landmarks: Tensor) -> Tensor:
-    """Align of Eq. 8: frames (n, 3, H, W) in [-1, 1], landmarks (n, 5, 2) in pixels -> crops (n, 3, 112, 112).
+def align(frames: Tensor, landmarks: Tensor, size: int = CROP) -> Tensor:
+    """Align of Eq. 8: frames (n, 3, H, W) in [-1, 1], landmarks (n, 5, 2) in pixels -> crops (n, 3, size, size).
 
     Equals insightface's `norm_crop` within interpolation error (OpenCV may round coordinates to 1/32 pixel), also in
     that it does not smooth: a face much larger than 112 pixels is subsampled with aliasing, as it was when ArcFace was
@@ -158,17 +158,17 @@ def align(frames: Tensor, landmarks: Tensor) -> Tensor:
     """
     n, _, height, width = frames.shape
     dtype = torch.promote_types(frames.dtype, torch.float32)
-    matrix = similarity_matrix(landmarks.to(frames.device))  # float64, which autocast leaves alone
+    matrix = similarity_matrix(landmarks.to(frames.device), size)  # float64, which autocast leaves alone
     rotation, shift = matrix[:, :, :2], matrix[:, :, 2:]
     area = rotation[:, 0].square().sum(1)[:, None, None]  # scale^2: the inverse is the transpose divided by it
     usable = area > 1e-12
     inverse = rotation.mT / torch.where(usable, area, 1)
-    index = torch.arange(CROP, dtype=matrix.dtype, device=frames.device)
-    crop_xy = torch.stack(torch.meshgrid(index, index, indexing="xy")).flatten(1)  # (2, 112 * 112)
-    frame_xy = inverse @ (crop_xy - shift)  # (n, 2, 112 * 112), pixel centres at integers
+    index = torch.arange(size, dtype=matrix.dtype, device=frames.device)
+    crop_xy = torch.stack(torch.meshgrid(index, index, indexing="xy")).flatten(1)  # (2, size * size)
+    frame_xy = inverse @ (crop_xy - shift)  # (n, 2, size * size), pixel centres at integers
     # grid_sample puts -1 and 1 at the outer edges of the frame; its zeros begin half a pixel further out.
     grid = (2 * frame_xy + 1) / frame_xy.new_tensor([[width], [height]]) - 1
-    grid = torch.where(usable, grid, -3).mT.reshape(n, CROP, CROP, 2).to(dtype)
+    grid = torch.where(usable, grid, -3).mT.reshape(n, size, size, 2).to(dtype)
     return F.grid_sample(frames.to(dtype) + 1, grid, align_corners=False) - 1  # zero outside is black: hence + 1
 
 

@@ -35,12 +35,12 @@ def sigma_schedule(steps: int, tokens: int) -> Tensor:
 
     linspace(1, 0) shifted by sigma = e^mu / (e^mu + 1/s - 1), then stretched so that the last one before 0 is 0.1.
     """
-    line = torch.linspace(1, 0, steps + 1)[:-1]
-    strength = math.exp(schedule_shift(tokens))
-    sigmas = strength / (strength + (1 / line - 1))
+    # In float64 and by 1 - sigma: for long videos every sigma is 1 to float32, and stretching would divide 0 by 0.
+    odds = 1 / torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] - 1
+    rest = odds / (math.exp(schedule_shift(tokens)) + odds)  # 1 - sigma
     if steps > 1:  # a single step starts at 1 and has nothing to stretch
-        sigmas = 1 - (1 - sigmas) * (1 - LAST_SIGMA) / (1 - sigmas[-1])
-    return torch.cat([sigmas, torch.zeros(1)])
+        rest = rest * (1 - LAST_SIGMA) / rest[-1]
+    return torch.cat([1 - rest, torch.zeros(1)]).float()
 
 
 def three_stream_cfg(v_0: Tensor, v_y: Tensor, v_yr: Tensor, s_y: float = 5.0, s_r: float = 7.5) -> Tensor:
@@ -80,7 +80,7 @@ def sample_latents(
     batch, tokens, _ = noise.shape
     need_0 = s_y != 1
     need_yr = reference is not None and s_r != 0
-    need_y = not need_yr or s_y != s_r
+    need_y = s_y != (s_r if need_yr else 0)
     context, null_context = context.to(dtype), null_context.to(dtype)
     z = noise.float()
     if need_yr:
@@ -121,8 +121,6 @@ def sample_latents(
         v_yr = velocity_with_reference(z, sigma) if need_yr else streams[-1]
         v_y = streams[-1] if need_y else v_yr
         v_0 = streams[0] if need_0 else v_y
-        if not need_y:  # s_y = s_r: Eq. 13 is v_0 + s (v_yr - v_0)
-            v_y = v_0 if need_0 else v_yr
         z = z + three_stream_cfg(v_0, v_y, v_yr, s_y, s_r) * (sigma_next - sigma)
     return z
 

@@ -141,7 +141,7 @@ class LoRA:
         except (SafetensorError, ValueError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from None
         self.metadata: dict[str, str] = self.file.metadata() or {}
-        self.ours: dict = json_object(self.metadata.get(OUR_METADATA))
+        self.ours: dict = json_object(self.metadata.get(OUR_METADATA), self.path)
         layers, names = linear_layers(model), self.file.keys()
         found: dict[str, dict[str, str]] = {}  # layer -> {"A": name in the file, "B": ..., "alpha": ...}
         self.audio = 0

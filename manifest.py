@@ -139,6 +139,9 @@ def _clip(line: int, row: dict[str, Any] | str, folder: Path) -> Clip:
     row = {key: value for key, value in row.items() if value is not None and str(value).strip()}
     fields: dict[str, Any] = {"line": line}
     try:
+        json.dumps(row, ensure_ascii=False).encode()  # raises for half an emoji
+        if "\\u0000" in json.dumps(row):
+            raise ValueError("a NUL character")
         for key in ("video", "reference", "reference_video"):
             if key in row:
                 fields[key] = folder / str(row[key]).strip()
@@ -224,6 +227,8 @@ def load_clip(clip: Clip, settings: dict[str, Any], detector: FaceDetector, iden
 
 def _face(image: Image.Image, detector: FaceDetector) -> tuple[Tensor, Tensor] | None:
     """Landmarks (5, 2) and box (4,) of the largest face, in pixels."""
+    if max(image.size) > 64 * min(image.size):  # a strip holds no face, and fitted into the detector it has no width
+        return None
     landmarks, boxes, valid = detector.detect(to_tensor(image)[None])
     return (landmarks[0], boxes[0]) if valid[0] else None
 

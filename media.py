@@ -5,7 +5,7 @@ video (3, F, H, W)   -> frames (F, H, W, 3) bytes -> H.264 in an MP4, and a shee
 any video file       -> F frames at the fps and size asked for, picked by their time stamps
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -162,6 +162,31 @@ def read_frame(path: str | Path, time: float) -> Image.Image:
     if shown is None or time > last + 1:  # a second of grace: times are rounded, headers promise a little too much
         raise UserError(f"{path} shows nothing at {time:g} seconds: it is shorter, or damaged")
     return _upright_frame(shown, path)
+
+
+def count_frames(path: str | Path) -> int:
+    """How many frames a video shows, by decoding all of it. Raises UserError where it is damaged or breaks off."""
+    count = sum(1 for _ in _decode(path, 0.0))
+    with _opened(path) as (_, stream):
+        promised = stream.frames  # 0 where the container does not say
+    if count == 0:
+        raise UserError(f"{path} holds no frame")
+    if count < promised - max(1, promised // 50):  # headers are off by a frame or two
+        raise UserError(f"{path} breaks off after {count} of {promised} frames: fetch it again")
+    return count
+
+
+def read_frames(path: str | Path, numbers: Sequence[int]) -> np.ndarray:
+    """Frames by their number, upright and in full size -> (n, H, W, 3) bytes; a number may come more than once."""
+    wanted, found = set(numbers), {}
+    for number, (_, _, frame) in enumerate(_decode(path, 0.0)):
+        if number in wanted:
+            found[number] = np.asarray(_upright_frame(frame, path))
+            if len(found) == len(wanted):
+                break
+    if len({image.shape for image in found.values()}) > 1:
+        raise UserError(f"{path} changes its size on the way")
+    return np.stack([found[number] for number in numbers])
 
 
 def probe_video(path: str | Path) -> float:

@@ -37,6 +37,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm whose weight follows its input: under autocast a float32 weight would rule out the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normed q and k, and a gate per head, 2 sigmoid(.), on what each head returns."""
 
@@ -46,8 +53,8 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
-        self.q_norm = nn.RMSNorm(dim, eps=1e-6)  # over all heads together
-        self.k_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.q_norm = RMSNorm(dim, eps=1e-6)  # over all heads together
+        self.k_norm = RMSNorm(dim, eps=1e-6)
         self.to_gate_logits = nn.Linear(dim, heads)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 

@@ -68,6 +68,7 @@ def decode_window(vae: VideoVAE, z_0: Tensor, start: int, length: int, context: 
     on either side where there are any, whose pixels are then cut off: the decoder looks both ways, and treats what
     it is given first as the clip's single-pixel-frame beginning.
     """
+    assert context >= 1 or start == 0, "without context the window's first latent frame would give one pixel frame"
     frames, time = z_0.shape[2], vae.scale[0]
     low, high = max(0, start - context), min(frames, start + length + context)
     video = vae.decode(z_0[:, :, low:high])
@@ -97,7 +98,8 @@ class Objective:
     lambda_id: float = 0.1
     lambda_tic: float = 0.05
     gamma: float = 1.0
-    window: int = 2  # latent frames that the identity losses decode
+    window: int = 2  # latent frames that the identity losses look at
+    window_context: int = 1  # latent frames decoded with them on either side
     min_weight: float = 1e-3  # below this w_aux the decode is not worth its time
     dtype: torch.dtype = torch.float32  # what the DiT is fed
     autocast: bool = False  # run a float32 DiT's matrix products in bf16
@@ -133,7 +135,7 @@ class Objective:
     @torch.no_grad()
     def context(self, batch: dict[str, Any], dice: list[Dice]) -> Tensor:
         """Text features through the frozen connector, the empty prompt's where the text is dropped: (B, slots, D)"""
-        weight = self.connector.projection.weight
+        weight = self.connector.connector.learnable_registers  # the projection is only for making a cache
         features = [self.null_features if d.drop_text else f for f, d in zip(batch["features"], dice)]
         padded, mask = pad_features([f.to(weight.device, weight.dtype) for f in features], self.slots)
         return self.connector.connector(padded, mask).to(self.dtype)
@@ -156,7 +158,7 @@ class Objective:
         batch, tokens, _ = z_t.shape
         positions = video_positions(*grid, self.fps, self.vae.scale).to(z_t.device)
         timesteps = t[:, None].expand(-1, tokens)
-        mask = phase = None
+        mask, extra = None, {}
         if has_reference.any():
             with torch.no_grad():
                 images = references.to(z_t.device, self.vae.decoder.conv_in.conv.weight.dtype)
@@ -171,10 +173,10 @@ class Objective:
             if not has_reference.all():
                 mask = is_video | has_reference[:, None]  # (B, N + R)
             if source:
-                phase = source * (~is_video).float().expand(batch, -1)  # (B, N + R)
+                extra = {"phase": source * (~is_video).float().expand(batch, -1)}  # (B, N + R)
         positions = positions.expand(batch, -1, -1, -1)
         with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.autocast):
-            return model(z_t.to(self.dtype), timesteps, t, context, positions, mask, phase)[:, :tokens]
+            return model(z_t.to(self.dtype), timesteps, t, context, positions, mask, **extra)[:, :tokens]
 
     def face_losses(
         self, z_0_hat: Tensor, window: int, e_ref: Tensor, has_reference: Tensor
@@ -185,7 +187,8 @@ class Objective:
         """
         length = min(self.window, z_0_hat.shape[2])
         weight = self.vae.decoder.conv_in.conv.weight
-        frames = decode_window(self.vae, z_0_hat.to(weight.dtype), window, length)[0].transpose(0, 1)  # (F, 3, H, W)
+        video = decode_window(self.vae, z_0_hat.to(weight.dtype), window, length, self.window_context)
+        frames = video[0].transpose(0, 1)  # (F, 3, H, W)
         landmarks, _, valid = self.detector.detect(frames)
         e = embed(frames, landmarks, self.arcface)[None]  # (1, F, E)
         valid = valid.to(e.device)[None]

@@ -9,6 +9,7 @@ Both come with PyTorch and run under torchrun, on one node or many; on CPUs too,
 
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,6 +78,8 @@ def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.dev
     for block in model.transformer_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    # The velocity is a view of a matrix product, which matters only to code that would change it in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -92,6 +95,16 @@ def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.dev
 def set_recompute(model: LTXVideo, on: bool) -> None:
     for block in model.transformer_blocks:
         block.recompute = on
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward pass without a backward pass, give back the weights that FSDP still holds together.
+
+    They are not the ones that the optimizer changes and a checkpoint saves.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather_rows(rows: Tensor, asked_to_stop: str) -> tuple[Tensor, bool]:

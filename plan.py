@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from errors import UserError
 from lora import find_targets
 from losses import aux_weight, shifted_logit_normal
 from model import LTXVideo
@@ -33,7 +34,6 @@ CARDS = {
     "H200-141": (989, 141),
     "L40S-48": (362, 48),
 }
-TEXT_TOKENS = 1024
 
 
 def parameters(module: nn.Module) -> int:
@@ -104,7 +104,7 @@ class Plan:
             # No gradients of the frozen weights; the adapters' own operations, the text's k and v counted as the rest.
             total += 6 * self.trained * tokens - weight_flops(transformer, tokens, self.text_tokens)
         total += connector_flops(transformer, self.text_tokens)
-        window = min(faces["window"] + 2, self.grid[0])
+        window = min(faces["window"] + 2 * faces["context"], self.grid[0])
         encode, decode = vae_flops(self.ltx["vae"], window, self.height, self.width)
         total += keep * encode * (self.reference_tokens > 0)
         # The decoder's weights are frozen: forward and the gradient of its input, for the share of samples looked at.
@@ -119,8 +119,10 @@ class Plan:
         return (aux_weight(t, faces["gamma"]) >= faces["min_weight"]).float().mean().item()
 
     def memory(self, gpus: int) -> dict[str, float]:
-        """Bytes per GPU by part, at the largest moment of a step."""
+        """Bytes per GPU by part, each at its largest moment of a step; not all are that large at once."""
         run = self.config["parallel"]
+        if gpus < 1 or (run["mode"] == "fsdp" and gpus % run["replicas"]):
+            raise UserError(f"parallel.replicas = {run['replicas']} does not divide {gpus} GPUs")
         weights = parameters(self.dit)
         block = parameters(self.dit.transformer_blocks[0])
         rest = weights - block * len(self.dit.transformer_blocks)
@@ -146,8 +148,11 @@ class Plan:
             parts["gathered weights and gradients"] = low * (rest + 2 * block) + (low + 4) * block
         elif low == 2 and not self.rank:
             parts["bf16 copies of weights"] = 2 * weights
-        stored = low * batch * n * d * len(self.dit.transformer_blocks)
-        inside = low * batch * (34 * n + 8 * s) * d  # one block's intermediate results, for its backward pass
+        # What autograd keeps of one block for its backward pass, counted (tests/test_plan.py) in rows of the model's
+        # width. Autocast (bf16 under ddp) keeps all but the matrix products in float32, and their inputs twice.
+        autocast = run["mode"] == "ddp" and low == 2 and not self.rank
+        inside = batch * d * (2 * (62 * n + 8 * s) if autocast else low * (40 * n + 5 * s))
+        stored = (4 if autocast else low) * batch * n * d * len(self.dit.transformer_blocks)
         if not run["recompute"]:
             parts["activations"] = inside * len(self.dit.transformer_blocks)
         else:
@@ -160,29 +165,35 @@ class Plan:
         return parts
 
     def decoder_activations(self) -> float:
-        """Numbers kept by the recomputed decoder for one window: what goes between blocks, and the largest block."""
+        """Numbers kept by the recomputed decoder: what goes between blocks, of a window per sample of the micro-batch,
+        and the largest block, of one window."""
         between, inside = [0], [0]
 
         def count(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             between[0] += output.numel()
 
+        def count_last(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            between[0] += 2 * inputs[0].numel()  # outside the blocks, hence not recomputed
+
         def count_inside(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            # Around each convolution: its padded input, what SiLU and PixelNorm keep of theirs, and its output.
-            inside[-1] += 4 * inputs[0].numel() + output.numel()
+            # A convolution of a residual block keeps its padded input, SiLU and PixelNorm before it keep theirs.
+            inside[-1] += inputs[0].numel() + 2 * output.numel()
 
         decoder = self.vae.decoder
         hooks = [block.register_forward_hook(count) for block in decoder.up_blocks]
+        hooks.append(decoder.conv_out.conv.register_forward_hook(count_last))
         for block in decoder.up_blocks:
             hooks.append(block.register_forward_pre_hook(lambda *_: inside.append(0)))
             for module in block.modules():
                 if isinstance(module, nn.Conv3d):
                     hooks.append(module.register_forward_hook(count_inside))
-        window = min(self.config["faces"]["window"] + 2, self.grid[0])
+        faces = self.config["faces"]
+        window = min(faces["window"] + 2 * faces["context"], self.grid[0])
         with torch.device("meta"), torch.no_grad():
             self.vae.decode(torch.empty(1, self.ltx["vae"]["latent_channels"], window, *self.grid[1:]))
         for hook in hooks:
             hook.remove()
-        return between[0] + max(inside)
+        return self.config["parallel"]["micro_batch"] * between[0] + max(inside)
 
     def report(self, gpus: int, mfu: float) -> str:
         """The plan as Markdown: memory per GPU by part, which cards hold it, and days for the whole run."""

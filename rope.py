@@ -21,6 +21,8 @@ import math
 import torch
 from torch import Tensor
 
+from errors import one_line_errors
+
 # Where the reference's cell (i, j) goes, as (time, height, width) in latent cells; T, H, W is the video's grid.
 # Only "tass" is the paper's method; the next four are what Sec. 3.2 rejects, kept so that its argument can be run.
 # "phase" is another answer, that of the LoRA LTX-Best-Face-ID: overlap, told apart by `reference_phase`.
@@ -189,5 +191,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the rotary coordinates of video and reference tokens.")
     parser.add_argument("--out", default="assets/tass.png", help="the picture to write")
     arguments = parser.parse_args()
-    draw(arguments.out)
+    with one_line_errors():
+        draw(arguments.out)
     print(f"wrote {arguments.out}")

@@ -4,20 +4,28 @@
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --ref face.jpg --prompt "..."      # full size
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --lora face.safetensors:0.8 ...    # with a LoRA merged in
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --check                            # is the file whole?
+    torchrun --nproc_per_node=8 sample.py --ckpt ... --batch cases.jsonl --out videos      # many; cases.py, batch.py
 
-Without --ckpt it uses the tiny model in assets/. The order of work keeps memory low: Gemma reads the prompt and is
+Without --ckpt it uses the tiny model in assets/. The order of work keeps memory low: Gemma reads all prompts and is
 freed, then VAE and DiT are loaded.
 """
 
 import argparse
 import gc
 import json
+import math
+import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+from batch import Batch
+from cases import Case, read_cases
 from checkpoint import Checkpoint, distilled_sign, file_name
 from data import FITS
 from errors import Parser, UserError, one_line_errors
@@ -46,7 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ref", help="photo of the face; without it, plain text-to-video")
     parser.add_argument("--prompt", help="what the video shows")
     parser.add_argument("--negative", default="", help="what the unconditional stream is told (default: nothing)")
-    parser.add_argument("--out", default="out/sample.mp4", help="the video; a contact sheet goes beside it as .png")
+    parser.add_argument(
+        "--batch", metavar="CASES", help="JSONL of id, reference, prompt, seed: a video of each (cases.py)"
+    )
+    parser.add_argument("--out", help="the video (out/sample.mp4; a contact sheet beside it), or the batch's folder")
     parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint (default: the tiny one in assets/)")
     parser.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA})")
     parser.add_argument("--height", type=int, help="pixels (default 480, or the checkpoint's own)")
@@ -66,10 +77,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-prefix", help="what the prompt is made to begin with (default: nothing)")
     parser.add_argument("--samples", type=int, default=1, help="videos to make, with seeds SEED, SEED+1, ...")
     parser.add_argument("--seed", type=int, default=0, help="one seed is one video, on every device")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has the GPU of its number
+    parser.add_argument("--device", default=gpu if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--check", action="store_true", help="only say whether the checkpoint is whole, and its sizes")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.out = options.out or ("out/batch" if options.batch else "out/sample.mp4")
+    return options
 
 
 def main() -> None:
@@ -81,45 +95,82 @@ def main() -> None:
         return check(checkpoint)
     loras = resolve_loras(options, checkpoint)
     settings = resolve_settings(options, checkpoint, loras)
-    fit, prefix = settings.pop("fit"), settings.pop("prompt_prefix")
-    prompt = options.prompt if options.prompt.startswith(prefix) else prefix + options.prompt
+    for part in (LTXVideo, TextConnector, VideoVAE):
+        part.from_checkpoint(path, device="meta")  # every name and shape, before Gemma reads the prompt
     device, dtype = resolve_device(options)
-    outputs = resolve_outputs(options)
-    photo = FITS[fit](read_image(options.ref), settings["height"], settings["width"]) if options.ref else None
+    size, told = (settings["height"], settings["width"]), settings | {"negative": options.negative}
+    told |= {"checkpoint": Path(path).name, "loras": [f"{lora.path.name}:{lora.strength:g}" for lora in loras]}
+    fit, prefix = settings.pop("fit"), settings.pop("prompt_prefix")
+    if options.batch:
+        cases = read_cases(options.batch)
+        batch = Batch(options.out, told)
+        jobs, alone = {case: batch.video(case) for case in batch.missing(cases)}, batch.one_case
+    else:
+        reference = Path(options.ref) if options.ref else None
+        jobs = {Case("", reference, options.prompt, seed): out for seed, out in resolve_outputs(options)}
+        batch, alone = None, nullcontext  # what is wrong ends the run
+    sound = []
+    for case in jobs:
+        with alone(case):
+            if batch:
+                batch.check(case)
+            read_reference(case, *size, fit)
+            sound.append(case)
+    if not sound:
+        return batch.finish(cases)
     if checkpoint.ours.get("weights") == "random":
         print(f"note: the weights in {path} are random, not trained: the video will be noise")
 
-    # ---- prompt to context; Gemma is gone when this is done
+    # ---- prompts to contexts; Gemma is gone when this is done
     encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), device, dtype)
-    context, null_context = encoder.encode([prompt, options.negative]).split(1)
+    contexts = {}  # on the CPU: 8 MB each at full size
+    for prompt in tqdm(dict.fromkeys(case.prompt for case in sound), "prompts", disable=len(sound) == 1):
+        asked = begin_with(prefix, prompt)
+        contexts[prompt] = encoder.encode([asked, options.negative]).cpu().split(1)
     del encoder
     free(device)
 
     # ---- noise to video
     vae = VideoVAE.from_checkpoint(path, device, dtype)
     model = merge_lora(LTXVideo.from_checkpoint(path, device, dtype), loras)
-    image = to_tensor(photo) if photo else None
-    for seed, out in outputs:
-        video = generate(
-            model,
-            vae,
-            context,
-            null_context,
-            image,
-            seed=seed,
-            progress=partial(tqdm, desc=f"seed {seed}", unit="step", bar_format=BAR),
-            **settings,
-        )
-        frames = to_uint8(video)
-        used = settings | {"prompt": prompt, "negative": options.negative, "seed": seed, "ref": options.ref, "fit": fit}
-        used |= {"checkpoint": Path(path).name, "loras": [f"{lora.path.name}:{lora.strength:g}" for lora in loras]}
-        write_video(out, frames, settings["fps"], json.dumps(used))
-        contact_sheet(out.with_suffix(".png"), photo, frames)
-        print(
-            f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}"
-        )
+    for case in sound:
+        with alone(case):
+            photo = read_reference(case, *size, fit)
+            context, null_context = (part.to(device) for part in contexts[case.prompt])
+            video = generate(
+                model,
+                vae,
+                context,
+                null_context,
+                to_tensor(photo) if photo else None,
+                seed=case.seed,
+                progress=partial(tqdm, desc=case.id or f"seed {case.seed}", unit="step", bar_format=BAR),
+                **settings,
+            )
+            write_sample(jobs[case], case, photo, to_uint8(video), told)
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+    if batch:
+        batch.finish(cases)
+
+
+def read_reference(case: Case, height: int, width: int, fit: str) -> Image.Image | None:
+    """The photo in the video's shape; None for plain text-to-video."""
+    return FITS[fit](read_image(case.reference), height, width) if case.reference else None
+
+
+def begin_with(prefix: str, prompt: str) -> str:
+    """The prompt with what a LoRA's prompts begin with, once."""
+    return prompt if prompt.startswith(prefix) else prefix + prompt
+
+
+def write_sample(out: Path, case: Case, photo: Image.Image | None, frames: np.ndarray, told: dict) -> None:
+    """The video, with all that it was made from in its metadata, then its contact sheet."""
+    asked = begin_with(told["prompt_prefix"], case.prompt)
+    used = told | {"prompt": asked, "seed": case.seed, "ref": str(case.reference) if case.reference else None}
+    write_video(out, frames, told["fps"], json.dumps(used))
+    contact_sheet(out.with_suffix(".png"), photo, frames)
+    print(f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}")
 
 
 def resolve_loras(options: argparse.Namespace, checkpoint: Checkpoint) -> list[LoRA]:
@@ -135,7 +186,9 @@ def resolve_loras(options: argparse.Namespace, checkpoint: Checkpoint) -> list[L
 def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> dict:
     """What `generate` is told, and "fit" and "prompt_prefix". The user's options come first, then what a distilled
     model needs, the preset, what the LoRAs say, the checkpoint's own defaults, the paper's."""
-    if options.prompt is None or not options.prompt.strip():
+    if options.batch and (options.prompt or options.ref or options.samples != 1):
+        raise UserError("--batch has references, prompts and seeds of its own: leave out --prompt, --ref and --samples")
+    if not options.batch and (options.prompt is None or not options.prompt.strip()):
         raise UserError('the prompt is empty: say what the video shows with --prompt "..."')
     preset = PRESETS.get(options.preset, {})
     given = {key: v for key in (*PAPER, *REFERENCE, "prompt_prefix") if (v := getattr(options, key)) is not None}
@@ -160,6 +213,11 @@ def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras:
         if value != lower:
             rule = f"{step}k+1" if extra else f"a multiple of {step}"
             raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
+    for name in ("fps", "s_text", "s_ref"):
+        if not math.isfinite(settings[name]):
+            raise UserError(f"--{name.replace('_', '-')} {settings[name]} is not a finite number")
+    if not 0 <= options.seed < 2**63 - options.samples:
+        raise UserError(f"--seed {options.seed} is not between 0 and 2^63")
     for name in ("fps", "steps"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")
@@ -171,7 +229,7 @@ def resolve_device(options: argparse.Namespace) -> tuple[torch.device, torch.dty
     """The device, tried out, and the dtype."""
     try:
         device = torch.device(options.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"device {options.device!r} cannot be used here ({reason}): try --device cpu") from None
@@ -185,11 +243,15 @@ def resolve_outputs(options: argparse.Namespace) -> list[tuple[int, Path]]:
         raise UserError(f"--out {out} does not end in .mp4")
     if options.samples < 1:
         raise UserError(f"--samples {options.samples} is not above 0")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if options.samples == 1:
-        return [(options.seed, out)]
     seeds = range(options.seed, options.seed + options.samples)
-    return [(seed, out.with_stem(f"{out.stem}-{seed}")) for seed in seeds]
+    outputs = [(seed, out.with_stem(f"{out.stem}-{seed}") if len(seeds) > 1 else out) for seed in seeds]
+    for _, video in outputs:
+        if options.ref and Path(options.ref).resolve() == video.with_suffix(".png").resolve():
+            raise UserError(f"the contact sheet of {video} would replace --ref {options.ref}: name another --out")
+        if video.is_dir():
+            raise UserError(f"--out {video} is a folder: name a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return outputs
 
 
 def default_gemma(options: argparse.Namespace) -> str | Path:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
@@ -212,12 +213,18 @@ def load_gemma(name: str | Path, device: str | torch.device, dtype: torch.dtype)
         raise UserError(f"{name} holds no Gemma model: it has no config.json. Give --gemma the folder of {GEMMA}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, dtype=dtype, device_map={"": device}, use_safetensors=True)
+        model, loading = AutoModel.from_pretrained(
+            name, dtype=dtype, device_map={"": device}, use_safetensors=True, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise UserError(f"the weights in {name} are damaged ({error}): download them again") from None
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(
             f"cannot load Gemma from {name} ({first}). Its weights need a licence: accept it on "
             f"https://huggingface.co/{GEMMA}, then run `hf auth login` and `hf download {GEMMA}`"
         ) from None
+    if missing := sorted(loading["missing_keys"]):  # transformers would make them up
+        raise UserError(f"the Gemma in {name} lacks {len(missing)} tensors ({missing[0]}, ...): download it again")
     language_model = getattr(model, "language_model", model)
     return tokenizer, language_model.eval().requires_grad_(False)

@@ -37,7 +37,7 @@ from logbook import Log
 from lora import save_lora, seed_dropout
 from media import contact_sheet, read_image, to_tensor, to_uint8
 from objective import Dice, Objective, roll
-from parallel import StopSignal, build_model, gather_rows, join_processes
+from parallel import StopSignal, build_model, gather_rows, join_processes, reshard
 from plan import Plan
 from text import GEMMA, TextConnector, TextEncoder
 from vae import VideoVAE
@@ -188,9 +188,11 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
             dist.barrier()
     # Under DDP float32 weights are cast as they are used; shards and frozen weights are in low precision already.
     cast = config["parallel"]["mode"] == "ddp" and not config["lora"]["rank"]
+    connector = TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False)
+    connector.projection = None  # the cache holds what comes after it
     return Objective(
         vae=VideoVAE.from_checkpoint(ckpt, device, low).requires_grad_(False),
-        connector=TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False),
+        connector=connector,
         null_features=clips.null_features,
         slots=clips.settings["max_tokens"],
         fps=clips.settings["fps"],
@@ -201,6 +203,7 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
         **{key: reference[key] for key in ("placement", "source_id", "phase_scale")},
         dtype=torch.float32 if cast else low,
         autocast=low == torch.bfloat16 and cast,
+        window_context=faces["context"],
         **{key: faces[key] for key in ("lambda_id", "lambda_tic", "gamma", "window", "min_weight")},
     )
 
@@ -323,6 +326,7 @@ def draw_samples(
             folder.mkdir(parents=True, exist_ok=True)
             contact_sheet(folder / f"step-{step:06d}-{k}.png", photo, to_uint8(video))
     inner.train()
+    reshard(inner)
     report(f"drew {len(wanted)} samples into {folder}")
 
 

@@ -25,8 +25,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from checkpoint import Checkpoint
+from errors import UserError
 
 STRIDES = {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
+
+
+def known_blocks(blocks: list, suffix: str = "") -> list:
+    """The config's blocks, if all are of a kind that the code here knows."""
+    for kind, _ in blocks:
+        if kind != "res_x" and kind not in {name + suffix for name in STRIDES}:
+            raise UserError(
+                f"the checkpoint's VAE has a block {kind!r}, unknown to this code: not the released LTX-2.3"
+            )
+    return blocks
 
 
 def space_to_depth(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
@@ -124,7 +135,7 @@ class Encoder(nn.Module):
         channels = config["encoder_base_channels"]
         self.conv_in = Conv3d(config["in_channels"] * self.patch**2, channels, causal=True)
         blocks: list[nn.Module] = []
-        for kind, options in config["encoder_blocks"]:
+        for kind, options in known_blocks(config["encoder_blocks"], "_res"):
             if kind == "res_x":
                 blocks.append(ResStack(channels, options["num_layers"], causal=True))
             else:
@@ -152,7 +163,7 @@ class Decoder(nn.Module):
         channels = config["decoder_base_channels"] * math.prod(o.get("multiplier", 1) for _, o in stages)
         self.conv_in = Conv3d(config["latent_channels"], channels, causal=False)
         blocks: list[nn.Module] = []
-        for kind, options in reversed(stages):
+        for kind, options in reversed(known_blocks(stages)):
             if kind == "res_x":
                 blocks.append(ResStack(channels, options["num_layers"], causal=False))
             else:

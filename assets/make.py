@@ -194,16 +194,18 @@ CLIPS = [  # caption, and (turn, smile, x) at the start and at the end of the cl
 
 
 def make_clips(folder: Path, frames: int = 17, size: int = 64) -> None:
-    """Four short clips and a photo of each face, to try training on."""
+    """Four short clips and a photo of each face, to try training on, and the same as cases to sample and to score."""
     folder.mkdir(exist_ok=True)
-    lines = ["video,caption,reference"]
+    lines, cases = ["video,caption,reference"], []
     for k, (look, (caption, start, end)) in enumerate(zip(LOOKS, CLIPS)):
         way = np.linspace(start, end, frames)
         clip = np.stack([np.asarray(draw_face(size, look, turn, smile, x)) for turn, smile, x in way])
         write_video(folder / f"{k}.mp4", clip, DEFAULTS["fps"])
         draw_face(128, look | {"background": "#9fb2cc"}).save(folder / f"{k}.png", optimize=True)
         lines.append(f'{k}.mp4,"{caption}",{k}.png')
+        cases.append(json.dumps({"id": str(k), "reference": f"{k}.png", "prompt": caption, "seed": k}))
     (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    (folder / "cases.jsonl").write_text("\n".join(cases) + "\n")
 
 
 def make_faces(folder: Path) -> None:

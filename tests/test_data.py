@@ -272,6 +272,8 @@ def test_bad_rows_keep_their_place_and_say_why(tmp_path):
         ('{"video": "a.mp4", "caption": "x", "reference_video": "b.mp4"}', "reference_time go together"),
         ('{"video": "a.mp4", "caption": "x", "reference_box": [0.1, 0.2, 0.3]}', "reference_box"),
         ('{"video": "a.mp4", "caption": "x", "reference_box": [100, 20, 300, 400]}', "reference_box"),
+        (r'{"video": "a\u0000.mp4", "caption": "x"}', "NUL"),
+        (r'{"video": "a.mp4", "caption": "half an emoji \ud83d"}', "surrogates not allowed"),
         ('{"video": "b.mp4", "caption": "good"}', None),
     ]
     (tmp_path / "m.jsonl").write_text("\n".join(text for text, _ in rows))
@@ -545,10 +547,16 @@ def test_references_are_cut_from_the_right_video(made, options, world, tmp_path)
 
     def frame_of(clip, video):
         """Numbers of the frames that hold the image as it is, anywhere."""
-        image = np.asarray(clip["image"]).transpose(2, 0, 1)  # (3, h, w)
-        assert image.shape[1] == image.shape[2] > 20
-        places = [np.lib.stride_tricks.sliding_window_view(f, image.shape[1:], (0, 1)) for f in videos[video]]
-        return [k for k, place in enumerate(places) if (place == image).all((2, 3, 4)).any()]
+        image = np.asarray(clip["image"])
+        height, width, _ = image.shape
+        assert height == width > 20
+        row = image[:1].transpose(2, 0, 1)  # (3, 1, w)
+        found = []
+        for k, frame in enumerate(videos[video]):
+            places = np.lib.stride_tricks.sliding_window_view(frame, (1, width), (0, 1))  # (y, x, 3, 1, w)
+            corners = np.argwhere((places == row).all((2, 3, 4)))  # where the first row fits
+            found += [k] * any(np.array_equal(frame[y : y + height, x : x + width], image) for y, x in corners)
+        return found
 
     assert frame_of(clips[2], "anna2") and not frame_of(clips[2], "anna1")  # the other clip of the identity
     assert frame_of(clips[3], "anna1") and not frame_of(clips[3], "anna2")
@@ -622,7 +630,7 @@ def test_dataset_in_workers_and_epochs(made):
     with pytest.raises(IndexError):
         clips[7]
     item = clips[0]["latents"]
-    assert item.untyped_storage().nbytes() == item.nbytes  # not a view of the whole shard
+    assert item.untyped_storage().nbytes() == item.nbytes  # a view of the shard would be sent whole by a worker
 
 
 def test_damaged_caches_say_what_to_run(made, tmp_path):
@@ -712,8 +720,10 @@ def test_sizes_that_the_vae_cannot_take(options, tmp_path):
 
 
 def test_nothing_usable(options, world, tmp_path):
-    (tmp_path / "m.csv").write_text(f"video,caption\nmissing.mp4,x\n{world / 'own.mp4'},\n")
-    with pytest.raises(UserError, match=r"none of the 2 clips can be used.*report\.jsonl"):
+    Image.new("RGB", (3, 2000), "red").save(tmp_path / "strip.png")
+    rows = ["video,caption,reference", "missing.mp4,x,", f"{world / 'own.mp4'},,", f"{world / 'own.mp4'},x,strip.png"]
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"none of the 3 clips can be used.*report\.jsonl"):
         prepare(out=tmp_path / "c", **options | {"manifest": tmp_path / "m.csv"})
     with pytest.raises(UserError, match=r"holds no clip.*report\.jsonl"):
         CachedClips(tmp_path / "c")
@@ -795,7 +805,9 @@ KILLER = """
             torch.set_num_threads(2)
             sys.stdout = sys.stderr = open(os.devnull, "w")
             count = [0]
-            if fatal:
+            if life == 0:  # in the middle of cache.json
+                pathlib.Path.write_text = lambda path, text, **_: (path.write_bytes(text[:99].encode()), die())
+            elif fatal:
                 hook(os, "replace", fatal)
                 hook(pathlib.Path, "unlink", fatal)
             else:

@@ -402,7 +402,7 @@ def test_training_gives_the_phase_to_the_references_tokens(placement, source_id,
     objective = Objective(vae, None, None, 8, 24.0, None, None)
     objective.placement, objective.source_id, objective.phase_scale = placement, source_id, phase_scale
 
-    def record(latents, timesteps, sigma, context, positions, mask, phase):
+    def record(latents, timesteps, sigma, context, positions, mask, phase=None):
         seen.update(positions=positions, mask=mask, phase=phase)
         return latents
 
