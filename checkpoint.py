@@ -97,9 +97,9 @@ class Checkpoint:
         self.data_start = 8 + length
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.tensors: dict[str, dict[str, Any]] = header
-        config = _json_object(self.metadata.get("config"), self.path)
+        config = json_object(self.metadata.get("config"), self.path)
         self.config: dict[str, Any] = Config({part: value for part, value in config.items() if isinstance(value, dict)})
-        self.ours: dict[str, Any] = _json_object(self.metadata.get(OUR_METADATA), self.path)
+        self.ours: dict[str, Any] = json_object(self.metadata.get(OUR_METADATA), self.path)
         _require_ltx23(self)
 
     def read_bytes(self, name: str) -> bytearray:
@@ -170,6 +170,19 @@ class Checkpoint:
         return None
 
 
+def distilled_sign(path: str | Path, metadata: dict[str, str]) -> str | None:
+    """What says that a checkpoint or LoRA is distilled to few steps without guidance; None if nothing does.
+
+    No tensor tells: a distilled model has the names and shapes of the full one.
+    """
+    if "distilled" in Path(path).name.lower():
+        return "its file name"
+    for key in ("model_version", "modelspec.title", "modelspec.architecture"):
+        if "distilled" in metadata.get(key, "").lower():
+            return f"{key} in its metadata"
+    return json_object(metadata.get(OUR_METADATA), Path(path)).get("distilled")
+
+
 def file_name(name: str, prefixes: dict[str, str]) -> str:
     """A module's tensor name as the checkpoint writes it."""
     ours, theirs = next(pair for pair in prefixes.items() if name.startswith(pair[0]))
@@ -235,7 +248,7 @@ class Config(dict):
         )
 
 
-def _json_object(text: str | None, path: Path) -> dict[str, Any]:
+def json_object(text: str | None, path: Path) -> dict[str, Any]:
     def with_path(value: dict) -> Config:
         config = Config(value)
         config.path = path

@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from data import FITS
 from errors import UserError
 from rope import PLACEMENTS
 
@@ -34,7 +35,10 @@ DEFAULTS: Config = {
     },
     "reference": {
         "use": True,  # false: text-to-video, Table 1's first row
-        "placement": "tass",  # Eq. 4, or what Sec. 3.2 argues against: overlap, temporal, fixed, remote
+        "placement": "tass",  # Eq. 4, or what Sec. 3.2 argues against: overlap, temporal, fixed, remote; or phase
+        "source_id": 2,  # phase: the mark of the reference's tokens
+        "phase_scale": 1.0,  # phase: its strength
+        "fit": "letterbox",  # Sec. 3.1; "cover": scaled to cover and cut around the centre
         "timestep": "clean",  # the reference's tokens say t = 0; "shared": they say the video's t
         "augment": True,  # Eq. 5
     },
@@ -50,6 +54,13 @@ DEFAULTS: Config = {
         "window": 2,  # latent frames per sample that are decoded and looked at
         "context": 1,  # latent frames decoded with them on either side, because the decoder looks both ways
         "min_weight": 1e-3,  # w_aux below which they are not
+    },
+    "lora": {
+        "rank": 0,  # 0: all weights are trained; above: they are frozen and adapters of this rank are trained
+        "alpha": 0.0,  # adapters are scaled by alpha / rank; 0: by 1
+        "targets": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],  # ends of layer names
+        "dropout": 0.0,  # of an adapter's input
+        "fp8": False,  # the frozen weights are stored in 8 bits (fp8.py): slower, and half the memory
     },
     "optim": {
         "steps": 20_000,
@@ -86,6 +97,7 @@ DEFAULTS: Config = {
 CHOICES = {
     ("reference", "placement"): tuple(PLACEMENTS),
     ("reference", "timestep"): ("clean", "shared"),
+    ("reference", "fit"): tuple(FITS),
     ("parallel", "mode"): ("ddp", "fsdp"),
     ("parallel", "precision"): ("bf16", "fp32"),
 }
@@ -129,6 +141,11 @@ def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
     for section, key in ABOVE_ZERO:
         if not config[section][key] > 0:  # nor is nan, which TOML can write
             raise UserError(f"{section}.{key} = {config[section][key]} is not above 0")
+    lora = config["lora"]
+    if lora["rank"] < 0 or lora["alpha"] < 0 or not 0 <= lora["dropout"] < 1:
+        raise UserError(f"lora = {lora}: rank and alpha are 0 or more, dropout is from 0 to below 1")
+    if lora["rank"] and config["parallel"]["mode"] != "ddp":
+        raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
     for name, share in config["dropout"].items():
         if not 0 <= share <= 1:
             raise UserError(f"dropout.{name} = {share} is no share between 0 and 1")

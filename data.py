@@ -29,7 +29,7 @@ from torch import Tensor
 from cache import NULL, PARTS, prepare, read_metadata, read_settings, shard_file
 from errors import Parser, UserError, one_line_errors, whole_file
 from manifest import vip200k
-from media import to_tensor
+from media import cover, to_tensor
 from text import GEMMA
 
 ASSETS = Path(__file__).parent / "assets"  # what is embedded: the default where no checkpoint is named
@@ -63,6 +63,9 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     canvas = Image.new("RGB", (width, height))
     canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
     return canvas
+
+
+FITS = {"letterbox": letterbox, "cover": cover}  # "cover" is not the paper's; some LoRAs were trained with it
 
 
 def augment_reference(image: Image.Image, rng: np.random.Generator, **strength: float) -> Image.Image:
@@ -105,10 +108,15 @@ def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
 
 
 def reference_tensor(
-    image: Image.Image, height: int, width: int, rng: np.random.Generator | None = None, **strength: float
+    image: Image.Image,
+    height: int,
+    width: int,
+    rng: np.random.Generator | None = None,
+    fit: str = "letterbox",
+    **strength: float,
 ) -> Tensor:
     """I_ref as the VAE takes it: (3, H, W) in [-1, 1]; augmented if there is an `rng`, as it is (evaluation) if not."""
-    return to_tensor(letterbox(augment_reference(image, rng, **strength) if rng else image, height, width))
+    return to_tensor(FITS[fit](augment_reference(image, rng, **strength) if rng else image, height, width))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,8 +200,10 @@ class TrainingClips(torch.utils.data.Dataset):
     An item is that of CachedClips, with "reference" (3, H, W) in [-1, 1], augmented if asked for, and "count".
     """
 
-    def __init__(self, clips: CachedClips, seed: int = 0, augment: bool = True, **strength: float):
-        self.clips, self.seed, self.augment, self.strength = clips, seed, augment, strength
+    def __init__(
+        self, clips: CachedClips, seed: int = 0, augment: bool = True, fit: str = "letterbox", **strength: float
+    ):
+        self.clips, self.seed, self.augment, self.fit, self.strength = clips, seed, augment, fit, strength
         self.epoch, self.order = -1, np.empty(0, int)
 
     def __getitem__(self, count: int) -> dict[str, Any]:
@@ -203,7 +213,8 @@ class TrainingClips(torch.utils.data.Dataset):
         index = int(self.order[place])
         item, size = self.clips[index], (self.clips.settings["height"], self.clips.settings["width"])
         rng = sample_rng(self.seed, epoch, index) if self.augment else None
-        return item | {"reference": reference_tensor(item["image"], *size, rng, **self.strength), "count": count}
+        reference = reference_tensor(item["image"], *size, rng, self.fit, **self.strength)
+        return item | {"reference": reference, "count": count}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

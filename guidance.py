@@ -10,16 +10,18 @@ Streams without the reference do not carry its tokens at all.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from rope import reference_positions, video_positions
+from rope import reference_phase, reference_positions, video_positions
 from vae import from_tokens, to_tokens
 
 DENSE_TOKENS = ((1024, 0.95), (4096, 2.05))  # the released schedule's shift at two sequence lengths
 LAST_SIGMA = 0.1  # the last sigma before 0
+# What the distilled checkpoints know: eight steps, one stream. Any other schedule looks like bad training.
+DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 
 
 def schedule_shift(tokens: int) -> float:
@@ -59,6 +61,7 @@ def sample_latents(
     s_y: float = 5.0,
     s_r: float = 7.5,
     ref_timestep: str = "clean",
+    ref_phase: float = 0.0,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Tensor:
@@ -67,7 +70,8 @@ def sample_latents(
     positions (B, 3, N, 2) and context, null_context (B, S, D) belong to the video; reference (B, R, C) and
     ref_positions (B, 3, R, 2) to the reference image, None for plain text-to-video. `model` is an LTXVideo or
     anything called like it, run in `dtype`. `ref_timestep` is "clean" (the reference's tokens say t = 0) or "shared"
-    (they say the video's t); the paper leaves that open. `progress` wraps the loop over steps.
+    (they say the video's t); the paper leaves that open. `ref_phase` is what rope.reference_phase says. `progress`
+    wraps the loop over steps.
 
     A stream whose weight in Eq. 13 is zero is not computed: v_0 at s_y = 1, v_y at s_y = s_r, v_yr at s_r = 0.
     """
@@ -82,6 +86,11 @@ def sample_latents(
     if need_yr:
         both_positions = torch.cat([positions, ref_positions], dim=2)
         ref_level = 0.0 if ref_timestep == "clean" else 1.0
+        extra = {}
+        if ref_phase:
+            phase = torch.zeros(both_positions.shape[0], both_positions.shape[2], device=noise.device)  # (B, N + R)
+            phase[:, tokens:] = ref_phase
+            extra = {"phase": phase}
 
     def velocity(z: Tensor, sigma: Tensor, contexts: list[Tensor]) -> list[Tensor]:
         """The streams without reference, of equal length and so in one batch."""
@@ -102,7 +111,8 @@ def sample_latents(
             [level[:, None].expand(-1, tokens), ref_level * level[:, None].expand(-1, reference.shape[1])], dim=1
         )
         both = torch.cat([z.to(dtype), reference.to(dtype)], dim=1)  # Eq. 2
-        return model(both, timesteps, level, context, both_positions)[:, :tokens].float()  # its output is dropped
+        v = model(both, timesteps, level, context, both_positions, **extra)
+        return v[:, :tokens].float()  # the reference's output is dropped
 
     for step in progress(range(len(sigmas) - 1)):
         sigma, sigma_next = sigmas[step].to(z.device), sigmas[step + 1].to(z.device)
@@ -129,14 +139,18 @@ def generate(
     steps: int = 30,
     seed: int = 0,
     placement: str = "tass",
+    source_id: int = 2,
+    phase_scale: float = 1.0,
+    sigmas: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     **options,
 ) -> Tensor:
     """One video (3, frames, height, width), about in [-1, 1], of the face in `image` doing what `context` says.
 
     image (3, height, width) in [-1, 1], letterboxed, or None for plain text-to-video; context, null_context (1, S, D).
-    Sizes in pixels. `dtype` is what the DiT runs in, None for its weights' own. `options` go to `sample_latents`. The
-    noise is drawn on the CPU: one seed, one video, any device.
+    Sizes in pixels. source_id and phase_scale matter to placement "phase" alone. `sigmas` replace the schedule of
+    `steps`. `dtype` is what the DiT runs in, None for its weights' own. `options` go to `sample_latents`. The noise is
+    drawn on the CPU: one seed, one video, any device.
     """
     device, vae_dtype = vae.decoder.conv_in.conv.weight.device, vae.decoder.conv_in.conv.weight.dtype
     dtype = dtype or next(model.parameters()).dtype
@@ -152,8 +166,18 @@ def generate(
 
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(1, math.prod(grid), model.proj_out.out_features, generator=generator).to(device)
-    sigmas = sigma_schedule(steps, math.prod(grid))
+    levels = sigma_schedule(steps, math.prod(grid)) if sigmas is None else torch.tensor(sigmas)
     z_0 = sample_latents(
-        model, noise, sigmas, positions, context, null_context, reference, ref_positions, dtype=dtype, **options
+        model,
+        noise,
+        levels,
+        positions,
+        context,
+        null_context,
+        reference,
+        ref_positions,
+        ref_phase=reference_phase(placement, source_id, phase_scale),
+        dtype=dtype,
+        **options,
     )
     return vae.decode(from_tokens(z_0, grid).to(vae_dtype))[0].float()

@@ -128,7 +128,7 @@ def read_video(
         nonlocal count
         first = count
         while count < frames and wanted[count] < time - SAME_TIME:
-            pixels[count] = pixels[first] if count > first else _cover(shown, path, height, width)
+            pixels[count] = pixels[first] if count > first else cover(_upright_frame(shown, path), height, width)
             count += 1
 
     if end is None or wanted[-1] < end - SAME_TIME:
@@ -247,13 +247,12 @@ def _upright_frame(frame, path: str | Path) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _cover(frame, path: str | Path, height: int, width: int) -> np.ndarray:
-    """Scaled to cover height x width and cut around the centre -> (height, width, 3) bytes."""
-    image = _upright_frame(frame, path)
+def cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scaled to cover height x width and cut around the centre."""
     scale = max(width / image.width, height / image.height)
     cut_x, cut_y = (image.width - width / scale) / 2, (image.height - height / scale) / 2
     box = cut_x, cut_y, image.width - cut_x, image.height - cut_y
-    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def contact_sheet(path: str | Path, reference: Image.Image | None, frames: np.ndarray, columns: int = 6) -> None:

@@ -200,9 +200,9 @@ class LTXVideo(nn.Module):
             model = cls(checkpoint.config["transformer"])
         return checkpoint.load(model, cls.PREFIXES, device, dtype)
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions: Tensor, phase: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rotary tables (B, heads, N, head_dim/2) for positions (B, 3, N, 2) in seconds and pixels."""
-        return rope_cos_sin(positions, self.dim, self.heads, self.theta, self.max_pos)
+        return rope_cos_sin(positions, self.dim, self.heads, self.theta, self.max_pos, phase)
 
     def forward(
         self,
@@ -212,6 +212,7 @@ class LTXVideo(nn.Module):
         context: Tensor,
         positions: Tensor,
         mask: Tensor | None = None,
+        phase: Tensor | None = None,
     ) -> Tensor:
         """Velocity v = eps - z_0 of every token.
 
@@ -222,10 +223,11 @@ class LTXVideo(nn.Module):
         positions  (B, 3, N, 2)  from rope.py
         mask       (B, N)        false for tokens that this sample does not have (a dropped reference); None if it
                                  has all, which lets attention use its fastest kernel
+        phase      (B, N)        what a token's rotary angles get beside its place (placement "phase"), None for nothing
         returns    (B, N, C)     the reference's rows mean nothing
         """
         dtype = latents.dtype
-        rotary = tuple(table.to(dtype) for table in self.rotary(positions))
+        rotary = tuple(table.to(dtype) for table in self.rotary(positions, phase))
         # A sequence has few distinct timesteps (the video's and 0), so AdaLN runs on those and tokens look theirs up.
         distinct, token_row = torch.unique(timesteps, return_inverse=True)  # (U,), (B, N)
         modulation, embedded = self.adaln_single(distinct, dtype)

@@ -31,7 +31,7 @@ from losses import (
     temporal_identity_loss,
     total_loss,
 )
-from rope import reference_positions, video_positions
+from rope import reference_phase, reference_positions, video_positions
 from text import TextConnector, pad_features
 from vae import VideoVAE, from_tokens, to_tokens
 
@@ -92,6 +92,8 @@ class Objective:
     arcface: ArcFace | None = None
     use_reference: bool = True
     placement: str = "tass"
+    source_id: int = 2  # of placement "phase", and its scale
+    phase_scale: float = 1.0
     ref_timestep: str = "clean"
     lambda_id: float = 0.1
     lambda_tic: float = 0.05
@@ -156,22 +158,25 @@ class Objective:
         batch, tokens, _ = z_t.shape
         positions = video_positions(*grid, self.fps, self.vae.scale).to(z_t.device)
         timesteps = t[:, None].expand(-1, tokens)
-        mask = None
+        mask, extra = None, {}
         if has_reference.any():
             with torch.no_grad():
                 images = references.to(z_t.device, self.vae.decoder.conv_in.conv.weight.dtype)
                 z_ref = to_tokens(self.vae.encode(images.unsqueeze(2)))  # Eq. 1, Eq. 5: (B, R, C)
             placed = reference_positions(*grid, self.fps, self.vae.scale, self.placement).to(z_t.device)
+            source = reference_phase(self.placement, self.source_id, self.phase_scale)
             level = torch.zeros_like(t) if self.ref_timestep == "clean" else t
             z_t = torch.cat([z_t, z_ref.to(z_t)], dim=1)  # Eq. 2
             timesteps = torch.cat([timesteps, level[:, None].expand(-1, z_ref.shape[1])], dim=1)
             positions = torch.cat([positions, placed], dim=1)
+            is_video = torch.arange(z_t.shape[1], device=z_t.device) < tokens  # (N + R,)
             if not has_reference.all():
-                is_video = torch.arange(z_t.shape[1], device=z_t.device) < tokens
                 mask = is_video | has_reference[:, None]  # (B, N + R)
+            if source:
+                extra = {"phase": source * (~is_video).float().expand(batch, -1)}  # (B, N + R)
         positions = positions.expand(batch, -1, -1, -1)
         with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.autocast):
-            return model(z_t.to(self.dtype), timesteps, t, context, positions, mask)[:, :tokens]
+            return model(z_t.to(self.dtype), timesteps, t, context, positions, mask, **extra)[:, :tokens]
 
     def face_losses(
         self, z_0_hat: Tensor, window: int, e_ref: Tensor, has_reference: Tensor

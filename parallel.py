@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Checkpoint, file_name
 from errors import UserError
+from fp8 import store_in_fp8
+from lora import new_lora
 from model import LTXVideo
 
 
@@ -41,13 +43,21 @@ def join_processes() -> torch.device:
     return device
 
 
-def build_model(run: dict[str, Any], ckpt: Path, device: torch.device) -> nn.Module:
+def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.device) -> nn.Module:
     """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2).
 
-    `run` is the section [parallel] of the config.
+    With adapters (lora.rank above 0) it is whole, frozen, and in the precision of the computation or in fp8; they are
+    float32.
     """
+    run, lora = config["parallel"], config["lora"]
     if run["mode"] == "ddp":
-        model = LTXVideo.from_checkpoint(ckpt, device, torch.float32).train()
+        frozen = torch.bfloat16 if lora["rank"] and run["precision"] == "bf16" else torch.float32
+        model = LTXVideo.from_checkpoint(ckpt, device, frozen).train()
+        if lora["rank"]:
+            if lora["fp8"]:
+                store_in_fp8(model)
+            alpha = lora["alpha"] or lora["rank"]
+            new_lora(model, lora["rank"], alpha, lora["targets"], lora["dropout"], config["run"]["seed"])
         set_recompute(model, run["recompute"])
         return DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True

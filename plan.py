@@ -7,7 +7,8 @@ A DiT step at width D over N tokens (video and reference) with S text tokens cos
         feed-forward       16 N D^2
 
 multiply-adds counted as two. The backward pass costs twice the forward. Recomputing blocks costs a forward more, which
-is spent but not useful, so MFU does not count it.
+is spent but not useful, so MFU does not count it. Frozen weights (LoRA) need no gradient of their own: the products
+with D^2 above then cost twice their forward in all, not three times.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import UserError
+from lora import find_targets
 from losses import aux_weight, shifted_logit_normal
 from model import LTXVideo
 from text import TextConnector
@@ -30,6 +32,7 @@ CARDS = {
     "A100-80": (312, 80),
     "H100-80": (989, 80),
     "H200-141": (989, 141),
+    "L40S-48": (362, 48),
 }
 
 
@@ -41,9 +44,15 @@ def dit_flops(config: dict[str, Any], video_tokens: int, reference_tokens: int, 
     """Operations of one forward pass of the DiT for one sample; `config` is the checkpoint's transformer config."""
     n, s = video_tokens + reference_tokens, text_tokens
     d = config["num_attention_heads"] * config["attention_head_dim"]
-    block = 28 * n * d * d + 4 * s * d * d + 4 * n * n * d + 4 * n * s * d + 4 * n * d * config["num_attention_heads"]
-    ends = 2 * n * d * (config["in_channels"] + config["out_channels"])
-    return config["num_layers"] * block + ends
+    return weight_flops(config, n, s) + config["num_layers"] * (4 * n * n * d + 4 * n * s * d)
+
+
+def weight_flops(config: dict[str, Any], tokens: int, text_tokens: int) -> int:
+    """The part of `dit_flops` that is products with weights."""
+    n, s = tokens, text_tokens
+    d = config["num_attention_heads"] * config["attention_head_dim"]
+    block = 28 * n * d * d + 4 * s * d * d + 4 * n * d * config["num_attention_heads"]
+    return config["num_layers"] * block + 2 * n * d * (config["in_channels"] + config["out_channels"])
 
 
 def connector_flops(config: dict[str, Any], text_tokens: int) -> int:
@@ -79,6 +88,9 @@ class Plan:
             self.dit = LTXVideo(ltx["transformer"])
             self.connector = TextConnector(ltx["transformer"], 1).connector
             self.vae = VideoVAE(ltx["vae"])
+        self.rank = config["lora"]["rank"]
+        adapted = find_targets(self.dit, config["lora"]["targets"]).values() if self.rank else []
+        self.trained = sum(self.rank * sum(weight.shape) for weight in adapted) or parameters(self.dit)
 
     def flops_per_sample(self) -> float:
         """Useful operations of one training sample, all parts: what MFU is counted with."""
@@ -87,6 +99,10 @@ class Plan:
         with_reference = dit_flops(transformer, self.tokens, self.reference_tokens, self.text_tokens)
         without = dit_flops(transformer, self.tokens, 0, self.text_tokens)
         total = 3 * (keep * with_reference + (1 - keep) * without)
+        if self.rank:
+            tokens = self.tokens + keep * self.reference_tokens
+            # No gradients of the frozen weights; the adapters' own operations, the text's k and v counted as the rest.
+            total += 6 * self.trained * tokens - weight_flops(transformer, tokens, self.text_tokens)
         total += connector_flops(transformer, self.text_tokens)
         window = min(faces["window"] + 2 * faces["context"], self.grid[0])
         encode, decode = vae_flops(self.ltx["vae"], window, self.height, self.width)
@@ -115,19 +131,26 @@ class Plan:
         batch = run["micro_batch"]
         n, s, d = self.tokens + self.reference_tokens, self.text_tokens, self.dit.dim
 
-        parts = {
-            "DiT weights, fp32": 4 * weights / shards,
-            "gradients, fp32": 4 * weights / shards,
-            "AdamW moments, fp32": 8 * weights / shards,
+        own = "adapters" if self.rank else "DiT weights"
+        parts = {"frozen: DiT": low * weights} if self.rank else {}
+        if self.rank and self.config["lora"]["fp8"]:
+            layers = [m.weight for m in self.dit.transformer_blocks.modules() if isinstance(m, nn.Linear)]
+            rows, largest = sum(len(weight) for weight in layers), max(weight.numel() for weight in layers)
+            bytes_saved = (low - 1) * sum(weight.numel() for weight in layers) - 4 * rows
+            parts = {"frozen: DiT, in fp8": low * weights - bytes_saved, "the weight in use": low * largest}
+        parts |= {
+            f"{own}, fp32": 4 * self.trained / shards,
+            "gradients, fp32": 4 * self.trained / shards,
+            "AdamW moments, fp32": 8 * self.trained / shards,
         }
         if run["mode"] == "fsdp":
             # The root's weights, and a block in use beside the one that is fetched; a block's gradient on its way out.
             parts["gathered weights and gradients"] = low * (rest + 2 * block) + (low + 4) * block
-        elif low == 2:
+        elif low == 2 and not self.rank:
             parts["bf16 copies of weights"] = 2 * weights
         # What autograd keeps of one block for its backward pass, counted (tests/test_plan.py) in rows of the model's
         # width. Autocast (bf16 under ddp) keeps all but the matrix products in float32, and their inputs twice.
-        autocast = run["mode"] == "ddp" and low == 2
+        autocast = run["mode"] == "ddp" and low == 2 and not self.rank
         inside = batch * d * (2 * (62 * n + 8 * s) if autocast else low * (40 * n + 5 * s))
         stored = (4 if autocast else low) * batch * n * d * len(self.dit.transformer_blocks)
         if not run["recompute"]:
@@ -176,10 +199,11 @@ class Plan:
         """The plan as Markdown: memory per GPU by part, which cards hold it, and days for the whole run."""
         optim, run = self.config["optim"], self.config["parallel"]
         ways = f"{run['mode']}, {gpus} GPUs" + (f", {run['replicas']} replicas" if run["replicas"] > 1 else "")
+        adapters = f", adapters of rank {self.rank} with {self.trained / 1e6:,.1f} M" if self.rank else ""
         lines = [
             f"{self.width}x{self.height}, latent grid {'x'.join(map(str, self.grid))}: {self.tokens:,} video and "
             f"{self.reference_tokens:,} reference tokens, {self.text_tokens:,} text tokens",
-            f"DiT {parameters(self.dit) / 1e9:.2f} B parameters; {ways}; micro-batch {run['micro_batch']}, "
+            f"DiT {parameters(self.dit) / 1e9:.2f} B parameters{adapters}; {ways}; micro-batch {run['micro_batch']}, "
             f"global batch {optim['batch']}, {optim['steps']:,} steps",
             "",
             "| per GPU | GiB |",

@@ -24,13 +24,15 @@ from torch import Tensor
 from errors import one_line_errors
 
 # Where the reference's cell (i, j) goes, as (time, height, width) in latent cells; T, H, W is the video's grid.
-# Only "tass" is the paper's method; the others are what Sec. 3.2 rejects, kept so that its argument can be run.
+# Only "tass" is the paper's method; the next four are what Sec. 3.2 rejects, kept so that its argument can be run.
+# "phase" is another answer, that of the LoRA LTX-Best-Face-ID: overlap, told apart by `reference_phase`.
 PLACEMENTS = {
     "tass": lambda T, H, W: (T, H, W),
     "overlap": lambda T, H, W: (0, 0, 0),
     "temporal": lambda T, H, W: (T, 0, 0),
     "fixed": lambda T, H, W: (100, H, W),
     "remote": lambda T, H, W: (T + 100, H, W),
+    "phase": lambda T, H, W: (0, 0, 0),
 }
 
 
@@ -78,8 +80,18 @@ def reference_positions(
     return to_seconds_and_pixels(cell_grid(1, height, width, origin), fps, scale)
 
 
+def reference_phase(placement: str = "tass", source_id: int = 2, phase_scale: float = 1.0) -> float:
+    """What `rope_cos_sin` adds to the angles of the reference's tokens; 0 for every placement but "phase"."""
+    return source_id * phase_scale if placement == "phase" else 0.0
+
+
 def rope_cos_sin(
-    positions: Tensor, dim: int, heads: int, theta: float, max_pos: list[float] | tuple[float, ...]
+    positions: Tensor,
+    dim: int,
+    heads: int,
+    theta: float,
+    max_pos: list[float] | tuple[float, ...],
+    phase: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotary tables of LTX-2.3 for positions (B, axes, N, 2); cos and sin, float32. (B, heads, N, dim/heads/2)
 
@@ -87,6 +99,9 @@ def rope_cos_sin(
     width `dim` shares one ladder of frequencies pi/2 * theta^[0..1], dim / (2 axes) of them, laid out frequency by
     frequency with the axes side by side, and the heads take consecutive slices of it: early heads turn slowly, late
     heads fast. Slots that the division leaves over are put in front and do not rotate.
+
+    `phase` (B, N) turns a token further by phase * theta^(-d/L) in slot d = 0..L-1 of every head, L = dim/heads/2: a
+    mark of the source a token comes from, which no shift of place could make (LTX-Best-Face-ID; not in the paper).
     """
     axes = positions.shape[1]
     count = dim // (2 * axes)
@@ -99,6 +114,10 @@ def rope_cos_sin(
     angles = angles.flatten(2)  # (B, N, count*axes)
     angles = torch.nn.functional.pad(angles, (dim // 2 - count * axes, 0))  # angle 0: cos 1, sin 0
     angles = angles.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, dim/heads/2)
+    if phase is not None:
+        slots = angles.shape[-1]
+        falling = theta ** (-torch.arange(slots, dtype=torch.float64, device=positions.device) / slots)  # (L,)
+        angles = angles + phase[:, None, :, None] * falling.float()
     return angles.cos(), angles.sin()
 
 

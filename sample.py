@@ -2,6 +2,7 @@
 
     python sample.py --ref face.jpg --prompt "A woman in a red coat turns to the camera and smiles."
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --ref face.jpg --prompt "..."      # full size
+    python sample.py --ckpt ltx-2.3-22b-dev.safetensors --lora face.safetensors:0.8 ...    # with a LoRA merged in
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --check                            # is the file whole?
     torchrun --nproc_per_node=8 sample.py --ckpt ... --batch cases.jsonl --out videos      # many; cases.py, batch.py
 
@@ -25,10 +26,11 @@ from tqdm import tqdm
 
 from batch import Batch
 from cases import Case, read_cases
-from checkpoint import Checkpoint, file_name
-from data import letterbox
+from checkpoint import Checkpoint, distilled_sign, file_name
+from data import FITS
 from errors import Parser, UserError, one_line_errors
-from guidance import generate
+from guidance import DISTILLED_SIGMAS, generate
+from lora import REFERENCE, LoRA, describe, merge_lora, parse_lora, told_by, wanted_by
 from media import contact_sheet, read_image, to_tensor, to_uint8, write_video
 from model import LTXVideo
 from rope import PLACEMENTS
@@ -37,6 +39,12 @@ from vae import VideoVAE, latent_scale
 
 ASSETS = Path(__file__).parent / "assets"
 PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_text": 5.0, "s_ref": 7.5}
+PRESETS = {  # for LoRAs whose metadata does not say what they want
+    # LTX-Best-Face-ID. The guidance is our choice, since we know of none documented: equal scales, so two streams.
+    "best-face-id": REFERENCE
+    | {"placement": "phase", "fit": "cover", "prompt_prefix": "ref_t2v: ", "s_text": 3.0, "s_ref": 3.0}
+}
+DISTILLED = {"steps": len(DISTILLED_SIGMAS) - 1, "s_text": 1.0, "s_ref": 1.0}  # one stream, with the reference
 BAR = "{desc}: {n}/{total} steps {bar:30} {rate_inv_fmt}, {remaining} left"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -60,6 +68,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--s-text", type=float, help="s_y of Eq. 13, strength of the prompt (default 5.0)")
     parser.add_argument("--s-ref", type=float, help="s_r of Eq. 13, strength of the reference (default 7.5)")
     parser.add_argument("--placement", choices=list(PLACEMENTS), help="where the reference sits (default: tass, Eq. 4)")
+    parser.add_argument("--fit", choices=list(FITS), help="how the photo becomes one of the video's shape (letterbox)")
+    parser.add_argument("--source-id", type=int, help="for --placement phase (default 2)")
+    parser.add_argument("--phase-scale", type=float, help="for --placement phase (default 1)")
+    parser.add_argument("--ref-timestep", choices=["clean", "shared"], help="its tokens say t = 0, or the video's t")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    parser.add_argument("--preset", choices=list(PRESETS), help="what a LoRA without our metadata was trained with")
+    parser.add_argument("--prompt-prefix", help="what the prompt is made to begin with (default: nothing)")
     parser.add_argument("--samples", type=int, default=1, help="videos to make, with seeds SEED, SEED+1, ...")
     parser.add_argument("--seed", type=int, default=0, help="one seed is one video, on every device")
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has the GPU of its number
@@ -78,12 +93,14 @@ def main() -> None:
     checkpoint = Checkpoint(path)
     if options.check:
         return check(checkpoint)
-    settings = resolve_settings(options, checkpoint)
+    loras = resolve_loras(options, checkpoint)
+    settings = resolve_settings(options, checkpoint, loras)
     for part in (LTXVideo, TextConnector, VideoVAE):
         part.from_checkpoint(path, device="meta")  # every name and shape, before Gemma reads the prompt
     device, dtype = resolve_device(options)
     size, told = (settings["height"], settings["width"]), settings | {"negative": options.negative}
-    told["checkpoint"] = Path(path).name
+    told |= {"checkpoint": Path(path).name, "loras": [f"{lora.path.name}:{lora.strength:g}" for lora in loras]}
+    fit, prefix = settings.pop("fit"), settings.pop("prompt_prefix")
     if options.batch:
         cases = read_cases(options.batch)
         batch = Batch(options.out, told)
@@ -97,7 +114,7 @@ def main() -> None:
         with alone(case):
             if batch:
                 batch.check(case)
-            read_reference(case, *size)
+            read_reference(case, *size, fit)
             sound.append(case)
     if not sound:
         return batch.finish(cases)
@@ -108,16 +125,17 @@ def main() -> None:
     encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), device, dtype)
     contexts = {}  # on the CPU: 8 MB each at full size
     for prompt in tqdm(dict.fromkeys(case.prompt for case in sound), "prompts", disable=len(sound) == 1):
-        contexts[prompt] = encoder.encode([prompt, options.negative]).cpu().split(1)
+        asked = begin_with(prefix, prompt)
+        contexts[prompt] = encoder.encode([asked, options.negative]).cpu().split(1)
     del encoder
     free(device)
 
     # ---- noise to video
     vae = VideoVAE.from_checkpoint(path, device, dtype)
-    model = LTXVideo.from_checkpoint(path, device, dtype)
+    model = merge_lora(LTXVideo.from_checkpoint(path, device, dtype), loras)
     for case in sound:
         with alone(case):
-            photo = read_reference(case, *size)
+            photo = read_reference(case, *size, fit)
             context, null_context = (part.to(device) for part in contexts[case.prompt])
             video = generate(
                 model,
@@ -136,27 +154,58 @@ def main() -> None:
         batch.finish(cases)
 
 
-def read_reference(case: Case, height: int, width: int) -> Image.Image | None:
-    """The photo, letterboxed; None for plain text-to-video."""
-    return letterbox(read_image(case.reference), height, width) if case.reference else None
+def read_reference(case: Case, height: int, width: int, fit: str) -> Image.Image | None:
+    """The photo in the video's shape; None for plain text-to-video."""
+    return FITS[fit](read_image(case.reference), height, width) if case.reference else None
+
+
+def begin_with(prefix: str, prompt: str) -> str:
+    """The prompt with what a LoRA's prompts begin with, once."""
+    return prompt if prompt.startswith(prefix) else prefix + prompt
 
 
 def write_sample(out: Path, case: Case, photo: Image.Image | None, frames: np.ndarray, told: dict) -> None:
     """The video, with all that it was made from in its metadata, then its contact sheet."""
-    used = told | {"prompt": case.prompt, "seed": case.seed, "ref": str(case.reference) if case.reference else None}
+    asked = begin_with(told["prompt_prefix"], case.prompt)
+    used = told | {"prompt": asked, "seed": case.seed, "ref": str(case.reference) if case.reference else None}
     write_video(out, frames, told["fps"], json.dumps(used))
     contact_sheet(out.with_suffix(".png"), photo, frames)
     print(f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}")
 
 
-def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dict:
-    """What `generate` is told: the user's options, else the checkpoint's own defaults, else the paper's."""
+def resolve_loras(options: argparse.Namespace, checkpoint: Checkpoint) -> list[LoRA]:
+    """The LoRA files, checked against the model; their weights are read when they are merged."""
+    with torch.device("meta"):
+        model = LTXVideo(checkpoint.config["transformer"]) if options.lora else None
+    loras = [LoRA(path, model, strength) for path, strength in map(parse_lora, options.lora)]
+    for lora in loras:
+        print(f"lora: {describe(lora)}")
+    return [lora for lora in loras if lora.strength]  # at strength 0 it is as if it had not been named
+
+
+def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> dict:
+    """What `generate` is told, and "fit" and "prompt_prefix". The user's options come first, then what a distilled
+    model needs, the preset, what the LoRAs say, the checkpoint's own defaults, the paper's."""
     if options.batch and (options.prompt or options.ref or options.samples != 1):
         raise UserError("--batch has references, prompts and seeds of its own: leave out --prompt, --ref and --samples")
     if not options.batch and (options.prompt is None or not options.prompt.strip()):
         raise UserError('the prompt is empty: say what the video shows with --prompt "..."')
-    settings = PAPER | checkpoint.ours.get("defaults", {})
-    settings |= {key: value for key in PAPER if (value := getattr(options, key)) is not None}
+    preset = PRESETS.get(options.preset, {})
+    given = {key: v for key in (*PAPER, *REFERENCE, "prompt_prefix") if (v := getattr(options, key)) is not None}
+    settings = PAPER | REFERENCE | {"prompt_prefix": ""} | told_by(checkpoint.ours)
+    if wanted := wanted_by(loras, preset | given):
+        print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in wanted.items())}")
+    settings |= wanted | preset
+    signs = {file.path: distilled_sign(file.path, file.metadata) for file in (checkpoint, *loras)}
+    if found := [f"{path} is distilled, says {sign}" for path, sign in signs.items() if sign]:
+        settings |= DISTILLED
+        print(f"{found[0]}: {DISTILLED['steps']} steps of its own schedule, without guidance, unless you say otherwise")
+    settings |= given
+    if found and settings["steps"] == DISTILLED["steps"]:
+        settings["sigmas"] = DISTILLED_SIGMAS
+    if preset:
+        used = [f"{key} {settings[key]!r}{' (yours)' if key in given else ''}" for key in preset]
+        print(f"preset {options.preset}: {', '.join(used)}")
     time, rows, columns = latent_scale(checkpoint.config["vae"])
     for name, step, extra in (("height", rows, 0), ("width", columns, 0), ("frames", time, 1)):
         value = settings[name]
@@ -172,8 +221,6 @@ def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dic
     for name in ("fps", "steps"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")
-    settings["placement"] = options.placement or checkpoint.ours.get("placement", "tass")
-    settings["ref_timestep"] = checkpoint.ours.get("ref_timestep", "clean")
     settings["s_y"], settings["s_r"] = settings.pop("s_text"), settings.pop("s_ref")
     return settings
 

@@ -3,7 +3,7 @@
     runs/st-drc/
         config.json                  what the run was started with
         step-001500/                 torch.distributed.checkpoint in safetensors, every rank its own shard,
-            shard-*.safetensors      of model.* and optim.*; loads on any number of ranks
+            shard-*.safetensors      of model.* and optim.*, of what is trained; loads on any number of ranks
             progress.json            written last: a folder without it is not a checkpoint
         log.jsonl, tensorboard/, samples/
 
@@ -31,12 +31,14 @@ from model import LTXVideo
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and optimizer moments by name, sharded as they are and sharing memory with the live ones.
+    """Trained weights and their moments by name, sharded as they are and sharing memory with the live ones.
 
-    The optimizer's step counters are left out: they are all the run's step number.
+    Frozen weights stay in the base checkpoint. The optimizer's step counters are left out: they are all the run's step
+    number.
     """
-    moments = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
-    tensors = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+    trained = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+    moments = get_optimizer_state_dict(model, optimizer, options=trained)
+    tensors = {f"model.{name}": value for name, value in get_model_state_dict(model, options=trained).items()}
     tensors |= {f"optim.{name}": value for name, value in moments.items() if isinstance(value, Tensor) and value.ndim}
     return tensors
 
@@ -77,6 +79,32 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     return step
 
 
+def newest(run: Path) -> Path:
+    """The last complete checkpoint of a run."""
+    if not (folders := checkpoints(run)):
+        raise UserError(f"{run} holds no complete checkpoint to export")
+    return folders[-1]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's trained weights by name, put together from the shards, in float32 on the CPU."""
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors = {
+        name: torch.empty(entry.size)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith("model.")
+    }
+    _load_here(tensors, folder)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def _load_here(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Fill `tensors` from a checkpoint in this process alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it wonders whether a single process is meant, which no_dist says
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
 def export(run: Path, base: Path, out: Path, ours: dict[str, Any]) -> Path:
     """The newest checkpoint in the released layout: `base` verbatim with the trained tensors replaced.
 
@@ -84,10 +112,7 @@ def export(run: Path, base: Path, out: Path, ours: dict[str, Any]) -> Path:
     to the dtype they have in the base file; `ours` goes into the metadata under a key of our own. One tensor is in
     memory at a time. ComfyUI, ltx-core and sample.py load the result as they load the base.
     """
-    folders = checkpoints(run)
-    if not folders:
-        raise UserError(f"{run} holds no complete checkpoint to export")
-    source = Checkpoint(base)
+    folder, source = newest(run), Checkpoint(base)
     with torch.device("meta"):
         trained = {
             file_name(name, LTXVideo.PREFIXES): name for name in LTXVideo(source.config["transformer"]).state_dict()
@@ -97,10 +122,7 @@ def export(run: Path, base: Path, out: Path, ours: dict[str, Any]) -> Path:
         if name not in trained:
             return source.read_bytes(name)
         tensor = torch.empty(source.tensors[name]["shape"])
-        reader = HuggingFaceStorageReader(str(folders[-1]))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it wonders whether a single process is meant, which no_dist says
-            dcp.load({f"model.{trained[name]}": tensor}, storage_reader=reader, no_dist=True)
+        _load_here({f"model.{trained[name]}": tensor}, folder)
         return tensor
 
     write(
@@ -111,4 +133,4 @@ def export(run: Path, base: Path, out: Path, ours: dict[str, Any]) -> Path:
         ],
         source.metadata | {OUR_METADATA: json.dumps(ours)},
     )
-    return folders[-1]
+    return folder

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 train.py configs/paper.toml       # the paper's run, on 8 GPUs
     python train.py configs/paper.toml --plan --gpus 8            # what that needs; loads nothing
     python train.py configs/paper.toml --export st-drc.safetensors   # the result, in the released layout
+    python train.py configs/lora.toml                             # adapters on the frozen model, on one GPU (lora.py)
 
 Run the same command again to continue after a stop. Ctrl-C, SIGTERM or a file named "stop" in the run's folder end it
 after the step: saved, exit code 0. (torchrun kills its workers 30 s after a SIGTERM to itself; the file has no limit.)
@@ -28,11 +29,12 @@ from torch.utils.data import DataLoader
 import state
 from checkpoint import Checkpoint
 from config import Config, read_config, require_same_run
-from data import CachedClips, TrainingClips, collate, letterbox
+from data import FITS, CachedClips, TrainingClips, collate
 from errors import Parser, UserError, one_line_errors, whole_file
 from face import ArcFace, FaceDetector, recognition_file
 from guidance import generate
 from logbook import Log
+from lora import save_lora, seed_dropout
 from media import contact_sheet, read_image, to_tensor, to_uint8
 from objective import Dice, Objective, roll
 from parallel import StopSignal, build_model, gather_rows, join_processes, reshard
@@ -65,9 +67,9 @@ def main() -> None:
     # ---- frozen parts, the DiT, the optimizer
     objective = build_objective(config, ckpt, clips, device)
     samples = encode_samples(config, ckpt, clips, run, device) if not options.dry_run else []
-    model = build_model(config["parallel"], ckpt, device)
+    model = build_model(config, ckpt, device)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config["optim"]["lr"],
         betas=tuple(config["optim"]["betas"]),
         weight_decay=config["optim"]["weight_decay"],
@@ -90,6 +92,8 @@ def main() -> None:
         rows, names = [], []
         for k, micro in enumerate(micro_batches):
             last = k + 1 == len(micro_batches)
+            if config["lora"]["dropout"]:
+                seed_dropout(config["run"]["seed"], micro["counts"][0])
             # DDP adds up gradients locally and exchanges them once. FSDP cannot: it would have to keep them whole.
             wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
             with wait:
@@ -182,7 +186,8 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
                 detector = FaceDetector(faces["pack"], device)
                 arcface = ArcFace.from_onnx(recognition_file(faces["pack"])).to(device)
             dist.barrier()
-    sharded = config["parallel"]["mode"] == "fsdp"
+    # Under DDP float32 weights are cast as they are used; shards and frozen weights are in low precision already.
+    cast = config["parallel"]["mode"] == "ddp" and not config["lora"]["rank"]
     connector = TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False)
     connector.projection = None  # the cache holds what comes after it
     return Objective(
@@ -194,10 +199,10 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
         detector=detector,
         arcface=arcface,
         use_reference=reference["use"],
-        placement=reference["placement"],
         ref_timestep=reference["timestep"],
-        dtype=low if sharded else torch.float32,
-        autocast=low == torch.bfloat16 and not sharded,
+        **{key: reference[key] for key in ("placement", "source_id", "phase_scale")},
+        dtype=torch.float32 if cast else low,
+        autocast=low == torch.bfloat16 and cast,
         window_context=faces["context"],
         **{key: faces[key] for key in ("lambda_id", "lambda_tic", "gamma", "window", "min_weight")},
     )
@@ -216,7 +221,8 @@ def training_batches(config: Config, clips: CachedClips, first: int, steps: int)
             mine = list(range(step * batch + dist.get_rank(), (step + 1) * batch, dist.get_world_size()))
             yield from (mine[k : k + size] for k in range(0, len(mine), size))
 
-    training = TrainingClips(clips, seed=config["run"]["seed"], augment=config["reference"]["augment"])
+    reference = config["reference"]
+    training = TrainingClips(clips, config["run"]["seed"], reference["augment"], reference["fit"])
     workers = config["data"]["workers"]
     return DataLoader(
         training,
@@ -262,12 +268,12 @@ def stop_on_bad_loss(step: int, names: list[str], rows: Tensor) -> None:
 def encode_samples(
     config: Config, ckpt: Path, clips: CachedClips, run: Path, device: torch.device
 ) -> list[tuple[Any, Tensor]]:
-    """The fixed samples' photos, letterboxed, and contexts, last the empty prompt's context. Gemma is freed."""
+    """The fixed samples' photos, fitted to the video, and contexts, last the empty prompt's context. Gemma is freed."""
     wanted = config["log"]["samples"]
     if not wanted or not config["log"]["sample_every"]:
         return []
     height, width = clips.settings["height"], clips.settings["width"]
-    photos = [letterbox(read_image(face), height, width) for face, _ in wanted]
+    photos = [FITS[config["reference"]["fit"]](read_image(face), height, width) for face, _ in wanted]
     path = run / "prompts.safetensors"
     if dist.get_rank() == 0:  # one rank reads Gemma, the others its result
         gemma = config["model"]["gemma"] or (GEMMA if config["model"]["ckpt"] else HERE / "assets" / "gemma")
@@ -310,7 +316,7 @@ def draw_samples(
                 **size,
                 steps=guidance["steps"],
                 seed=k,
-                placement=reference["placement"],
+                **{key: reference[key] for key in ("placement", "source_id", "phase_scale")},
                 dtype=objective.dtype,
                 s_y=guidance["s_text"],
                 s_r=guidance["s_ref"],
@@ -341,19 +347,26 @@ PAPER_CLIPS = {"frames": 121, "height": 480, "width": 832, "fps": 24.0, "max_tok
 
 
 def export(config: Config, run: Path, ckpt: Path, out: Path) -> None:
-    """Write the newest checkpoint of the run in the released layout."""
-    base = Checkpoint(ckpt)
-    guidance = config["guidance"]
-    ours = base.ours | {
-        "placement": config["reference"]["placement"],
-        "ref_timestep": config["reference"]["timestep"],
-        "training": config,
-        "defaults": base.ours.get("defaults", {}) | {"s_text": guidance["s_text"], "s_ref": guidance["s_ref"]},
-    }
-    ours.pop("weights", None)
+    """Write the newest checkpoint of the run in the released layout; of adapters, as a LoRA file."""
+    folder, base = state.newest(run), Checkpoint(ckpt)
+    guidance, reference = config["guidance"], config["reference"]
+    defaults = {"s_text": guidance["s_text"], "s_ref": guidance["s_ref"]}
+    ours = {key: reference[key] for key in ("placement", "source_id", "phase_scale", "fit")}
+    ours |= {"ref_timestep": reference["timestep"], "training": config}
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = state.export(run, ckpt, out, ours)
-    print(f'wrote {out} from {folder}: sample with  python sample.py --ckpt {out} --ref face.jpg --prompt "..."')
+    # What was trained is up to the run, whatever this command says.
+    lora = json.loads((run / "config.json").read_text()).get("lora", config["lora"])
+    if lora["rank"]:
+        alpha = lora["alpha"] or lora["rank"]
+        ours |= {"lora": lora | {"alpha": alpha}, "base": ckpt.name, "defaults": defaults}
+        save_lora(out, state.read_weights(folder), alpha / lora["rank"], ours)
+        given = f"--lora {out}" + (f" --ckpt {ckpt}" if config["model"]["ckpt"] else "")
+    else:
+        ours = base.ours | ours | {"defaults": base.ours.get("defaults", {}) | defaults}
+        ours.pop("weights", None)
+        state.export(run, ckpt, out, ours)
+        given = f"--ckpt {out}"
+    print(f'wrote {out} from {folder}: sample with  python sample.py {given} --ref face.jpg --prompt "..."')
 
 
 if __name__ == "__main__":

@@ -205,6 +205,19 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index_and_off_without_rng(
     assert torch.equal(mirrored, plain.flip(2)) and not torch.equal(mirrored, plain)
 
 
+def test_cover_fills_the_frame_with_the_photos_middle():
+    """No bars, and as much of the photo as fits: what LTX-Best-Face-ID was trained with."""
+    photo = Image.new("RGB", (200, 100), (255, 0, 0))
+    photo.paste((0, 255, 0), (50, 0, 150, 100))  # the middle square
+    green = to_tensor(Image.new("RGB", (64, 64), (0, 255, 0)))
+    covered = reference_tensor(photo, 64, 64, fit="cover")
+    assert torch.equal(covered[:, :, 4:-4], green[:, :, 4:-4])
+    assert (covered - green).abs().mean() < 0.05  # columns at the edge blend
+    upright = reference_tensor(photo.transpose(Image.Transpose.ROTATE_90), 64, 64, fit="cover")
+    assert torch.equal(upright[:, 4:-4], green[:, 4:-4])
+    assert not torch.equal(reference_tensor(photo, 64, 64), covered)
+
+
 def test_epoch_order_visits_each_once():
     orders = [epoch_order(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
     for order in orders:

@@ -273,6 +273,46 @@ def test_generate_is_encode_sample_decode(world, placement):
     torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
 
 
+def test_phase_scale_zero_is_overlap_to_the_bit(world):
+    def video(**options):
+        return guidance.generate(**world, **SIZES, **options)
+
+    overlap = video(placement="overlap")
+    assert torch.equal(video(placement="phase", phase_scale=0.0), overlap)
+    assert torch.equal(video(placement="overlap", source_id=7, phase_scale=3.0), overlap)
+    videos = [overlap, video(placement="phase"), video(placement="phase", source_id=1)]
+    assert all((a - b).abs().mean() > 1e-3 for a, b in itertools.combinations(videos, 2))
+    same = video(placement="phase", source_id=1, phase_scale=2.0)  # only their product counts
+    torch.testing.assert_close(same, videos[1], atol=1e-5, rtol=0)
+
+
+def test_phase_goes_to_the_references_tokens_alone(problem):
+    phases = []
+
+    class WithPhase(Recorder):
+        def __call__(self, *arguments, phase=None):
+            phases.append(phase)
+            return super().__call__(*arguments)
+
+    sample_latents(WithPhase(), **problem, ref_phase=1.5)
+    tokens, reference = problem["noise"].shape[1], problem["reference"].shape[1]
+    want = torch.cat([torch.zeros(2, tokens), torch.full((2, reference), 1.5)], dim=1)
+    assert len(phases) == 2 * (len(problem["sigmas"]) - 1)
+    assert all(phase is None for phase in phases[::2]) and all(torch.equal(phase, want) for phase in phases[1::2])
+
+
+def test_sigmas_that_are_given_replace_the_schedule(world):
+    given = guidance.generate(**world, **SIZES, sigmas=guidance.DISTILLED_SIGMAS, s_y=1.0, s_r=1.0)
+    grid, level = {"positions": video_positions(*GRID, 24.0)[None]}, torch.tensor(guidance.DISTILLED_SIGMAS)
+    reference = to_tokens(world["vae"].encode(world["image"][None, :, None]))
+    grid |= {"reference": reference, "ref_positions": reference_positions(*GRID, 24.0)[None]}
+    noise = torch.randn(1, math.prod(GRID), 4, generator=torch.Generator().manual_seed(0))
+    common = {"context": world["context"], "null_context": world["null_context"], "s_y": 1.0, "s_r": 1.0}
+    z_0 = sample_latents(world["model"], noise, level, **grid, **common)
+    torch.testing.assert_close(given, world["vae"].decode(from_tokens(z_0, GRID))[0], atol=1e-5, rtol=0)
+    assert guidance.DISTILLED_SIGMAS == (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0)
+
+
 def test_one_seed_is_one_video(world):
     state = torch.get_rng_state()
     first = guidance.generate(**world, **SIZES, seed=7)

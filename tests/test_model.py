@@ -111,6 +111,16 @@ def test_order_of_reference_tokens_means_nothing(model, inputs, tokens, seed):
     assert torch.equal(order, torch.arange(total)) or (displaced - v).abs().max() > 1e-4
 
 
+def test_a_phase_of_all_tokens_is_none(model, inputs, tokens):
+    """It turns q and k of self-attention alike, so only differences count; text attention must not see it."""
+    v = model(**inputs)
+    everyone = torch.full(inputs["timesteps"].shape, 2.0)
+    torch.testing.assert_close(model(**inputs, phase=everyone), v, atol=1e-3, rtol=0)
+    assert torch.equal(model(**inputs, phase=torch.zeros_like(everyone)), v)
+    everyone[:, :tokens] = 0
+    assert (model(**inputs, phase=everyone) - v).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_moving_video_and_reference_together_changes_nothing(model, inputs, tokens, seed):
     cells = torch.randint(1, 10, (3,), generator=torch.Generator().manual_seed(seed))

@@ -34,8 +34,11 @@ def numpy_positions(origin, grid, fps, scale=(8, 32, 32)):
     return np.array(tokens, dtype=np.float64).transpose(1, 0, 2)
 
 
-def numpy_rope(positions, dim, heads, theta, max_pos):
-    """Rotary tables of positions (B, axes, N, 2) from the facts; float32 where the facts say so."""
+def numpy_rope(positions, dim, heads, theta, max_pos, phase=None):
+    """Rotary tables of positions (B, axes, N, 2) from the facts; float32 where the facts say so.
+
+    phase: (source_id, phase_scale, which tokens are the reference's), as LTX-Best-Face-ID has it.
+    """
     batch, axes, tokens, _ = positions.shape
     count = dim // 2 // axes
     ladder = (theta ** np.linspace(0, 1, count, dtype=np.float64) * np.pi / 2).astype(np.float32)
@@ -46,6 +49,11 @@ def numpy_rope(positions, dim, heads, theta, max_pos):
         signed = np.float32(2) * (middle / np.float32(max_pos[axis])) - np.float32(1)
         table[:, :, padding + axis :: axes] = signed[..., None] * ladder
     table = table.reshape(batch, tokens, heads, -1).transpose(0, 2, 1, 3)
+    if phase is not None:
+        source_id, phase_scale, is_reference = phase
+        L = dim // heads // 2
+        for d in range(L):
+            table[:, :, is_reference, d] += np.float32(source_id * phase_scale * 10000 ** (-d / L))
     return np.cos(table), np.sin(table)
 
 
@@ -86,6 +94,7 @@ def test_every_placement_is_where_the_paper_says(seed):
         "temporal": (T, 0, 0),
         "fixed": (100, H, W),
         "remote": (T + 100, H, W),
+        "phase": (0, 0, 0),
     }
     assert set(origins) == set(rope.PLACEMENTS)
     for name, origin in origins.items():
@@ -194,6 +203,55 @@ def test_shifting_everything_together_leaves_attention_scores_unchanged(seed):
     alone[:, :, : positions.shape[2] // 2] += shift
     moved = scores(q, k, *rope.rope_cos_sin(alone, 128, 4, 10000.0, MAX_POS))
     assert positions.shape[2] < 2 or (moved - here).abs().max() > 0.3  # so the statement can be false
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the source phase of LTX-Best-Face-ID
+
+
+def overlapping(seed):
+    """Positions (1, 3, N, 2) of a video and of a reference on its first frame, and which tokens are the reference's."""
+    grid, fps = draw_grid(seed)
+    video, reference = rope.video_positions(*grid, fps), rope.reference_positions(*grid, fps, placement="phase")
+    assert torch.equal(reference, rope.reference_positions(*grid, fps, placement="overlap"))
+    is_reference = torch.arange(video.shape[1] + reference.shape[1]) >= video.shape[1]
+    return torch.cat([video, reference], dim=1)[None], is_reference
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("source_id, phase_scale", [(2, 1.0), (1, 1.0), (3, 0.25)])
+def test_phase_equals_its_definition_in_numpy(seed, source_id, phase_scale):
+    positions, is_reference = overlapping(seed)
+    phase = rope.reference_phase("phase", source_id, phase_scale) * is_reference.float()[None]
+    got = rope.rope_cos_sin(positions, 128, 4, 10000.0, MAX_POS, phase)
+    want = numpy_rope(positions.numpy(), 128, 4, 10000.0, MAX_POS, (source_id, phase_scale, is_reference.numpy()))
+    plain = rope.rope_cos_sin(positions, 128, 4, 10000.0, MAX_POS)
+    for table, expected, before in zip(got, want, plain):
+        np.testing.assert_allclose(table.numpy(), expected, atol=1e-5, rtol=0)
+        assert torch.equal(table[:, :, ~is_reference], before[:, :, ~is_reference])
+        assert not torch.equal(table[:, :, is_reference], before[:, :, is_reference])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_phase_leaves_attention_among_video_tokens_alone(seed):
+    """And among reference tokens, since both turn alike; only what passes between the two changes."""
+    positions, is_reference = overlapping(seed)
+    q, k = torch.randn(2, 1, 4, positions.shape[2], 32, generator=torch.Generator().manual_seed(seed))
+    phase = 2.0 * is_reference.float()[None]
+    before = scores(q, k, *rope.rope_cos_sin(positions, 128, 4, 10000.0, MAX_POS))
+    after = scores(q, k, *rope.rope_cos_sin(positions, 128, 4, 10000.0, MAX_POS, phase))
+    video = ~is_reference
+    assert torch.equal(after[..., video, :][..., video], before[..., video, :][..., video])
+    both = after[..., is_reference, :][..., is_reference]
+    torch.testing.assert_close(both, before[..., is_reference, :][..., is_reference], atol=1e-2, rtol=0)
+    between = after[..., video, :][..., is_reference] - before[..., video, :][..., is_reference]
+    assert between.abs().max() > 0.5
+
+
+def test_only_the_placement_phase_has_one():
+    assert rope.reference_phase("phase") == 2.0 and rope.reference_phase("phase", 3, 0.5) == 1.5
+    assert rope.reference_phase("phase", 2, 0.0) == 0
+    assert all(rope.reference_phase(name, 2, 1.0) == 0 for name in rope.PLACEMENTS if name != "phase")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -17,12 +18,12 @@ import pytest
 import torch
 from conftest import TINY_A, is_audio
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sample
 import text
 from checkpoint import OUR_METADATA, SUPPORTED, Checkpoint
-from errors import one_line_errors
+from errors import UserError, one_line_errors
 
 SHORT = ["--steps", "1", "--frames", "5", "--height", "32", "--width", "48"]
 LIMIT = 20_000  # bytes a file may have on the full disk
@@ -124,7 +125,129 @@ def test_the_paper_is_the_default_where_the_checkpoint_has_none(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x"])
     settings = sample.resolve_settings(sample.parse_arguments(), Checkpoint(TINY_A))
     want = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_y": 5.0, "s_r": 7.5}
-    assert settings == want | {"placement": "tass", "ref_timestep": "clean"}
+    want |= {"placement": "tass", "source_id": 2, "phase_scale": 1.0, "ref_timestep": "clean"}
+    assert settings == want | {"fit": "letterbox", "prompt_prefix": ""}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRAs, presets, distilled checkpoints
+
+
+@pytest.fixture
+def write_lora(tmp_path):
+    """write_lora("name", ours) -> a LoRA file for the embedded model, all ones, with this project's metadata."""
+
+    def write(name, ours=None, metadata=None):
+        width = load_file(sample.ASSETS / "tiny.safetensors")[f"model.diffusion_model.{Q}.weight"].shape[1]
+        tensors = {f"{Q}.lora_A.weight": torch.ones(2, width), f"{Q}.lora_B.weight": torch.ones(width, 2)}
+        tensors["transformer_blocks.0.audio_attn1.to_q.lora_A.weight"] = torch.ones(2, 3)
+        metadata = (metadata or {}) | ({OUR_METADATA: json.dumps(ours)} if ours else {})
+        save_file({f"diffusion_model.{key}": t for key, t in tensors.items()}, tmp_path / name, metadata or None)
+        return tmp_path / name
+
+    return write
+
+
+Q = "transformer_blocks.0.attn1.to_q"
+
+
+def test_a_lora_changes_the_video_by_its_strength(command, face, write_lora, tmp_path):
+    """And at strength 0 it is as if it had not been named, whatever its metadata wants."""
+    path = write_lora("face.safetensors", {"placement": "remote", "fit": "cover", "defaults": {"s_ref": 2.0}})
+    runs = {"plain": [], "zero": ["--lora", f"{path}:0"], "one": ["--lora", path]}
+    runs["both"] = ["--lora", path, "--lora", f"{path}:0.5"]
+    videos, used = {}, {}
+    for name, options in runs.items():
+        out = tmp_path / f"{name}.mp4"
+        code, stdout, stderr = command("--ref", face, "--prompt", "A man.", *SHORT, *options, "--out", out)
+        assert code == 0, stderr
+        if options:
+            assert "1 layers of rank up to 2, 1 tensors of the audio branch set aside" in stdout
+        videos[name], _, used[name] = read_video(out)
+    assert np.array_equal(videos["zero"], videos["plain"])
+    changed = [videos[name] for name in ("plain", "one", "both")]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(changed, 2))
+    assert (used["one"]["placement"], used["one"]["fit"], used["one"]["s_r"]) == ("remote", "cover", 2.0)
+    assert (used["zero"]["placement"], used["zero"]["fit"], used["zero"]["s_r"]) == ("tass", "letterbox", 7.5)
+    assert used["both"]["loras"] == ["face.safetensors:1", "face.safetensors:0.5"]
+
+
+def settings_for(monkeypatch, *options):
+    """What `generate` would be told."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x", *map(str, options)])
+    read = sample.parse_arguments()
+    checkpoint = Checkpoint(read.ckpt or sample.ASSETS / "tiny.safetensors")
+    return sample.resolve_settings(read, checkpoint, sample.resolve_loras(read, checkpoint))
+
+
+def test_the_preset_is_what_best_face_id_wants_and_yields_to_options(monkeypatch, capsys, write_lora):
+    lora = ["--lora", write_lora("face.safetensors")]
+    settings = settings_for(monkeypatch, *lora, "--preset", "best-face-id")
+    want = {"placement": "phase", "source_id": 2, "phase_scale": 1.0, "fit": "cover", "prompt_prefix": "ref_t2v: "}
+    assert want.items() <= settings.items() and settings["s_y"] == settings["s_r"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("preset"))
+    assert all(key in line for key in (*want, "ref_timestep", "s_text", "s_ref")) and "yours" not in line
+    changes = {"placement": "tass", "source_id": 1, "phase_scale": 0.5, "fit": "letterbox", "prompt_prefix": "face "}
+    changes |= {"ref_timestep": "shared", "s_text": 6.0, "s_ref": 4.0}
+    options = [word for key, value in changes.items() for word in (f"--{key.replace('_', '-')}", value)]
+    settings = settings_for(monkeypatch, *lora, "--preset", "best-face-id", *options)
+    assert settings.pop("s_y") == changes.pop("s_text") and settings.pop("s_r") == changes.pop("s_ref")
+    assert changes.items() <= settings.items()
+    assert capsys.readouterr().out.count("(yours)") == 8
+
+
+def test_the_prefix_is_put_in_front_once(command, face, write_lora, tmp_path):
+    lora = ["--lora", write_lora("face.safetensors"), "--preset", "best-face-id", *SHORT]
+    for prompt in ("A man.", "ref_t2v: A man."):
+        assert command("--ref", face, "--prompt", prompt, *lora, "--out", tmp_path / "clip.mp4")[0] == 0
+        assert read_video(tmp_path / "clip.mp4")[2]["prompt"] == "ref_t2v: A man."
+
+
+def test_loras_that_disagree_need_a_decision(monkeypatch, write_lora):
+    one, two = (
+        write_lora("one.safetensors", {"placement": "tass"}),
+        write_lora("two.safetensors", {"placement": "phase"}),
+    )
+    with pytest.raises(UserError, match=r"different placement, tass and phase: .* decide with --placement"):
+        settings_for(monkeypatch, "--lora", one, "--lora", two)
+    assert settings_for(monkeypatch, "--lora", one, "--lora", two, "--placement", "phase")["placement"] == "phase"
+    assert settings_for(monkeypatch, "--lora", f"{one}:0", "--lora", two)["placement"] == "phase"
+
+
+def test_a_distilled_checkpoint_takes_eight_single_steps(command, face, monkeypatch, tmp_path):
+    """Recognized by its name: its own sigmas, one stream, and that one has the reference."""
+    ckpt = tmp_path / "ltx-2.3-22b-distilled.safetensors"
+    ckpt.symlink_to(sample.ASSETS / "tiny.safetensors")
+    calls, forward = [], sample.LTXVideo.forward
+
+    def counted(self, latents, timesteps, sigma, *rest, **more):
+        calls.append((latents.shape[:2], round(sigma.item(), 6), (timesteps == 0).sum().item()))
+        return forward(self, latents, timesteps, sigma, *rest, **more)
+
+    monkeypatch.setattr(sample.LTXVideo, "forward", counted)
+    options = ["--ckpt", ckpt, "--gemma", sample.ASSETS / "gemma", "--prompt", "A man.", *SHORT[2:]]
+    code, stdout, _ = command("--ref", face, *options, "--out", tmp_path / "clip.mp4")
+    assert code == 0 and "distilled, says its file name: 8 steps" in stdout
+    assert [sigma for _, sigma, _ in calls] == [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875]
+    tokens, reference = 2 * 4 * 6, 4 * 6  # latent cells of 5 frames of 32 x 48
+    assert {(tuple(shape), clean) for shape, _, clean in calls} == {((1, tokens + reference), reference)}
+
+
+def test_what_says_that_a_model_is_distilled(monkeypatch, capsys, forge, write_lora):
+    plain = settings_for(monkeypatch, "--ckpt", forge())
+    assert "sigmas" not in plain and (plain["steps"], plain["s_y"], plain["s_r"]) == (30, 5.0, 7.5)
+    named = settings_for(monkeypatch, "--ckpt", forge(metadata={"model_version": "2.3.0-distilled"}))
+    assert "says model_version in its metadata" in capsys.readouterr().out
+    lora = settings_for(monkeypatch, "--lora", write_lora("ltx-2.3-22b-distilled-lora.safetensors"))
+    for settings in (named, lora):
+        assert (settings["steps"], settings["s_y"], settings["s_r"], len(settings["sigmas"])) == (8, 1.0, 1.0, 9)
+    preset = settings_for(
+        monkeypatch, "--ckpt", forge(metadata={"model_version": "2.3-distilled"}), "--preset", "best-face-id"
+    )
+    assert (preset["placement"], preset["s_y"], preset["s_r"]) == ("phase", 1.0, 1.0)
+    asked = ["--steps", 30, "--s-text", 3]
+    own = settings_for(monkeypatch, "--ckpt", forge(metadata={"model_version": "2.3-distilled"}), *asked)
+    assert "sigmas" not in own and (own["steps"], own["s_y"], own["s_r"]) == (30, 3.0, 1.0)
 
 
 def test_a_checkpoint_says_what_it_was_trained_with_and_options_win(monkeypatch, forge):
@@ -165,6 +288,9 @@ def test_every_choice_changes_the_video(command, face, tmp_path):
         "placement": ["--placement", "temporal"],
         "fps": ["--fps", "6"],
         "steps": ["--steps", "3"],
+        "fit": ["--fit", "cover"],
+        "phase": ["--placement", "phase"],
+        "phase-scale": ["--placement", "phase", "--phase-scale", "0.25"],
     }
     videos = {}
     for name, options in changes.items():
@@ -173,8 +299,8 @@ def test_every_choice_changes_the_video(command, face, tmp_path):
         videos[name] = read_video(out)[0]
     assert command("--prompt", "A man.", *SHORT, "--steps", "2", "--out", tmp_path / "text.mp4")[0] == 0
     videos["no reference"] = read_video(tmp_path / "text.mp4")[0]
-    same = [name for name, video in videos.items() if name != "plain" and np.array_equal(video, videos["plain"])]
-    assert same == []
+    pairs = itertools.combinations(videos, 2)
+    assert [pair for pair in pairs if np.array_equal(*(videos[name] for name in pair))] == []
 
 
 def test_gemma_is_gone_before_the_dit_is_loaded(command, monkeypatch, face, tmp_path):
@@ -284,6 +410,9 @@ def test_check_reads_no_tensor(command, monkeypatch):
         (["--device", "meta"], ["'meta'"]),
         (["--dtype", "int8"], ["int8"]),
         (["--placement", "moon"], ["moon", "tass"]),
+        (["--preset", "moon"], ["moon", "best-face-id"]),
+        (["--lora", "no/such/lora.safetensors:0.5"], ["no LoRA at no/such/lora.safetensors", "FILE:STRENGTH"]),
+        (["--lora", "face.safetensors:nan"], ["face.safetensors:nan", "0.8"]),
         (["--ref", "no/such/face.jpg"], ["no image at no/such/face.jpg"]),
         (["--ckpt", "no/such/model.safetensors"], ["no checkpoint at no/such/model.safetensors", "--ckpt"]),
         (["--gemma", "no/such/gemma"], ["no/such/gemma", "hf auth login", "https://huggingface.co/"]),

@@ -22,9 +22,12 @@ import sample
 import train
 from checkpoint import OUR_METADATA, Checkpoint
 from errors import one_line_errors
+from lora import LoRA, find_targets
+from model import LTXVideo
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 QUICK = {
     "optim.batch": 4,
     "optim.warmup": 2,
@@ -253,6 +256,110 @@ def test_export_holds_one_tensor_at_a_time(clips, one_process, tmp_path):
     assert (tmp_path / "out.safetensors").stat().st_size > 600 * 2**20
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# adapters on the frozen model
+
+LORA = {"lora.rank": 4, "lora.alpha": 8.0, "lora.dropout": 0.1, "optim.batch": 2, "parallel.micro_batch": 1}
+LORA |= {"reference.placement": "phase", "reference.source_id": 1, "reference.fit": "cover", "guidance.s_ref": 6.0}
+
+
+def lora_command(clips: Path, run: Path, **options) -> list[str]:
+    return command(clips, run, **{k.replace(".", "__"): v for k, v in LORA.items()} | options)
+
+
+@pytest.fixture(scope="module")
+def lora_run(clips, tmp_path_factory) -> Path:
+    """Three undisturbed steps of adapters in one process, identity losses and dropout included."""
+    run = tmp_path_factory.mktemp("lora") / "run"
+    torchrun(1, lora_command(clips, run, optim__steps=3))
+    return run
+
+
+@pytest.mark.slow
+def test_adapters_on_two_processes_are_as_on_one(clips, lora_run, tmp_path):
+    torchrun(2, lora_command(clips, tmp_path / "run", optim__steps=3))
+    assert losses(tmp_path / "run") == pytest.approx(losses(lora_run), abs=1e-5)
+    ours, theirs = weights(tmp_path / "run", 3), weights(lora_run, 3)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=0)
+    assert all(tensor.abs().max() > 1e-5 for name, tensor in ours.items() if name.endswith("lora_B"))  # from 0
+
+
+@pytest.mark.slow
+def test_adapters_are_all_that_is_trained_and_stored_and_continue(clips, lora_run, tmp_path, monkeypatch, capsys):
+    """Stopped after two steps and continued, it ends where the undisturbed run does; the model stays to the bit."""
+    built, build = [], train.build_model
+    monkeypatch.setattr(train, "build_model", lambda *arguments: built.append(build(*arguments)) or built[-1])
+    run = tmp_path / "run"
+    assert run_here(lora_command(clips, run, optim__steps=2), monkeypatch) == 0
+    assert run_here(lora_command(clips, run, optim__steps=3), monkeypatch) == 0
+    assert "after step 2" in capsys.readouterr().out
+    assert losses(run) == pytest.approx(losses(lora_run), abs=1e-5)
+    ours, theirs = weights(run, 3), weights(lora_run, 3)
+    assert ours.keys() == theirs.keys() and all(".adapters.0.lora_" in name for name in ours)
+    assert sum(name.startswith("model.") for name in ours) * 3 == len(ours)  # each with two moments
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=0)
+
+    base, frozen = Checkpoint(ASSETS / "tiny.safetensors"), 0
+    for name, tensor in built[-1].module.state_dict().items():
+        if ".adapters." not in name:
+            name = name.replace(".base.", ".")
+            assert torch.equal(tensor, base.read(f"model.diffusion_model.{name}", dtype=torch.float32)), name
+            frozen += 1
+        else:
+            assert torch.equal(tensor, ours[f"model.{name}"])
+    assert frozen > 100
+
+
+@pytest.mark.slow
+def test_adapters_export_as_a_lora_that_samples_like_the_trained_model(clips, lora_run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "lora.safetensors"
+    words = lora_command(clips, lora_run, lora__rank=0)  # what was trained is up to the run
+    assert run_here([*words, "--export", str(out)], monkeypatch) == 0
+    assert f"--lora {out}" in capsys.readouterr().out
+
+    model = LTXVideo.from_checkpoint(ASSETS / "tiny.safetensors")
+    file = LoRA(out, model)
+    assert (file.rank, file.audio) == (4, 0) and file.pairs.keys() == find_targets(model, TARGETS).keys()
+    want = {"placement": "phase", "source_id": 1, "phase_scale": 1.0, "fit": "cover", "ref_timestep": "clean"}
+    want |= {"base": "tiny.safetensors", "defaults": {"s_text": 5.0, "s_ref": 6.0}}
+    assert want.items() <= file.ours.items()
+    assert file.ours["lora"]["rank"] == 4 and file.ours["lora"]["alpha"] == 8.0
+    assert file.ours["training"]["optim"]["lr"] == QUICK["optim.lr"] and "weights" not in file.ours
+    trained = weights(lora_run, 3)
+    for name, tensor in load_file(out).items():  # alpha / rank is in B, so that alpha = rank
+        layer, part = name.removeprefix("diffusion_model.").removesuffix(".weight").rsplit(".", 1)
+        scale = 2 if part == "lora_B" else 1
+        assert torch.equal(tensor, (scale * trained[f"model.{layer}.adapters.0.{part}"]).bfloat16()), name
+
+    sampled = tmp_path / "sample.mp4"
+    words = ["sample.py", "--lora", str(out), "--prompt", "A man.", "--steps", "2", "--out", str(sampled)]
+    monkeypatch.setattr(sys, "argv", [*words, "--ref", str(ASSETS / "face.png")])
+    sample.main()
+    assert sampled.exists()
+    assert "from the LoRA's metadata: placement 'phase', source_id 1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fp8", [False, True])
+def test_adapters_train_in_bf16_beside_a_model_in_bf16_or_fp8(fp8, clips, tmp_path, monkeypatch, capsys):
+    """As on a GPU: frozen weights of two bytes or one, adapters of four, no autocast."""
+    built, build = [], train.build_model
+    monkeypatch.setattr(train, "build_model", lambda *arguments: built.append(build(*arguments)) or built[-1])
+    options = {"parallel__precision": "bf16", "parallel__recompute": "true", "lora__fp8": str(fp8).lower()}
+    options |= {"optim__batch": 1} | ({"faces__pack": ""} if fp8 else {})
+    assert run_here([*lora_command(clips, tmp_path / "run", **options), "--dry-run"], monkeypatch) == 0
+    assert "loss" in capsys.readouterr().out
+    moved = [p for p in built[0].parameters() if p.requires_grad]
+    assert {p.dtype for p in moved} == {torch.float32} and len(moved) == 80
+    frozen = {name: p for name, p in built[0].named_parameters() if not p.requires_grad}
+    assert frozen["module.proj_out.weight"].dtype == torch.bfloat16
+    stored = frozen["module.transformer_blocks.0.attn1.to_q.base.weight"]
+    assert stored.dtype == (torch.uint8 if fp8 else torch.bfloat16)
+
+
 def poison(clips: Path, folder: Path) -> str:
     """A copy of the cache in which one clip's latents are not numbers; returns its name."""
     shutil.copytree(clips, folder)
@@ -297,6 +404,10 @@ def test_dry_run_writes_nothing(clips, tmp_path, monkeypatch, capsys):
     [
         ({"optim__weightdecay": 0}, "did you mean optim.weight_decay"),
         ({"parallel__mode": "tpu"}, "none of ddp, fsdp"),
+        ({"lora__rank": 4, "parallel__mode": "fsdp"}, 'set parallel.mode = "ddp"'),
+        ({"lora__rank": -1}, "rank and alpha are 0 or more"),
+        ({"lora__rank": 4, "lora__targets": ["to_q", "to_x"]}, "'to_x'"),
+        ({"reference__fit": "stretch"}, "none of letterbox, cover"),
         ({"data__cache": "nowhere"}, "data.py prepare"),
         ({"faces__pack": "nowhere/at/all"}, "nowhere/at/all"),
         ({"model__ckpt": "missing.safetensors"}, "no checkpoint at missing.safetensors"),
