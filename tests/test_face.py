@@ -31,6 +31,16 @@ NOISE_LEVELS = 0.6 if int(cv2.__version__.split(".")[0]) >= 5 else 255 * 2 / 32
 # Alignment
 
 
+def umeyama(points: np.ndarray) -> np.ndarray:
+    """skimage's similarity from points onto the template, (2, 3), by whichever name its version has for it."""
+    target = ARCFACE_TEMPLATE.double().numpy()
+    if hasattr(SimilarityTransform, "from_estimate"):
+        return SimilarityTransform.from_estimate(points, target).params[:2]
+    transform = SimilarityTransform()  # scikit-image 0.25, the last for Python 3.10
+    assert transform.estimate(points, target)
+    return transform.params[:2]
+
+
 def random_landmarks(n: int, height: int, width: int, seed: int, anywhere: bool = True) -> np.ndarray:
     """Turned, scaled, shifted and dented templates; with `anywhere`, many of them partly or wholly outside."""
     rng = np.random.default_rng(seed)
@@ -61,7 +71,7 @@ def test_similarity_matrix_is_umeyama():
     landmarks[0] = landmarks[0] * [-1, 1] + [832, 0]  # mirrored: the best similarity must not reflect
     ours = similarity_matrix(torch.from_numpy(landmarks))
     for matrix, points in zip(ours, landmarks):
-        truth = SimilarityTransform.from_estimate(points, ARCFACE_TEMPLATE.double().numpy()).params[:2]
+        truth = umeyama(points)
         np.testing.assert_allclose(matrix.numpy(), truth, atol=1e-8)
     single = similarity_matrix(torch.from_numpy(landmarks).float())
     assert (single - ours).abs().max() < 1e-4
@@ -350,7 +360,7 @@ def test_identity_gradient_is_that_of_opencv_and_onnxruntime(tmp_path):
     rng = np.random.default_rng(8)
     frame = cv2.GaussianBlur(rng.uniform(-1, 1, (90, 120, 3)), (0, 0), 2) * 3
     points = (ARCFACE_TEMPLATE.double().numpy() - 56) * 0.7 + [60, 40] + rng.normal(0, 2, (5, 2))  # top is cut off
-    matrix = SimilarityTransform.from_estimate(points, ARCFACE_TEMPLATE.double().numpy()).params[:2]
+    matrix = umeyama(points)
     e_ref = rng.normal(0, 1, 16)
 
     def theirs(image):  # (H, W, 3), opencv in float32 and onnxruntime in float32
