@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,24 @@ torch.set_num_threads(2)
 ROOT = Path(__file__).resolve().parent.parent
 TINY_A = ROOT / "tests" / "data" / "tiny_a.safetensors"
 AUDIO = ("audio_", "av_ca_", "video_to_audio_", "scale_shift_table_a2v_", "vocoder.")
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """in_process(main, "sample.py", "--ref", ...) -> (exit code, stdout, stderr) of that command, in this process."""
+    from errors import one_line_errors
+
+    def run(main, program, *options):
+        monkeypatch.setattr(sys, "argv", [program, *map(str, options)])
+        code = 0
+        try:
+            with one_line_errors():
+                main()
+        except SystemExit as left:
+            code = left.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

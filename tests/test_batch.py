@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import sample
 from batch import Batch
 from cases import read_cases
-from errors import UserError, one_line_errors
+from errors import UserError
 from media import read_frames
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,20 +23,9 @@ SHORT = ["--steps", "1", "--frames", "5", "--height", "32", "--width", "48"]
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(in_process):
     """command("--batch", ...) -> (exit code, stdout, stderr) of `python sample.py ...`, in this process."""
-
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, options)])
-        code = 0
-        try:
-            with one_line_errors():
-                sample.main()
-        except SystemExit as left:
-            code = left.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(in_process, sample.main, "sample.py")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import av
@@ -29,7 +30,7 @@ import metrics
 import quality
 import report
 from curricular import CurricularFace
-from errors import UserError, one_line_errors
+from errors import UserError
 from media import count_frames, read_frames, read_image, read_video, write_video
 from metrics import ClipScore, FaceReader
 
@@ -40,20 +41,9 @@ TINY = ["--faces", FACES, "--det-size", 128, "--clip", "none"]
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(in_process):
     """command("--videos", ...) -> (exit code, stdout, stderr) of `python eval.py ...`, in this process."""
-
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, options)])
-        code = 0
-        try:
-            with one_line_errors():
-                evaluation.main()
-        except SystemExit as left:
-            code = left.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(in_process, evaluation.main, "eval.py")
 
 
 @pytest.fixture(scope="module")

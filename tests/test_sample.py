@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import av
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import text
 from checkpoint import OUR_METADATA, SUPPORTED, Checkpoint
-from errors import UserError, one_line_errors
+from errors import UserError
 
 SHORT = ["--steps", "1", "--frames", "5", "--height", "32", "--width", "48"]
 LIMIT = 20_000  # bytes a file may have on the full disk
@@ -35,20 +36,9 @@ def face(root):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(in_process):
     """command("--ref", ...) -> (exit code, stdout, stderr) of `python sample.py --ref ...`, in this process."""
-
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, options)])
-        code = 0
-        try:
-            with one_line_errors():
-                sample.main()
-        except SystemExit as left:
-            code = left.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(in_process, sample.main, "sample.py")
 
 
 @pytest.fixture
