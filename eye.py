@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import toy
 from checkpoint import NAMES, write
 from errors import UserError
-from portrait import render
+from portrait import landmarks, render
 from traits import TRAITS, Identity
 
 SIZE = 64  # side of the frames that it knows
@@ -36,29 +37,44 @@ SCENE += list(toy.BACKGROUNDS)[1:]
 CLASSES = {trait: list(TRAITS[trait]) for trait in ("hair", "style", "glasses", "beard")}
 MIRRORED = [SCENE.index(name) for name in ("yaw", "roll", "x", "light x")]  # change sign in a mirror
 NUMBERS = len(SCENE) + 1
+LR = 2.5e-3
+POOL = 1024  # clips of 8 frames that training draws from
 
 
 class Eye(nn.Module):
-    """Frames (n, 3, 64, 64) in [-1, 1] -> (n, 24 + 27): scene vector and skin in their own units, then logits."""
+    """Frames (n, 3, 64, 64) in [-1, 1] -> numbers (n, 24): scene vector and skin, in their own units; logits (n, 27) of
+    the classes; landmarks (n, 5, 2) from 0 to 1, which only its own training needs: they teach it where to look."""
 
-    def __init__(self, channels: tuple[int, ...] = (24, 48, 64, 96), cells: int = 24, hidden: int = 80):
+    def __init__(
+        self, channels: tuple[int, ...] = (24, 48, 64, 96), points: int = 32, cells: int = 16, hidden: int = 96
+    ):
         super().__init__()
-        self.sizes = {"channels": list(channels), "cells": cells, "hidden": hidden}
-        layers, before = [], 3
-        for width, kernel, stride in zip(channels, (5, 3, 3, 3), (2, 2, 1, 2)):
-            layers += [nn.Conv2d(before, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width)]
-            layers += [nn.ReLU()]
-            before = width
-        layers += [nn.Conv2d(before, cells, 1), nn.ReLU(), nn.Flatten()]
-        layers += [nn.Linear(cells * (SIZE // 8) ** 2, hidden), nn.ReLU()]
-        self.body = nn.Sequential(*layers)
+        self.sizes = {"channels": list(channels), "points": points, "cells": cells, "hidden": hidden}
+        a, b, c, d = channels
+
+        def layer(before: int, after: int, kernel: int, stride: int) -> list[nn.Module]:
+            convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+            return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+
+        self.fine = nn.Sequential(*layer(3, a, 5, 2), *layer(a, b, 3, 2), *layer(b, c, 3, 1))  # (n, c, 16, 16)
+        self.maps = nn.Conv2d(c, points, 1)
+        coarse = [*layer(c, d, 3, 2), nn.Conv2d(d, cells, 1), nn.ReLU(), nn.Flatten()]  # (n, cells * 64)
+        self.coarse = nn.Sequential(*coarse)
+        self.landmarks = nn.Linear(2 * points, 10)
+        self.hidden = nn.Sequential(
+            nn.Linear(cells * 64 + 2 * points, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+        )
         self.head = nn.Linear(hidden, NUMBERS + sum(map(len, CLASSES.values())))
         self.register_buffer("mean", torch.zeros(NUMBERS))
         self.register_buffer("deviation", torch.ones(NUMBERS))
 
-    def forward(self, frames: Tensor) -> Tensor:
-        out = self.head(self.body(frames))
-        return torch.cat([self.mean + self.deviation * out[:, :NUMBERS], out[:, NUMBERS:]], 1)
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fine = self.fine(frames)
+        weight = self.maps(fine).flatten(2).softmax(2).unflatten(2, fine.shape[2:])  # (n, points, 16, 16)
+        line = torch.linspace(-2, 2, fine.shape[3], device=frames.device)
+        points = torch.cat([(weight.sum(2) * line).sum(2), (weight.sum(3) * line).sum(2)], 1)  # where each map is: x, y
+        out = self.head(self.hidden(torch.cat([self.coarse(fine), points], 1)))
+        return self.mean + self.deviation * out[:, :NUMBERS], out[:, NUMBERS:], self.landmarks(points).view(-1, 5, 2)
 
     @torch.no_grad()
     def read(self, frames: np.ndarray) -> dict[str, np.ndarray]:
@@ -68,8 +84,11 @@ class Eye(nn.Module):
             x = torch.from_numpy(chunk).to(self.mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1
             if x.shape[2:] != (SIZE, SIZE):
                 x = F.interpolate(x, (SIZE, SIZE), mode="area")
-            parts.append(self(x).cpu())
-        return split_outputs(torch.cat(parts).numpy())
+            parts.append([part.cpu() for part in self(x)[:2]])
+        numbers, logits = (torch.cat(column) for column in zip(*parts))
+        told = {"scene": numbers[:, :-1].numpy(), "skin": numbers[:, -1].numpy()}
+        per_trait = logits.split([*map(len, CLASSES.values())], 1)
+        return told | {trait: part.argmax(1).numpy() for trait, part in zip(CLASSES, per_trait)}
 
     @classmethod
     def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "Eye":
@@ -88,15 +107,6 @@ class Eye(nn.Module):
         write(path, entries, {"eye": json.dumps(self.sizes)})
 
 
-def split_outputs(outputs: np.ndarray) -> dict[str, np.ndarray]:
-    """(n, 24 + 27) -> the parts by name; of a class the most likely."""
-    told, at = {"scene": outputs[:, : NUMBERS - 1], "skin": outputs[:, NUMBERS - 1]}, NUMBERS
-    for trait, choices in CLASSES.items():
-        told[trait] = outputs[:, at : at + len(choices)].argmax(1)
-        at += len(choices)
-    return told
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning
 
@@ -108,15 +118,16 @@ def targets(who: Identity, scene: toy.Scene) -> tuple[np.ndarray, np.ndarray]:
     return numbers, np.tile([choices.index(who[trait]) for trait, choices in CLASSES.items()], (len(vector), 1))
 
 
-def drawn(seed: int, split: str, frames: int = 8) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Endless (frames (F, 64, 64, 3), numbers (F, 24), classes (F, 4)): each time someone new, somewhere in a clip."""
+def drawn(seed: int, split: str, frames: int = 8) -> Iterator[tuple[np.ndarray, ...]]:
+    """Endless frames (F, 64, 64, 3), numbers (F, 24), classes (F, 4), landmarks (F, 5, 2): each time someone new,
+    somewhere in a clip."""
     number = 0
     while True:
         rng = np.random.default_rng((seed, number))
         who, scene = toy.person(seed, number, split), toy.draw_scene(rng, 17, 12.0, split)
         at = rng.choice(17, frames, replace=False)
         scene = replace(scene, pose={track: values[at] for track, values in scene.pose.items()})
-        yield render(who, scene, SIZE), *targets(who, scene)
+        yield render(who, scene, SIZE), *targets(who, scene), landmarks(who, scene, SIZE) / SIZE
         number += 1
 
 
@@ -136,48 +147,58 @@ def worsen(x: Tensor) -> Tensor:
     return (x + 0.1 * strength[2] ** 2 * dice(3, SIZE, SIZE)).clamp(-1, 1)
 
 
-def train(path: str | Path, seconds: float, seed: int, device: torch.device, batch: int = 128) -> Eye:
-    """Learn for so many seconds, then write the file. Frames come from a pool that is renewed all the time."""
+def train(path: str | Path, seconds: float, seed: int, device: torch.device, batch: int = 64) -> Eye:
+    """Learn for so many seconds. The file is written every now and then and at the end, with the moving average of the
+    weights, so it can be used at any time. Frames come from a pool that is renewed all the time."""
     torch.manual_seed(seed)
-    eye, source, rng = Eye().to(device, memory_format=torch.channels_last), drawn(seed, "train"), np.random.default_rng(seed)
-    pool = [next(source) for _ in range(256)]
-    begun = time.perf_counter()
-    frames, numbers, classes = (np.concatenate(column) for column in zip(*pool))
-    eye.mean.copy_(torch.from_numpy(numbers.mean(0)))
-    eye.deviation.copy_(torch.from_numpy(numbers.std(0)))
-    optimizer = torch.optim.AdamW(eye.parameters(), lr=1.0, weight_decay=0.02)
-    step, at, sign = 0, 0, torch.ones(NUMBERS, device=device)
+    begun, rng, source = time.perf_counter(), np.random.default_rng(seed), drawn(seed, "train")
+    eye = Eye().to(device, memory_format=torch.channels_last)
+    pool = [np.concatenate(column) for column in zip(*[next(source) for _ in range(POOL)])]
+    eye.mean.copy_(torch.from_numpy(pool[1].mean(0)))
+    eye.deviation.copy_(torch.from_numpy(pool[1].std(0)))
+    optimizer = torch.optim.AdamW(eye.parameters(), weight_decay=0.02)
+    average = AveragedModel(eye, multi_avg_fn=get_ema_multi_avg_fn(0.996), use_buffers=True)
+    sign, weight = torch.ones(2, NUMBERS, device=device)
     sign[MIRRORED] = -1
-    while (share := (time.perf_counter() - begun) / seconds) < 1:
-        for _ in range(batch // 16):  # half a batch is new
-            for store, new in zip((frames, numbers, classes), next(source)):
+    weight[: len(toy.POSE)] = 2
+    step, at = 0, 0
+    while (passed := time.perf_counter() - begun) < seconds:
+        for _ in range(batch // 32):  # a quarter of a batch is new
+            for store, new in zip(pool, next(source)):
                 store[at : at + len(new)] = new
-            at = (at + 8) % len(frames)
-        pick = rng.integers(len(frames), size=batch)
-        x = torch.from_numpy(frames[pick]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        y, labels = torch.from_numpy(numbers[pick]).to(device), torch.from_numpy(classes[pick]).to(device)
+            at = (at + 8) % len(pool[0])
+        pick = rng.integers(len(pool[0]), size=batch)
+        pixels, y, labels, points = (torch.from_numpy(store[pick]).to(device) for store in pool)
+        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         mirror = torch.rand(batch, 1, device=device) < 0.5
         x = torch.where(mirror[..., None, None], x.flip(3), x)
         y = torch.where(mirror, y * sign, y)
-        out = eye(worsen(x))
-        loss = ((out[:, :NUMBERS] - y) / eye.deviation).square().mean()
-        for trait, logits in enumerate(out[:, NUMBERS:].split([*map(len, CLASSES.values())], 1)):
-            loss = loss + 0.1 * F.cross_entropy(logits, labels[:, trait])
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, 1.02 - share)
+        other = points[:, [1, 0, 2, 4, 3]] * points.new_tensor([-1, 1]) + points.new_tensor([1 - 1 / SIZE, 0])
+        points = torch.where(mirror[..., None], other, points)
+        numbers, logits, found = eye(worsen(x))
+        loss = (weight * ((numbers - y) / eye.deviation).square()).mean() + 50 * (found - points).square().mean()
+        for trait, part in enumerate(logits.split([*map(len, CLASSES.values())], 1)):
+            loss = loss + 0.1 * F.cross_entropy(part, labels[:, trait])
+        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 50)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
-            print(f"step {step:5}  loss {loss.item():.3f}  {share:4.0%} of {seconds:.0f} s", flush=True)
         step += 1
-    eye.eval().save(path)
-    return eye
+        average.update_parameters(eye)
+        if step % 100 == 0:
+            off = SIZE * (found - points).square().sum(2).sqrt().mean().item()
+            print(f"step {step:5}  loss {loss.item():.3f}  landmarks {off:.1f} px  {passed:.0f} s", flush=True)
+        if step % 500 == 0:
+            average.module.save(path)
+    average.module.save(path)
+    return average.module.eval()
 
 
 def accuracy(eye: Eye, seed: int, clips: int, worse: bool) -> dict[str, float]:
     """On people and scenes of the test split: R^2 of each number, share right of each class."""
     source = drawn(seed, "test", 4)
-    frames, numbers, classes = (np.concatenate(column) for column in zip(*[next(source) for _ in range(clips)]))
+    columns = zip(*[next(source) for _ in range(clips)])
+    frames, numbers, classes, _ = (np.concatenate(column) for column in columns)
     if worse:
         torch.manual_seed(seed)
         x = worsen(torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1)

@@ -135,7 +135,7 @@ def generate(
     seed: int = 0,
     **options,
 ) -> Tensor:
-    """One video (3, frames, height, width): `generate_batch` for one image (3, height, width), or None, and one seed."""
+    """One video (3, frames, height, width): `generate_batch` of one image (3, height, width), or None, and one seed."""
     images = None if image is None else image[None]
     return generate_batch(model, vae, context, null_context, images, seeds=[seed], **options)[0]
 
