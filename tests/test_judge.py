@@ -9,7 +9,6 @@ import torch
 import eye
 import judge
 import toy
-from face import FaceDetector
 from judge import SCENE, copied, moves, shares, shows_background
 
 COUNT = 24
@@ -76,9 +75,6 @@ def scene_with(**tracks):
         mean, _, _, most = toy.POSE[name]
         vector[:, SCENE.index(name)] = (np.broadcast_to(values, 17) - mean) / (most - mean)
     return vector
-
-
-RISE, HUMP, WAVE = np.linspace(0, 1, 17), np.sin(np.pi * RISE) ** 2 if False else None, None
 
 
 def test_a_turn_needs_the_side_and_half_of_the_least_change():
@@ -158,7 +154,8 @@ def test_the_slope_is_that_of_a_line_through_the_readings():
     rows = [row(*each) for each in zip(videos, photos, read)]
     k = SCENE.index("background red")
     x, y, z = photos[:, k : k + 3], videos[:, k : k + 3], read[:, k : k + 3]
-    expected = sum(np.cov(x[:, c], y[:, c])[0, 1] for c in range(3)) / sum(np.cov(x[:, c], z[:, c])[0, 1] for c in range(3))
+    of_videos, of_photos = (sum(np.cov(x[:, c], other[:, c])[0, 1] for c in range(3)) for other in (y, z))
+    expected = of_videos / of_photos
     assert copied(rows, "background") == pytest.approx(expected)
     assert copied(rows, "background") == pytest.approx(0.3, abs=0.05)
     slope, low, high = judge.copy_paste(rows, "background", 200)
