@@ -15,6 +15,7 @@ The released checkpoint also holds an audio branch. Without audio input the full
 """
 
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,21 @@ class Block(nn.Module):
 
         shift_ff, scale_ff, gate_ff = (F.embedding(token_row, row) for row in rows[3:6])
         return x + gate_ff * self.ff(modulate(rms(x), shift_ff, scale_ff))
+
+
+def first_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """A weight of an LTXVideo to train from nothing, the same wherever and in whatever order it is drawn.
+
+    Linear layers are drawn by Glorot's rule, norms are 1. Zero are the biases, the tables, and the layers behind the
+    modulation, the head gates and the output: so each block begins as the identity, and the velocity as 0.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    ends_zero = ("bias", "table", "to_gate_logits.weight", "single.linear.weight")
+    if name.endswith(ends_zero) or name == "proj_out.weight":
+        return torch.zeros(shape)
+    generator = torch.Generator("cpu").manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator) * (2 / sum(shape)) ** 0.5
 
 
 class LTXVideo(nn.Module):
