@@ -1,12 +1,12 @@
 """Face models of the drawn people: a detector and a recognizer of the world of toy.py, as an InsightFace pack.
 
 The identity losses (Eq. 8-10) ask a frozen ArcFace who is in the picture, where a frozen detector says the face is.
-The released ones were trained on photographs and know nothing of drawings. These two have the same shapes, are trained
-the same way, and are written in the same format, so face.py and insightface run them as they run any other pack:
+The released ones were trained on photographs and know nothing of drawings. These two (facenets.py) have the same
+shapes, are trained the same way and written in the same format: face.py and insightface run them like any other pack.
 
     frame 64x64 ──resize──> 128x128 ──> convolutions ──> 8, 16, 32 pixels a cell, two anchors in each:
                                                          a score, a box, 5 landmarks                (SCRFD's outputs)
-    crop 112x112 ──> residual convolutions ──> 64 numbers      (ArcFace: cos(theta + m) must win among 2,000 people)
+    crop 112x112 ──> residual convolutions ──> 64 numbers      (ArcFace: cos(theta + m) must win among 1,200 people)
 
     python toy_faces.py --out assets/faces     # det_toy.onnx, rec_toy.onnx, and how good they are on people held out
 
@@ -28,178 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import Parser, one_line_errors, whole_file
+from errors import Parser, one_line_errors
 from face import CROP, ArcFace, FaceDetector, embed, recognition_file, similarity_matrix
+from facenets import SIDE, WIDTH, Detector, Recognizer, anchor_grid, arc_loss, detector_loss
 from portrait import boxes, landmarks, render
 from toy import draw_scene, person, toy_clip
 from traits import Identity
 
-SIDE = 128  # of the detector's input
-ANCHORS = {8: (16, 28), 16: (48, 76), 32: (112, 160)}  # stride -> the longer side of the face that each anchor is for
-WIDTH = 64  # of an embedding
-SCALE, MARGIN = 32.0, 0.4  # s and m of ArcFace
-STEPS = {"detector": 1000, "recognizer": 900}
+MARGIN = 0.4  # m of ArcFace
+STEPS = {"detector": 1800, "recognizer": 900}
 PEOPLE = {"detector": 800, "recognizer": 1200}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks that can write themselves as ONNX
-
-
-class Graph:
-    """An ONNX graph in the making."""
-
-    def __init__(self):
-        self.nodes, self.weights = [], []
-
-    def weight(self, values: np.ndarray | list | Tensor, kind: type = np.float32) -> str:
-        from onnx import numpy_helper
-
-        values = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-        self.weights.append(numpy_helper.from_array(np.asarray(values, kind), f"w{len(self.weights)}"))
-        return self.weights[-1].name
-
-    def add(self, operator: str, *inputs: str, **attributes: object) -> str:
-        from onnx import helper
-
-        name = f"{operator}{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, list(inputs), [name], name, **attributes))
-        return name
-
-    def save(
-        self, path: Path, shape: list[int | str], outputs: dict[str, list[int | str]], told: dict[str, str]
-    ) -> None:
-        import onnx
-        from onnx import TensorProto, helper
-
-        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()]
-        frame = helper.make_tensor_value_info("input.1", TensorProto.FLOAT, shape)
-        graph = helper.make_graph(self.nodes, path.stem, [frame], values, self.weights)
-        opset = [helper.make_opsetid("", 11)]
-        text = "; ".join(f"{key}: {value}" for key, value in told.items())
-        model = helper.make_model(graph, opset_imports=opset, ir_version=7, producer_name="toy_faces", doc_string=text)
-        helper.set_model_props(model, told)
-        with whole_file(path) as temporary:
-            onnx.save(model, str(temporary))
-
-
-def _folded(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear map with the batch norm that follows it."""
-    gain = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return weight * gain.view(-1, *[1] * (weight.dim() - 1)), norm.bias - norm.running_mean * gain
-
-
-class Conv(nn.Module):
-    """Convolution, batch norm, PReLU; one node and one more in ONNX."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bend: bool = True):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
-        self.bend = nn.PReLU(outputs) if bend else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x))
-        return x if self.bend is None else self.bend(x)
-
-    def write(self, graph: Graph, x: str) -> str:
-        kernel, stride, pad = self.conv.kernel_size, self.conv.stride, self.conv.padding
-        weight, bias = _folded(self.conv.weight, self.norm)
-        x = graph.add(
-            "Conv", x, graph.weight(weight), graph.weight(bias), kernel_shape=kernel, strides=stride, pads=pad * 2
-        )
-        return x if self.bend is None else graph.add("PRelu", x, graph.weight(self.bend.weight.view(-1, 1, 1)))
-
-
-class Residual(nn.Module):
-    """x plus two convolutions of it."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.first, self.second = Conv(width, width), Conv(width, width, bend=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.first(x))
-
-    def write(self, graph: Graph, x: str) -> str:
-        return graph.add("Add", x, self.second.write(graph, self.first.write(graph, x)))
-
-
-class Detector(nn.Module):
-    """(B, 3, 128, 128) -> scores before the sigmoid (B, A), boxes (B, A, 4) and landmarks (B, A, 10) in strides."""
-
-    def __init__(self):
-        super().__init__()
-        widths = 32, 44, 44
-        fine = [Conv(3, 24, kernel=7, stride=4), Conv(24, widths[0], stride=2)]
-        self.levels = nn.ModuleList(
-            [
-                nn.Sequential(*fine, Conv(widths[0], widths[0])),
-                nn.Sequential(Conv(widths[0], widths[1], stride=2), Conv(widths[1], widths[1])),
-                nn.Sequential(Conv(widths[1], widths[2], stride=2), Conv(widths[2], widths[2])),
-            ]
-        )
-        self.heads = nn.ModuleList(nn.Conv2d(width, 2 * (1 + 4 + 10), 3, 1, 1) for width in widths)
-        for head in self.heads:
-            nn.init.normal_(head.weight, std=0.01)
-            nn.init.constant_(head.bias[:2], -4.0)  # almost nowhere is a face
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = []
-        for level, head in zip(self.levels, self.heads):
-            x = level(x)
-            found.append(head(x).permute(0, 2, 3, 1).flatten(1, 2))  # (B, cells, 30)
-        out = torch.cat(found, 1)
-        n = len(out)
-        return out[..., :2].reshape(n, -1), out[..., 2:10].reshape(n, -1, 4), out[..., 10:].reshape(n, -1, 10)
-
-    def save(self, path: Path, told: dict[str, str]) -> None:
-        graph, x, names = Graph(), "input.1", {1: [], 4: [], 10: []}
-        for level, head in zip(self.levels, self.heads):
-            for conv in level:
-                x = conv.write(graph, x)
-            for (size, outputs), first in zip(names.items(), (0, 2, 10)):
-                part = slice(first, first + 2 * size)
-                y = graph.add(
-                    "Conv",
-                    x,
-                    graph.weight(head.weight[part]),
-                    graph.weight(head.bias[part]),
-                    kernel_shape=[3, 3],
-                    pads=[1] * 4,
-                )
-                y = graph.add("Transpose", y, perm=[0, 2, 3, 1])
-                y = graph.add("Reshape", y, graph.weight([-1, size], np.int64))
-                outputs.append(graph.add("Sigmoid", y) if size == 1 else y)
-        outputs = {
-            name: [2 * (SIDE // stride) ** 2, size]
-            for size, found in names.items()
-            for name, stride in zip(found, ANCHORS)
-        }
-        graph.save(path, [1, 3, SIDE, SIDE], outputs, told)
-
-
-class Recognizer(nn.Module):
-    """(B, 3, 112, 112) -> (B, 64): a small IResNet."""
-
-    def __init__(self):
-        super().__init__()
-        stem = [Conv(3, 32, kernel=7, stride=4), Residual(32)]  # a crop of a small frame is blown up: no detail is lost
-        body = [Conv(32, 64, stride=2), Residual(64), Conv(64, 96, stride=2), Residual(96)]
-        self.body = nn.Sequential(*stem, *body, Conv(96, 24, kernel=1))
-        self.last = nn.Linear(24 * (CROP // 16) ** 2, WIDTH, bias=False)
-        self.norm = nn.BatchNorm1d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.last(self.body(x).flatten(1)))
-
-    def save(self, path: Path, told: dict[str, str]) -> None:
-        graph, x = Graph(), "input.1"
-        for part in self.body:
-            x = part.write(graph, x)
-        weight, bias = _folded(self.last.weight, self.norm)
-        x = graph.add("Gemm", graph.add("Flatten", x), graph.weight(weight), graph.weight(bias), transB=1)
-        graph.save(path, ["n", 3, CROP, CROP], {x: ["n", WIDTH]}, told)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,49 +104,6 @@ def shots(seed: int, people: int, clips: int, frames: int, moving: float = 1.0) 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The detector
-
-
-def anchor_grid() -> tuple[Tensor, Tensor, Tensor]:
-    """Of all anchors: upper left corner of the cell (A, 2), stride (A,), size of face (A,)."""
-    corners, strides, sizes = [], [], []
-    for stride, pair in ANCHORS.items():
-        index = torch.arange(0, SIDE, stride).float()
-        yx = torch.stack(torch.meshgrid(index, index, indexing="ij"), -1).reshape(-1, 2)
-        corners.append(yx.flip(1).repeat_interleave(2, 0))
-        strides.append(torch.full((2 * len(yx),), float(stride)))
-        sizes.append(torch.tensor(pair).float().repeat(len(yx)))
-    return torch.cat(corners), torch.cat(strides), torch.cat(sizes)
-
-
-def detector_loss(found: tuple[Tensor, Tensor, Tensor], box: Tensor, points: Tensor, grid: tuple) -> Tensor:
-    """found: what the network says; box (B, 4) and points (B, 5, 2) in pixels of the input, NaN where no face is.
-
-    An anchor is to say yes if the face's centre is within a stride of it and the face is of about its size; it may say
-    what it likes if both are nearly so. Focal loss for the score; boxes and landmarks count where the answer is yes.
-    """
-    (score, distance, kps), (corner, stride, size) = found, grid
-    centre, side = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]).amax(1, keepdim=True)  # (B, 2), (B, 1)
-    off = ((corner - centre[:, None]).abs() / stride[:, None]).amax(2)  # (B, A), NaN without a face
-    ratio = (side / size).log().abs()
-    yes = (off <= 0.8) & (ratio <= 0.33)
-    maybe = (off <= 1.6) & (ratio <= 0.7) & ~yes
-    p = score.sigmoid()
-    focal = F.binary_cross_entropy_with_logits(score, yes.float(), reduction="none") * (yes.float() - p).square()
-    count = yes.sum().clamp(min=1)
-    loss = 2 * torch.where(maybe, 0, focal).sum() / count
-    row, anchor = yes.nonzero(as_tuple=True)
-    at, unit = corner[anchor], stride[anchor, None]
-    true_box = torch.cat([at - box[row, :2], box[row, 2:] - at], 1) / unit
-    true_kps = ((points[row] - at[:, None]) / unit[:, None]).flatten(1)
-    weight = stride[anchor, None] / side[row] * 8  # errors as parts of the face
-    loss = (
-        loss
-        + (F.smooth_l1_loss(distance[row, anchor], true_box, reduction="none", beta=0.05) * weight).sum() / count / 4
-    )
-    return (
-        loss
-        + 2 * (F.smooth_l1_loss(kps[row, anchor], true_kps, reduction="none", beta=0.05) * weight).sum() / count / 10
-    )
 
 
 def detector_batch(pool: list[tuple], junk: list[np.ndarray], count: int, rng: np.random.Generator) -> tuple:
@@ -390,14 +185,6 @@ def one_sided(who: Identity) -> bool:
     return who["mark"] not in ("none", "freckles") or who["style"] == "side part"
 
 
-def arc_loss(e: Tensor, centres: Tensor, label: Tensor, margin: float) -> Tensor:
-    """Additive angular margin: e (B, E), centres (people, E); the true person's angle counts as `margin` more."""
-    cosine = F.normalize(e) @ F.normalize(centres).T
-    true = cosine.gather(1, label[:, None]).clamp(-1 + 1e-6, 1 - 1e-6)
-    harder = (true.acos() + margin).clamp(max=torch.pi).cos()
-    return F.cross_entropy(SCALE * cosine.scatter(1, label[:, None], harder), label)
-
-
 def crops_of(seed: int, people: int, clips: int = 3, frames: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Aligned crops (N, 112, 112, 3) bytes, whose they are (N,), may they be mirrored (N,)?"""
     count = people * clips * frames
@@ -463,7 +250,8 @@ def measure_detector(detector: FaceDetector, seed: int = 0, people: int = 100) -
     for name, shown in (("clean", images), ("spoiled", np.stack([spoil(image, rng) for image in images]))):
         points, _, valid = detector.detect(_frames(shown))
         error = np.linalg.norm(points.numpy() - truth, axis=2)[valid.numpy()]
-        figures |= {f"recall, {name}": valid.float().mean().item(), f"landmark error, {name}": float(error.mean())}
+        figures[f"recall, {name}"] = valid.float().mean().item()
+        figures[f"landmark error, {name}"] = float(error.mean()) if len(error) else float("nan")
     empty = np.stack([faceless(rng) for _ in range(3 * people)])
     noise = rng.integers(0, 256, (people, 64, 64, 3)).astype(np.uint8)
     for name, shown in (("faceless", empty), ("noise", noise)):

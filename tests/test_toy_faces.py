@@ -1,4 +1,4 @@
-"""toy_faces.py and the pack in assets/faces: against the renderer's truth, insightface, onnxruntime, a little numpy.
+"""toy_faces.py, facenets.py and the pack in assets/faces: against the renderer, insightface, onnxruntime, numpy.
 
 The people here are of the split that no model was trained on.
 """
@@ -18,13 +18,23 @@ import torch
 
 import toy_faces
 from face import ArcFace, FaceDetector, embed, recognition_file
-from portrait import render
+from facenets import SIDE, Detector, Recognizer, anchor_grid, arc_loss, detector_loss
+from portrait import Head, render
 from toy import draw_scene, person, toy_clip
-from toy_faces import SIDE, Detector, Recognizer, anchor_grid, arc_loss, detector_loss, faceless, fit, one_sided, spoil
+from toy_faces import faceless, fit, one_sided, spoil
 
 FACES = Path(__file__).resolve().parent.parent / "assets" / "faces"
 DETECTOR, RECOGNIZER = FACES / "det_toy.onnx", FACES / "rec_toy.onnx"
 PEOPLE = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These networks are too small for a second thread to help, and where the core is busy it hinders."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -216,18 +226,26 @@ def test_arc_loss_is_the_angular_margin():
 
 
 def test_a_mirror_shows_the_same_person_unless_a_trait_is_one_sided():
-    """Drawn straight ahead without light, eyes closed (the glint is on one side), the picture is its own mirror."""
+    """Drawn straight ahead without light, eyes closed (the glint is on one side), the face is its own mirror.
+
+    Looked at below the hair's gloss, which is on one side too, and where no beard or fringe can hide a mark.
+    """
     scene = draw_scene(np.random.default_rng(0), 1, moving=False)
     still = {k: np.zeros(1) for k in scene.pose} | {"scale": np.ones(1), "closed": np.ones(1)}
     scene = replace(scene, pose=still, background="plain", light=(0.0, 0.0, 0.0))
-    seen = set()
+    seen = {False: [], True: []}
     for who in (person(0, k) for k in range(60)):
-        if who["beard"] == "none" and (who["style"] != "side part" or who["hair"] != "black"):
-            image = render(who, scene)[0].astype(np.float32)
-            change = cv2.blur(np.abs(image - image[:, ::-1]).sum(2), (5, 5)).max()
-            assert (change > 8) == one_sided(who), (change, who)
-            seen.add(one_sided(who))
-    assert seen == {False, True}
+        head = Head(who, scene)
+        y, x = (np.mgrid[:64, :64] + 0.5) / 64 - head.centre[0, 0, 1]  # square frame, centred head
+        x, y = x / (head.unit * head.w).item(), y / (head.unit * head.h).item()
+        face = (np.hypot(x, y) < 0.62) | ((abs(x) < 0.5) & (y > 0) & (y < 0.9))
+        image = render(who, scene)[0].astype(np.float32)
+        change = (cv2.blur(np.abs(image - image[:, ::-1]).sum(2), (3, 3)) * face).max()
+        if not one_sided(who) or (who["beard"], who["style"]) in [("none", "bald"), ("none", "short"), ("none", "bun")]:
+            seen[one_sided(who)].append(change)
+    print(f"same: up to {max(seen[False]):.1f} levels; someone else: from {min(seen[True]):.1f}")
+    assert len(seen[False]) > 10 and len(seen[True]) > 3
+    assert max(seen[False]) < min(seen[True]) and np.quantile(seen[False], 0.9) < min(seen[True]) / 3
 
 
 def test_fit_is_insightfaces_own(clips):
