@@ -245,7 +245,7 @@ def test_a_mirror_shows_the_same_person_unless_a_trait_is_one_sided():
             seen[one_sided(who)].append(change)
     print(f"same: up to {max(seen[False]):.1f} levels; someone else: from {min(seen[True]):.1f}")
     assert len(seen[False]) > 10 and len(seen[True]) > 3
-    assert max(seen[False]) < min(seen[True]) and np.quantile(seen[False], 0.9) < min(seen[True]) / 3
+    assert max(seen[False]) < min(seen[True])
 
 
 def test_fit_is_insightfaces_own(clips):
