@@ -19,6 +19,7 @@ from rope import reference_phase, reference_positions, video_positions
 from vae import from_tokens, to_tokens
 
 DENSE_TOKENS = ((1024, 0.95), (4096, 2.05))  # the released schedule's shift at two sequence lengths
+DECODED_AT_ONCE = 2  # latent frames; a longer video goes through the decoder in pieces, with the same result
 LAST_SIGMA = 0.1  # the last sigma before 0
 # What the distilled checkpoints know: eight steps, one stream. Any other schedule looks like bad training.
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
@@ -180,4 +181,4 @@ def generate(
         dtype=dtype,
         **options,
     )
-    return vae.decode(from_tokens(z_0, grid).to(vae_dtype))[0].float()
+    return vae.decode(from_tokens(z_0, grid).to(vae_dtype), DECODED_AT_ONCE)[0].float()
