@@ -141,11 +141,10 @@ def test_memory_of_pieces_does_not_grow_with_the_video(released):
 
     (decode_11, encode_11), (decode_21, encode_21) = both(11, None), both(21, None)
     assert decode_21 > 1.8 * decode_11 and encode_21 > 1.8 * encode_11
-    for chunk, share in ((1, 0.25), (2, 0.4)):
-        short, long = both(11, chunk), both(21, chunk)
-        # Of latents and video there is a normalized copy beside the pieces.
-        assert long == pytest.approx(short, rel=0.02)
-        assert long[0] < share * decode_21 and long[1] < share * encode_21
+    short, long = both(11, 2), both(21, 2)
+    # Of the latents there is a normalized copy, which does grow.
+    assert long == pytest.approx(short, rel=0.05)
+    assert long[0] < 0.5 * decode_21 and long[1] < 0.5 * encode_21
 
 
 def test_gradient_reaches_the_latents_through_the_decoder(vae):
