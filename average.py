@@ -26,7 +26,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step number `step`, counted from 0: an average over about the last 1 / (1 - d) steps, or half of all."""
+        """After step number `step`, counted from 0: the mean over about the last 1 / (1 - d) steps, or half of all."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(_here(self.tensors), _here(self.live), 1 - decay)
 

@@ -34,7 +34,7 @@ from model import LTXVideo
 def state_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
 ) -> dict[str, Tensor]:
-    """Trained weights, their moments and their average by name, sharded as they are and sharing memory with the live ones.
+    """Trained weights, their moments and average by name, sharded as they are and sharing memory with the live ones.
 
     Frozen weights stay in the base checkpoint. The optimizer's step counters are left out: they are all the run's step
     number.

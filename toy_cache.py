@@ -1,4 +1,4 @@
-"""A cache of the drawn world: what data.py prepare makes of a manifest, made of clips that are drawn as they are needed.
+"""A cache of the drawn world: what data.py prepare makes of a manifest, made of clips drawn as they are needed.
 
     toy.toy_clip(seed, 0), (seed, 1), ... ──> frames, caption, portrait ──> cache.fill: VAE, Gemma, detector, ArcFace
 

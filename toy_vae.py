@@ -2,9 +2,9 @@
 
 Layout and code are those of the released VAE; only the training is simpler, so that a CPU does it in half an hour:
 
-    1. principal components of the cells of many clips: the linear latents that lose least          (a covariance)
-    2. the encoder learns to give them                       clip ──> encoder ──> components        (regression)
-    3. the decoder learns to see a picture in them           latents + noise ──> decoder ──> clip   (L1, the encoder stays)
+    1. principal components of the cells of many clips: the linear latents that lose least        (a covariance)
+    2. the encoder learns to give them                    clip ──> encoder ──> components         (regression)
+    3. the decoder learns to see a picture in them        latents + noise ──> decoder ──> clip    (L1)
 
 Principal components have a natural spectrum: what matters much for the picture is large, what matters little is
 small. The statistics in the checkpoint keep that, with a mean per channel but one spread for all of them. Dividing
