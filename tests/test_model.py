@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from model import LTXVideo
+from model import LTXVideo, first_weight
 
 FPS = 24.0
 
@@ -219,3 +219,30 @@ def test_one_graph_for_each_shape_of_a_stream(tiny_a, inputs, tokens):
             now = stream | {"timesteps": step * stream["timesteps"], "sigma": step * stream["sigma"]}
             assert torch.equal(model(**now), plain(**now))
             assert counter.frame_count == (graphs if step == 1 else 2)
+
+
+def test_first_weights_begin_as_the_identity(tiny_a):
+    """Nothing flows through a block yet, so the output does not depend on the text, and the velocity is 0."""
+    model = LTXVideo.from_checkpoint(tiny_a)
+    heads = model.heads
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(first_weight(name, parameter.shape, 0))
+    x, context = torch.randn(1, 5, model.dim), torch.randn(1, 7, model.dim)
+    table = torch.zeros(1, heads, 5, model.dim // heads // 2)
+    modulation, _ = model.adaln_single(torch.tensor([0.3]), torch.float32)
+    prompt, _ = model.prompt_adaln_single(torch.tensor([0.3]), torch.float32)
+    row = torch.zeros(1, 5, dtype=torch.long)
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            assert torch.equal(block(x, context, modulation, prompt, row, (table + 1, table), None), x)
+        assert not model.proj_out(x).any()
+
+
+def test_first_weights_have_glorots_spread_and_no_order():
+    name, shape = "transformer_blocks.{}.ff.net.0.proj.weight", torch.Size([400, 100])
+    weight = first_weight(name.format(0), shape, seed=0)
+    assert abs(weight.std().item() / (2 / 500) ** 0.5 - 1) < 0.02
+    assert torch.equal(weight, first_weight(name.format(0), shape, seed=0))
+    assert not torch.equal(weight, first_weight(name.format(1), shape, seed=0))
+    assert not torch.equal(weight, first_weight(name.format(0), shape, seed=1))
