@@ -138,19 +138,36 @@ def sample_latents(
     return z
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     vae: nn.Module,
     context: Tensor,
     null_context: Tensor,
     image: Tensor | None,
+    *,
+    seed: int = 0,
+    **options,
+) -> Tensor | None:
+    """One video (3, frames, height, width): `generate_batch` of one image (3, height, width), or None, and one seed."""
+    images = None if image is None else image[None]
+    videos = generate_batch(model, vae, context, null_context, images, seeds=[seed], **options)
+    return None if videos is None else videos[0]
+
+
+@torch.no_grad()
+def generate_batch(
+    model: nn.Module,
+    vae: nn.Module,
+    context: Tensor,
+    null_context: Tensor,
+    images: Tensor | None,
+    *,
+    seeds: Sequence[int],
     frames: int,
     height: int,
     width: int,
     fps: float,
     steps: int = 30,
-    seed: int = 0,
     placement: str = "tass",
     source_id: int = 2,
     phase_scale: float = 1.0,
@@ -159,36 +176,36 @@ def generate(
     ranks: tuple[int, int] = (0, 1),
     **options,
 ) -> Tensor | None:
-    """One video (3, frames, height, width), about in [-1, 1], of the face in `image` doing what `context` says.
+    """B videos (B, 3, frames, height, width), about in [-1, 1], of the faces in `images` doing what `context` says.
 
-    image (3, height, width) in [-1, 1], letterboxed, or None for plain text-to-video; context, null_context (1, S, D).
-    Sizes in pixels. source_id and phase_scale matter to placement "phase" alone. `sigmas` replace the schedule of
-    `steps`. `dtype` is what the DiT runs in, None for its weights' own. `options` go to `sample_latents`. The noise is
-    drawn on the CPU: one seed, one video, any device. Of processes that share the streams (`ranks`), only the first
-    decodes; the others return None.
+    images (B, 3, height, width) in [-1, 1], letterboxed, or None for plain text-to-video; context (B, S, D),
+    null_context (1, S, D). Sizes in pixels. source_id and phase_scale matter to placement "phase" alone. `sigmas`
+    replace the schedule of `steps`. `dtype` is what the DiT runs in, None for its weights' own. `options` go to
+    `sample_latents`. The noise is drawn on the CPU, each video's from its own seed: one seed, one video, any device.
+    Of processes that share the streams (`ranks`), only the first decodes; the others return None.
     """
     device, vae_dtype = vae.decoder.conv_in.conv.weight.device, vae.decoder.conv_in.conv.weight.dtype
-    dtype = dtype or next(model.parameters()).dtype
+    dtype, batch = dtype or next(model.parameters()).dtype, len(seeds)
     time, rows, columns = vae.scale
     grid = ((frames - 1) // time + 1, height // rows, width // columns)
-    positions = video_positions(*grid, fps, vae.scale)[None].to(device)
+    positions = video_positions(*grid, fps, vae.scale).expand(batch, -1, -1, -1).to(device)
 
     reference = ref_positions = None
-    if image is not None:
-        latents = vae.encode(image[None, :, None].to(device, vae_dtype))  # Eq. 1: an image is a video of one frame
-        reference = to_tokens(latents)  # (1, H*W, C)
-        ref_positions = reference_positions(*grid, fps, vae.scale, placement)[None].to(device)
+    if images is not None:
+        latents = vae.encode(images[:, :, None].to(device, vae_dtype))  # Eq. 1: an image is a video of one frame
+        reference = to_tokens(latents)  # (B, H*W, C)
+        ref_positions = reference_positions(*grid, fps, vae.scale, placement).expand(batch, -1, -1, -1).to(device)
 
-    generator = torch.Generator("cpu").manual_seed(seed)
-    noise = torch.randn(1, math.prod(grid), model.proj_out.out_features, generator=generator).to(device)
+    shape = math.prod(grid), model.proj_out.out_features
+    noise = [torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     levels = sigma_schedule(steps, math.prod(grid)) if sigmas is None else torch.tensor(sigmas)
     z_0 = sample_latents(
         model,
-        noise,
+        torch.cat(noise).to(device),
         levels,
         positions,
         context,
-        null_context,
+        null_context.expand(batch, -1, -1),
         reference,
         ref_positions,
         ref_phase=reference_phase(placement, source_id, phase_scale),
@@ -198,4 +215,4 @@ def generate(
     )
     if ranks[0]:
         return None
-    return vae.decode(from_tokens(z_0, grid).to(vae_dtype), DECODED_AT_ONCE)[0].float()
+    return vae.decode(from_tokens(z_0, grid).to(vae_dtype), DECODED_AT_ONCE).float()
