@@ -31,7 +31,7 @@ def test_each_row_is_the_one_before_plus_one_component(tmp_path):
         assert before == after
         assert after["model"]["ckpt"].endswith("base-0.safetensors") and after["optim"]["steps"] == 3
     for placement in ("temporal", "fixed", "remote"):
-        other = config(placement)
+        other, tass = config(placement), config("tass")
         assert other["reference"]["placement"] == placement
         other["reference"]["placement"], other["run"]["out"] = "tass", tass["run"]["out"]
         assert other == tass
