@@ -172,50 +172,84 @@ def prepare(
     settings: dict[str, Any] = PAPER | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in PAPER}
     settings |= {k: v for k, v in zip(PAPER, (height, width, frames, fps)) if v is not None}
     settings["fps"] = float(settings["fps"])  # 24 and 24.0 are the same cache
-    shape = _latent_shape(settings, checkpoint)
-    recognition = recognition_file(faces)
-    clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
-    rows = max(1, int(shard_gb * 2**30 / (clip_bytes + TYPICAL_IMAGE)))
-    folder_of_gemma = Path(gemma)
     settings |= {
-        "latent_shape": shape,
         "reference": reference,
         "require_face_in_video": require_face_in_video,
-        "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
         "manifest": Path(manifest).name,
         "manifest_sha256": hashlib.sha256(Path(manifest).read_bytes()).hexdigest()[:16],
-        "checkpoint": fingerprint(checkpoint),
-        "gemma": _fingerprint_files(folder_of_gemma.iterdir()) if folder_of_gemma.is_dir() else str(gemma),
-        "faces": _fingerprint_files(recognition.parent.glob("*.onnx")),
-        "rows_per_shard": rows,
-        "shards": -(-len(clips) // rows),
     }
+    settings = made_with(settings, checkpoint, gemma, faces, dtype, len(clips), shard_gb)
+    identities: dict[str, list[Clip]] = defaultdict(list)
+    for clip in clips:
+        if clip.identity and not clip.problem:
+            identities[clip.identity].append(clip)
+    if rank == 0:
+        given = sum(bool(clip.reference or clip.reference_video) for clip in clips)
+        print(f"{manifest}: {len(clips):,} rows, {given:,} with a reference")
+    load = partial(load_clip, identities=identities)
+    fill(folder, clips, settings, load, ckpt, gemma, faces, device, dtype, workers, rank, world)
+
+
+def fill(
+    folder: Path,
+    clips: list[Clip],
+    settings: dict[str, Any],
+    load: Callable[..., dict],
+    ckpt: str | Path,
+    gemma: str | Path,
+    faces: str | Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    workers: int,
+    rank: int,
+    world: int,
+) -> None:
+    """Make what is missing of this rank's shards. `load(clip, settings=, detector=)` gives what load_clip gives."""
     folder.mkdir(parents=True, exist_ok=True)
     _agree(folder, settings, rank)
-
-    numbered = list(enumerate(clips))
+    rows, numbered = settings["rows_per_shard"], list(enumerate(clips))
     shards = {k: numbered[k * rows : (k + 1) * rows] for k in range(settings["shards"])}
     done = [k for k in shards if read_metadata(folder / shard_file(k), settings) is not None]
     mine = {k: shard for k, shard in shards.items() if k % world == rank and k not in done}
     if rank == 0:
         for k in done:
             (folder / text_file(k)).unlink(missing_ok=True)  # killed between writing a shard and deleting its text
-        given = sum(bool(clip.reference or clip.reference_video) for clip in clips)
-        print(f"{manifest}: {len(clips):,} rows, {given:,} with a reference; {len(done)} of {len(shards)} shards exist")
+        print(f"{folder}: {len(done)} of {len(shards)} shards exist")
     _write_texts(folder, mine, settings, rank, partial(TextEncoder.from_checkpoint, ckpt, gemma, device, dtype))
     gc.collect()  # Gemma is gone now
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if mine:
-        identities: dict[str, list[Clip]] = defaultdict(list)
-        for clip in clips:
-            if clip.identity and not clip.problem:
-                identities[clip.identity].append(clip)
-        load = partial(load_clip, settings=settings, detector=FaceDetector(faces, device), identities=identities)
+        load = partial(load, settings=settings, detector=FaceDetector(faces, device))
         vae = VideoVAE.from_checkpoint(ckpt, device, dtype)
-        _write_shards(folder, mine, settings, load, vae, ArcFace.from_onnx(recognition).to(device), workers, rank)
+        arcface = ArcFace.from_onnx(recognition_file(faces)).to(device)
+        _write_shards(folder, mine, settings, load, vae, arcface, workers, rank)
     _report(folder, settings, len(clips), rank)
+
+
+def made_with(
+    settings: dict[str, Any],
+    checkpoint: Checkpoint,
+    gemma: str | Path,
+    faces: str | Path,
+    dtype: torch.dtype,
+    clips: int,
+    shard_gb: float,
+) -> dict[str, Any]:
+    """The size and what else was settled, with what the models and the number of clips add: cache.json."""
+    shape, folder_of_gemma = _latent_shape(settings, checkpoint), Path(gemma)
+    clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
+    rows = max(1, int(shard_gb * 2**30 / (clip_bytes + TYPICAL_IMAGE)))
+    return settings | {
+        "latent_shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "checkpoint": fingerprint(checkpoint),
+        "gemma": _fingerprint_files(folder_of_gemma.iterdir()) if folder_of_gemma.is_dir() else str(gemma),
+        "faces": _fingerprint_files(recognition_file(faces).parent.glob("*.onnx")),
+        "rows_per_shard": rows,
+        "shards": -(-clips // rows),
+    }
 
 
 def _latent_shape(settings: dict[str, Any], checkpoint: Checkpoint) -> list[int]:

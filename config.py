@@ -27,10 +27,12 @@ DEFAULTS: Config = {
     },
     "model": {
         "ckpt": "",  # an LTX-2.3 checkpoint; empty for the tiny one in assets/
+        "scratch": False,  # draw the DiT's weights anew instead of reading the checkpoint's
         "gemma": "",  # only for the prompts of `log.samples`; empty for what belongs to the checkpoint
     },
     "data": {
         "cache": "cache",  # made by data.py prepare
+        "toy": 0,  # above 0: a cache of so many clips of the drawn world is made there (toy_cache.py)
         "workers": 2,  # processes per rank that read and augment
     },
     "reference": {
@@ -66,7 +68,9 @@ DEFAULTS: Config = {
         "steps": 20_000,
         "batch": 32,  # samples per step over all ranks
         "lr": 5e-5,
-        "warmup": 500,  # steps of linear rise; constant after
+        "warmup": 500,  # steps of linear rise
+        "decay": "constant",  # what comes after; "linear": down to zero at the last step
+        "ema": 0.0,  # d of the weights' average (average.py), which is then what is exported; 0: none
         "betas": [0.9, 0.999],
         "weight_decay": 0.01,
         "clip": 1.0,  # largest norm of the whole gradient
@@ -98,6 +102,7 @@ CHOICES = {
     ("reference", "placement"): tuple(PLACEMENTS),
     ("reference", "timestep"): ("clean", "shared"),
     ("reference", "fit"): tuple(FITS),
+    ("optim", "decay"): ("constant", "linear"),
     ("parallel", "mode"): ("ddp", "fsdp"),
     ("parallel", "precision"): ("bf16", "fp32"),
 }
@@ -146,6 +151,12 @@ def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
         raise UserError(f"lora = {lora}: rank and alpha are 0 or more, dropout is from 0 to below 1")
     if lora["rank"] and config["parallel"]["mode"] != "ddp":
         raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
+    if not 0 <= config["optim"]["ema"] < 1:
+        raise UserError(f"optim.ema = {config['optim']['ema']} is not from 0 to below 1")
+    if config["data"]["toy"] < 0:
+        raise UserError(f"data.toy = {config['data']['toy']} is below 0")
+    if lora["rank"] and config["model"]["scratch"]:
+        raise UserError("model.scratch draws new weights and lora.rank above 0 freezes them: leave one out")
     for name, share in config["dropout"].items():
         if not 0 <= share <= 1:
             raise UserError(f"dropout.{name} = {share} is no share between 0 and 1")

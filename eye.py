@@ -155,7 +155,7 @@ def train(path: str | Path, seconds: float, seed: int, device: torch.device, bat
     eye = Eye().to(device, memory_format=torch.channels_last)
     pool = [np.concatenate(column) for column in zip(*[next(source) for _ in range(POOL)])]
     eye.mean.copy_(torch.from_numpy(pool[1].mean(0)))
-    eye.deviation.copy_(torch.from_numpy(pool[1].std(0)))
+    eye.deviation.copy_(torch.from_numpy(pool[1].std(0)).clamp(min=1e-3))  # a small pool may have one kind only
     optimizer = torch.optim.AdamW(eye.parameters(), weight_decay=0.02)
     average = AveragedModel(eye, multi_avg_fn=get_ema_multi_avg_fn(0.996), use_buffers=True)
     sign, weight = torch.ones(2, NUMBERS, device=device)

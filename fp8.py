@@ -1,4 +1,5 @@
-"""Frozen weights in 8 bits: half the memory of bf16, so that a 48 GB card holds what adapters train beside (lora.py).
+"""Frozen weights in 8 bits: half the memory of bf16, so that a 48 GB card holds what adapters train beside (lora.py),
+and a 24 GB card the model to sample from.
 
         W (out, in)  ~  scale (out, 1) * Q (out, in)        scale: the power of two next above max |row of W| / 448
 
@@ -42,9 +43,9 @@ class Product(torch.autograd.Function):
 class FP8Linear(nn.Linear):
     """A frozen linear layer that holds its weight as bytes: a dtype that every backend of DDP can pass on."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, device: str | torch.device | None = None):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        weight, scale = quantize(linear.weight)
+        weight, scale = quantize(linear.weight.to(device or linear.weight.device))
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
@@ -53,10 +54,14 @@ class FP8Linear(nn.Linear):
         return Product.apply(x, self.weight, self.scale, self.bias)
 
 
-def store_in_fp8(model: nn.Module) -> nn.Module:
-    """Replace the linear layers of a DiT's blocks, one at a time, and freeze the model."""
+def store_in_fp8(model: nn.Module, device: str | torch.device | None = None) -> nn.Module:
+    """Replace the linear layers of a DiT's blocks, one at a time, and freeze the model.
+
+    With `device` that is where the bytes go, from a model in host memory: the card never holds it in bf16.
+    """
     model.requires_grad_(False)
     blocks = model.transformer_blocks
-    for name, layer in [(name, m) for name, m in blocks.named_modules() if isinstance(m, nn.Linear)]:
-        blocks.set_submodule(name, FP8Linear(layer).train(layer.training))
+    for name in [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]:
+        layer = blocks.get_submodule(name)  # by name, for a list of the layers would keep all of them
+        blocks.set_submodule(name, FP8Linear(layer, device).train(layer.training))
     return model

@@ -6,19 +6,21 @@ Each step asks the same DiT for three velocities and combines them (Sec. 3.4):
         v_y    prompt,    no reference                       + s_r (v_yr - v_y)      towards the face
         v_yr   prompt and reference             z <- z + guided (sigma_next - sigma)
 
-Streams without the reference do not carry its tokens at all.
+Streams without the reference do not carry its tokens at all. Several processes may share the streams of a step.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rope import reference_phase, reference_positions, video_positions
 from vae import from_tokens, to_tokens
 
 DENSE_TOKENS = ((1024, 0.95), (4096, 2.05))  # the released schedule's shift at two sequence lengths
+DECODED_AT_ONCE = 2  # latent frames; a longer video goes through the decoder in pieces, with the same result
 LAST_SIGMA = 0.1  # the last sigma before 0
 # What the distilled checkpoints know: eight steps, one stream. Any other schedule looks like bad training.
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
@@ -48,6 +50,12 @@ def three_stream_cfg(v_0: Tensor, v_y: Tensor, v_yr: Tensor, s_y: float = 5.0, s
     return v_0 + s_y * (v_y - v_0) + s_r * (v_yr - v_y)
 
 
+def needed_streams(s_y: float, s_r: float, with_reference: bool) -> tuple[bool, bool, bool]:
+    """Whether v_0, v_y and v_yr have a weight other than zero in Eq. 13."""
+    need_yr = with_reference and s_r != 0
+    return s_y != 1, s_y != (s_r if need_yr else 0), need_yr
+
+
 @torch.no_grad()
 def sample_latents(
     model: Callable[..., Tensor],
@@ -64,6 +72,7 @@ def sample_latents(
     ref_phase: float = 0.0,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Iterable], Iterable] = iter,
+    ranks: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Euler integration of Eq. 13 from noise (B, N, C) to latents (B, N, C), accumulated in float32.
 
@@ -71,56 +80,60 @@ def sample_latents(
     ref_positions (B, 3, R, 2) to the reference image, None for plain text-to-video. `model` is an LTXVideo or
     anything called like it, run in `dtype`. `ref_timestep` is "clean" (the reference's tokens say t = 0) or "shared"
     (they say the video's t); the paper leaves that open. `ref_phase` is what rope.reference_phase says. `progress`
-    wraps the loop over steps.
+    wraps the loop over steps. `ranks` is this process's number and how many share the streams, of the default process
+    group; all get the result.
 
     A stream whose weight in Eq. 13 is zero is not computed: v_0 at s_y = 1, v_y at s_y = s_r, v_yr at s_r = 0.
     """
     if ref_timestep not in ("clean", "shared"):
         raise ValueError(f"ref_timestep {ref_timestep!r} is neither 'clean' nor 'shared'")
     batch, tokens, _ = noise.shape
-    need_0 = s_y != 1
-    need_yr = reference is not None and s_r != 0
-    need_y = s_y != (s_r if need_yr else 0)
-    context, null_context = context.to(dtype), null_context.to(dtype)
+    need_0, need_y, need_yr = needed_streams(s_y, s_r, reference is not None)
     z = noise.float()
-    if need_yr:
-        both_positions = torch.cat([positions, ref_positions], dim=2)
-        ref_level = 0.0 if ref_timestep == "clean" else 1.0
-        extra = {}
-        if ref_phase:
-            phase = torch.zeros(both_positions.shape[0], both_positions.shape[2], device=noise.device)  # (B, N + R)
-            phase[:, tokens:] = ref_phase
-            extra = {"phase": phase}
 
-    def velocity(z: Tensor, sigma: Tensor, contexts: list[Tensor]) -> list[Tensor]:
-        """The streams without reference, of equal length and so in one batch."""
-        n = len(contexts)
-        level = sigma.expand(n * batch)
-        v = model(
-            z.to(dtype).repeat(n, 1, 1),
-            level[:, None].expand(-1, tokens),
-            level,
-            torch.cat(contexts),
-            positions.repeat(n, 1, 1, 1),
-        )
-        return list(v.float().chunk(n))
+    def streams(contexts: list[Tensor], with_reference: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """Streams of equal length as one batch: a function of z and sigma, which returns velocities (n, B, N, C)."""
+        n, places, phase, extra = len(contexts), positions.repeat(len(contexts), 1, 1, 1), None, {}
+        asked = torch.cat(contexts).to(dtype)
+        if with_reference:
+            places = torch.cat([positions, ref_positions], dim=2)
+            if ref_phase:
+                phase = torch.zeros(places.shape[0], places.shape[2], device=z.device)  # (B, N + R)
+                phase[:, tokens:] = ref_phase
+                extra["phase"] = phase
 
-    def velocity_with_reference(z: Tensor, sigma: Tensor) -> Tensor:
-        level = sigma.expand(batch)
-        timesteps = torch.cat(
-            [level[:, None].expand(-1, tokens), ref_level * level[:, None].expand(-1, reference.shape[1])], dim=1
-        )
-        both = torch.cat([z.to(dtype), reference.to(dtype)], dim=1)  # Eq. 2
-        v = model(both, timesteps, level, context, both_positions, **extra)
-        return v[:, :tokens].float()  # the reference's output is dropped
+        def velocity(z: Tensor, sigma: Tensor) -> Tensor:
+            level = sigma.expand(n * batch)
+            x, timesteps = z.to(dtype).repeat(n, 1, 1), level[:, None].expand(-1, tokens)
+            if with_reference:
+                x = torch.cat([x, reference.to(dtype)], dim=1)  # Eq. 2
+                ref_level = level if ref_timestep == "shared" else torch.zeros_like(level)
+                timesteps = torch.cat([timesteps, ref_level[:, None].expand(-1, reference.shape[1])], dim=1)
+            if hasattr(model, "constants") and "constants" not in extra:
+                extra["constants"] = model.constants(timesteps, places, phase, dtype)
+            v = model(x, timesteps, level, asked, places, **extra)[:, :tokens]  # the reference's output is dropped
+            return v.float().unflatten(0, (n, batch))
+
+        return velocity
+
+    # Streams without reference are one batch, unless there are processes enough to take one each.
+    rank, world = ranks
+    without = [0] * need_0 + [1] * need_y  # in order: v_0, v_y, v_yr
+    groups = [without] * bool(without) + [[2]] * need_yr
+    groups = [[k] for group in groups for k in group] if world > len(groups) else groups
+    mine = [(g, streams([(null_context, context, context)[k] for k in g], g == [2])) for g in groups[rank::world]]
 
     for step in progress(range(len(sigmas) - 1)):
         sigma, sigma_next = sigmas[step].to(z.device), sigmas[step + 1].to(z.device)
-        contexts = [null_context] * need_0 + [context] * need_y
-        streams = velocity(z, sigma, contexts) if contexts else []
-        v_yr = velocity_with_reference(z, sigma) if need_yr else streams[-1]
-        v_y = streams[-1] if need_y else v_yr
-        v_0 = streams[0] if need_0 else v_y
+        v = z.new_zeros(3, *z.shape)
+        for group, velocity in mine:
+            v[group] = velocity(z, sigma)
+        if world > 1:
+            dist.all_reduce(v)  # each stream is zero on all processes but one, so the sum is exact
+        v_0, v_y, v_yr = v
+        v_yr = v_yr if need_yr else v_y if need_y else v_0
+        v_y = v_y if need_y else v_yr
+        v_0 = v_0 if need_0 else v_y
         z = z + three_stream_cfg(v_0, v_y, v_yr, s_y, s_r) * (sigma_next - sigma)
     return z
 
@@ -134,10 +147,11 @@ def generate(
     *,
     seed: int = 0,
     **options,
-) -> Tensor:
+) -> Tensor | None:
     """One video (3, frames, height, width): `generate_batch` of one image (3, height, width), or None, and one seed."""
     images = None if image is None else image[None]
-    return generate_batch(model, vae, context, null_context, images, seeds=[seed], **options)[0]
+    videos = generate_batch(model, vae, context, null_context, images, seeds=[seed], **options)
+    return None if videos is None else videos[0]
 
 
 @torch.no_grad()
@@ -159,14 +173,16 @@ def generate_batch(
     phase_scale: float = 1.0,
     sigmas: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
+    ranks: tuple[int, int] = (0, 1),
     **options,
-) -> Tensor:
+) -> Tensor | None:
     """B videos (B, 3, frames, height, width), about in [-1, 1], of the faces in `images` doing what `context` says.
 
     images (B, 3, height, width) in [-1, 1], letterboxed, or None for plain text-to-video; context (B, S, D),
     null_context (1, S, D). Sizes in pixels. source_id and phase_scale matter to placement "phase" alone. `sigmas`
     replace the schedule of `steps`. `dtype` is what the DiT runs in, None for its weights' own. `options` go to
     `sample_latents`. The noise is drawn on the CPU, each video's from its own seed: one seed, one video, any device.
+    Of processes that share the streams (`ranks`), only the first decodes; the others return None.
     """
     device, vae_dtype = vae.decoder.conv_in.conv.weight.device, vae.decoder.conv_in.conv.weight.dtype
     dtype, batch = dtype or next(model.parameters()).dtype, len(seeds)
@@ -194,6 +210,9 @@ def generate_batch(
         ref_positions,
         ref_phase=reference_phase(placement, source_id, phase_scale),
         dtype=dtype,
+        ranks=ranks,
         **options,
     )
-    return vae.decode(from_tokens(z_0, grid).to(vae_dtype)).float()
+    if ranks[0]:
+        return None
+    return vae.decode(from_tokens(z_0, grid).to(vae_dtype), DECODED_AT_ONCE).float()

@@ -249,7 +249,8 @@ def copied(rows: list[dict[str, Any]], group: str) -> float:
     truth, read = (np.array([row[key] for row in rows])[:, at] for key in ("photo", "photo_read"))
     there = np.isfinite(shown)
     centred = np.where(there, truth - (truth * there).sum(0) / np.maximum(there.sum(0), 1), 0)  # v, j need not be too
-    return float((np.nan_to_num(shown) * centred).sum() / (read * centred).sum())
+    copies = (read * centred).sum()
+    return float((np.nan_to_num(shown) * centred).sum() / copies) if copies else float("nan")  # nothing differs
 
 
 def copy_paste(rows: list[dict[str, Any]], group: str, resamples: int = 1000) -> tuple[float, float, float]:

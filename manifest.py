@@ -209,20 +209,19 @@ def load_clip(clip: Clip, settings: dict[str, Any], detector: FaceDetector, iden
         image, note = _find_reference(clip, settings, detector, identities)
     except UserError as error:
         raise Rejected("unreadable reference", str(error)) from None
+    where = clip.reference or clip.reference_video or clip.video
+    return {"frames": frames, "note": note} | with_face(image, detector, where)
+
+
+def with_face(image: Image.Image | None, detector: FaceDetector, where: str | Path) -> dict:
+    """A reference as the cache takes it: pixels, landmarks of its face, the PNG. Raises Rejected if it shows none."""
     found = _face(image, detector) if image else None
     if found is None:
-        where = clip.reference or clip.reference_video or clip.video
         raise Rejected("no face in the reference", f"the detector finds none in {where}")
     png = io.BytesIO()
     image.save(png, "PNG")  # lossless: e_ref and the trainer see the same pixels
     landmarks, _ = found
-    return {
-        "frames": frames,
-        "image": to_tensor(image)[None],
-        "landmarks": landmarks[None],
-        "png": bytearray(png.getvalue()),
-        "note": note,
-    }
+    return {"image": to_tensor(image)[None], "landmarks": landmarks[None], "png": bytearray(png.getvalue())}
 
 
 def _face(image: Image.Image, detector: FaceDetector) -> tuple[Tensor, Tensor] | None:

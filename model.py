@@ -15,8 +15,10 @@ The released checkpoint also holds an audio branch. Without audio input the full
 """
 
 import math
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +175,29 @@ class Block(nn.Module):
         return x + gate_ff * self.ff(modulate(rms(x), shift_ff, scale_ff))
 
 
+def first_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """A weight of an LTXVideo to train from nothing, the same wherever and in whatever order it is drawn.
+
+    Linear layers are drawn by Glorot's rule, norms are 1. Zero are the biases, the tables, and the layers behind the
+    modulation, the head gates and the output: so each block begins as the identity, and the velocity as 0.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    ends_zero = ("bias", "table", "to_gate_logits.weight", "single.linear.weight")
+    if name.endswith(ends_zero) or name == "proj_out.weight":
+        return torch.zeros(shape)
+    generator = torch.Generator("cpu").manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator) * (2 / sum(shape)) ** 0.5
+
+
+class Constants(NamedTuple):
+    """What follows from the tokens' places and from which of them share a timestep: the same in all steps."""
+
+    rotary: tuple[Tensor, Tensor]  # tables in the dtype of the latents
+    token_row: Tensor  # (B, N) which of the distinct timesteps a token has
+    examples: Tensor  # (U,) one token of each, as an index into the flattened timesteps
+
+
 class LTXVideo(nn.Module):
     """The DiT. All sizes come from the checkpoint's config."""
 
@@ -204,6 +229,23 @@ class LTXVideo(nn.Module):
         """Rotary tables (B, heads, N, head_dim/2) for positions (B, 3, N, 2) in seconds and pixels."""
         return rope_cos_sin(positions, self.dim, self.heads, self.theta, self.max_pos, phase)
 
+    def constants(
+        self, timesteps: Tensor, positions: Tensor, phase: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Constants:
+        """What `forward` makes of these arguments, to be made once; `dtype` is that of the latents."""
+        rotary = tuple(table.to(dtype) for table in self.rotary(positions, phase))
+        # A sequence has few distinct timesteps (the video's and 0), so AdaLN runs on those and tokens look theirs up.
+        distinct, token_row = torch.unique(timesteps, return_inverse=True)  # (U,), (B, N)
+        everyone = torch.arange(timesteps.numel(), device=timesteps.device)
+        examples = torch.empty_like(distinct, dtype=torch.long).scatter_(0, token_row.flatten(), everyone)
+        return Constants(rotary, token_row, examples)
+
+    def compile_blocks(self, backend: str | Callable = "inductor") -> "LTXVideo":
+        """torch.compile of one block, whose code all blocks run: one graph per shape of a stream, none per step."""
+        for block in self.transformer_blocks.children():
+            block.run = torch.compile(block.run, dynamic=False, backend=backend)
+        return self
+
     def forward(
         self,
         latents: Tensor,
@@ -213,6 +255,7 @@ class LTXVideo(nn.Module):
         positions: Tensor,
         mask: Tensor | None = None,
         phase: Tensor | None = None,
+        constants: Constants | None = None,
     ) -> Tensor:
         """Velocity v = eps - z_0 of every token.
 
@@ -224,13 +267,12 @@ class LTXVideo(nn.Module):
         mask       (B, N)        false for tokens that this sample does not have (a dropped reference); None if it
                                  has all, which lets attention use its fastest kernel
         phase      (B, N)        what a token's rotary angles get beside its place (placement "phase"), None for nothing
+        constants                of `self.constants`, which are then not made again; positions and phase are in them
         returns    (B, N, C)     the reference's rows mean nothing
         """
         dtype = latents.dtype
-        rotary = tuple(table.to(dtype) for table in self.rotary(positions, phase))
-        # A sequence has few distinct timesteps (the video's and 0), so AdaLN runs on those and tokens look theirs up.
-        distinct, token_row = torch.unique(timesteps, return_inverse=True)  # (U,), (B, N)
-        modulation, embedded = self.adaln_single(distinct, dtype)
+        rotary, token_row, examples = constants or self.constants(timesteps, positions, phase, dtype)
+        modulation, embedded = self.adaln_single(timesteps.flatten()[examples], dtype)
         prompt_modulation, _ = self.prompt_adaln_single(sigma, dtype)  # (B, 2, D)
 
         x = self.patchify_proj(latents)

@@ -25,7 +25,7 @@ from checkpoint import Checkpoint, file_name
 from errors import UserError
 from fp8 import store_in_fp8
 from lora import new_lora
-from model import LTXVideo
+from model import LTXVideo, first_weight
 
 
 def join_processes() -> torch.device:
@@ -53,6 +53,10 @@ def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.dev
     if run["mode"] == "ddp":
         frozen = torch.bfloat16 if lora["rank"] and run["precision"] == "bf16" else torch.float32
         model = LTXVideo.from_checkpoint(ckpt, device, frozen).train()
+        if config["model"]["scratch"]:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(first_weight(name, parameter.shape, config["run"]["seed"]))
         if lora["rank"]:
             if lora["fp8"]:
                 store_in_fp8(model)
@@ -82,11 +86,14 @@ def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.dev
     warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            name = file_name(name, LTXVideo.PREFIXES)
+        for own, parameter in model.named_parameters():
+            name = file_name(own, LTXVideo.PREFIXES)
             if problem := source.misfit(name, parameter):
                 raise UserError(f"{ckpt}: {problem}")
-            whole = source.read(name, device, torch.float32)  # one tensor at a time; each rank keeps its shard
+            if config["model"]["scratch"]:
+                whole = first_weight(own, parameter.shape, config["run"]["seed"]).to(device)
+            else:
+                whole = source.read(name, device, torch.float32)  # one tensor at a time; each rank keeps its shard
             shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(shard.to_local())
     return model

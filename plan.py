@@ -142,6 +142,7 @@ class Plan:
             f"{own}, fp32": 4 * self.trained / shards,
             "gradients, fp32": 4 * self.trained / shards,
             "AdamW moments, fp32": 8 * self.trained / shards,
+            **({"average of the weights, fp32": 4 * self.trained / shards} if self.config["optim"]["ema"] else {}),
         }
         if run["mode"] == "fsdp":
             # The root's weights, and a block in use beside the one that is fetched; a block's gradient on its way out.

@@ -4,6 +4,7 @@
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --ref face.jpg --prompt "..."      # full size
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --lora face.safetensors:0.8 ...    # with a LoRA merged in
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --check                            # is the file whole?
+    torchrun --nproc_per_node=3 sample.py --ckpt ... --ref face.jpg --prompt "..."         # a stream of Eq. 13 each
     torchrun --nproc_per_node=8 sample.py --ckpt ... --batch cases.jsonl --out videos      # many; cases.py, batch.py
 
 Without --ckpt it uses the tiny model in assets/. The order of work keeps memory low: Gemma reads all prompts and is
@@ -15,12 +16,13 @@ import gc
 import json
 import math
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,10 +31,13 @@ from cases import Case, read_cases
 from checkpoint import Checkpoint, distilled_sign, file_name
 from data import FITS
 from errors import Parser, UserError, one_line_errors
-from guidance import DISTILLED_SIGMAS, generate
+from fp8 import store_in_fp8
+from guidance import DISTILLED_SIGMAS, generate, needed_streams
 from lora import REFERENCE, LoRA, describe, merge_lora, parse_lora, told_by, wanted_by
 from media import contact_sheet, read_image, to_tensor, to_uint8, write_video
 from model import LTXVideo
+from offload import offload
+from parallel import join_processes
 from rope import PLACEMENTS
 from text import GEMMA, TextConnector, TextEncoder
 from vae import VideoVAE, latent_scale
@@ -80,6 +85,9 @@ def parse_arguments() -> argparse.Namespace:
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has the GPU of its number
     parser.add_argument("--device", default=gpu if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile a block: a slow start, faster steps")
+    parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits: half the memory")
+    parser.add_argument("--offload", action="store_true", help="DiT weights in host memory, streamed block by block")
     parser.add_argument("--check", action="store_true", help="only say whether the checkpoint is whole, and its sizes")
     options = parser.parse_args()
     options.out = options.out or ("out/batch" if options.batch else "out/sample.mp4")
@@ -87,8 +95,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    # ---- what to make; everything that can be wrong is found before anything slow begins
     options = parse_arguments()
+    ranks = (0, 1)
+    if "RANK" in os.environ and not options.batch and not options.check:
+        join_processes()
+        ranks = dist.get_rank(), dist.get_world_size()
+    with redirect_stdout(None) if ranks[0] else nullcontext():
+        make(options, ranks)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
+    """All videos asked for. `ranks`: this process's number, and how many share the streams of each video."""
+    # ---- what to make; everything that can be wrong is found before anything slow begins
     path = options.ckpt or ASSETS / "tiny.safetensors"
     checkpoint = Checkpoint(path)
     if options.check:
@@ -99,6 +119,7 @@ def main() -> None:
         part.from_checkpoint(path, device="meta")  # every name and shape, before Gemma reads the prompt
     device, dtype = resolve_device(options)
     size, told = (settings["height"], settings["width"]), settings | {"negative": options.negative}
+    told |= {"fp8": True} if options.fp8 else {}
     told |= {"checkpoint": Path(path).name, "loras": [f"{lora.path.name}:{lora.strength:g}" for lora in loras]}
     fit, prefix = settings.pop("fit"), settings.pop("prompt_prefix")
     if options.batch:
@@ -107,6 +128,9 @@ def main() -> None:
         jobs, alone = {case: batch.video(case) for case in batch.missing(cases)}, batch.one_case
     else:
         reference = Path(options.ref) if options.ref else None
+        count = sum(needed_streams(settings["s_y"], settings["s_r"], reference is not None))
+        if ranks[1] > count:
+            raise UserError(f"{ranks[1]} processes and {count} streams to share: use --nproc_per_node={count}")
         jobs = {Case("", reference, options.prompt, seed): out for seed, out in resolve_outputs(options)}
         batch, alone = None, nullcontext  # what is wrong ends the run
     sound = []
@@ -132,7 +156,8 @@ def main() -> None:
 
     # ---- noise to video
     vae = VideoVAE.from_checkpoint(path, device, dtype)
-    model = merge_lora(LTXVideo.from_checkpoint(path, device, dtype), loras)
+    model = load_dit(options, path, loras, device, dtype)
+    bar = partial(tqdm, unit="step", bar_format=BAR, disable=ranks[0] > 0)
     for case in sound:
         with alone(case):
             photo = read_reference(case, *size, fit)
@@ -144,14 +169,29 @@ def main() -> None:
                 null_context,
                 to_tensor(photo) if photo else None,
                 seed=case.seed,
-                progress=partial(tqdm, desc=case.id or f"seed {case.seed}", unit="step", bar_format=BAR),
+                progress=partial(bar, desc=case.id or f"seed {case.seed}"),
+                ranks=ranks,
                 **settings,
             )
-            write_sample(jobs[case], case, photo, to_uint8(video), told)
+            if video is not None:
+                write_sample(jobs[case], case, photo, to_uint8(video), told)
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     if batch:
         batch.finish(cases)
+
+
+def load_dit(
+    options: argparse.Namespace, path: str | Path, loras: list[LoRA], device: torch.device, dtype: torch.dtype
+) -> LTXVideo:
+    """The DiT with its LoRAs, stored and run as --fp8, --offload and --compile say."""
+    # A card that is too small for the model in bf16 never sees it in bf16.
+    first = "cpu" if options.fp8 or options.offload else device
+    model = merge_lora(LTXVideo.from_checkpoint(path, first, dtype), loras)
+    if options.fp8:
+        store_in_fp8(model, "cpu" if options.offload else device)
+    model = offload(model, device) if options.offload else model.to(device)
+    return model.compile_blocks() if options.compile else model
 
 
 def read_reference(case: Case, height: int, width: int, fit: str) -> Image.Image | None:

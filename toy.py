@@ -165,6 +165,10 @@ TEMPLATES = {
         "the video shows how {who} {does} before {behind}.",
         "{who} in a {shirt} shirt {does} in front of {behind}.",
         "before {behind}, {who} wearing a {shirt} shirt {does}.",
+        "{who} {does}, and behind is {behind}.",
+        "{behind}; before it {who} {does}.",
+        "there is {who} who {does}, and {behind} behind.",
+        "a clip with {behind} and {who} who {does}.",
     ),
     "test": (
         "{behind}, and in front of it {who} {does}.",
@@ -211,6 +215,12 @@ def reference(who: Identity, rng: np.random.Generator, size: int = 64) -> tuple[
     return render(who, scene, size)[0], scene
 
 
+def toy_words(seed: int, index: int, frames: int = 17, fps: float = 24, split: str = "train") -> str:
+    """The caption of clip `index`, without drawing it."""
+    scene = draw_scene(_rng(seed, split, index, 1), frames, fps, split)
+    return caption(scene, _rng(seed, split, index, 3), split)
+
+
 def toy_clip(
     seed: int, index: int, frames: int = 17, size: int = 64, fps: float = 24, split: str = "train", number: int = -1
 ) -> dict[str, Any]:
@@ -221,7 +231,7 @@ def toy_clip(
     return {
         "frames": render(identity, scene, size),  # (F, H, W, 3) bytes
         "reference": portrait,  # (H, W, 3) bytes
-        "caption": caption(scene, _rng(seed, split, index, 3), split),
+        "caption": toy_words(seed, index, frames, fps, split),
         "identity": identity,
         "scene": scene,
         "reference_scene": portrait_scene,

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import state
+from average import Average
 from checkpoint import Checkpoint
 from config import Config, read_config, require_same_run
 from data import FITS, CachedClips, TrainingClips, collate
@@ -40,6 +41,7 @@ from objective import Dice, Objective, roll
 from parallel import StopSignal, build_model, gather_rows, join_processes, reshard
 from plan import Plan
 from text import GEMMA, TextConnector, TextEncoder
+from toy_cache import is_whole, prepare_toy
 from vae import VideoVAE
 
 HERE = Path(__file__).parent
@@ -60,6 +62,7 @@ def main() -> None:
     batch, micro_batch = config["optim"]["batch"], config["parallel"]["micro_batch"]
     if batch % world:
         raise UserError(f"optim.batch = {batch} cannot be shared out evenly over {world} ranks")
+    draw_toy_clips(config, ckpt, device)
     clips = CachedClips(config["data"]["cache"])
     if not options.dry_run:
         open_run(run, config)
@@ -75,9 +78,10 @@ def main() -> None:
         weight_decay=config["optim"]["weight_decay"],
         fused=device.type == "cuda",
     )
+    average = Average(model, config["optim"]["ema"]) if config["optim"]["ema"] else None
     first = 0
     if not options.dry_run and (done := state.checkpoints(run)):
-        first = state.load(done[-1], model, optimizer)
+        first = state.load(done[-1], model, optimizer, average)
         report(f"continuing {run} after step {first}")
     plan = make_plan(config, ckpt)
     log = Log(config, plan, run, first, enabled=rank == 0 and not options.dry_run)
@@ -113,11 +117,13 @@ def main() -> None:
                 f"step {step + 1}: the gradient is not finite (norm {norm}), on rank {rank} for {', '.join(names)}; "
                 "nothing was saved over the last checkpoint"
             )
-        lr = config["optim"]["lr"] * min(1.0, (step + 1) / max(1, config["optim"]["warmup"]))
+        lr = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if average:
+            average.update(step)
 
         done = step + 1
         if options.dry_run:
@@ -127,9 +133,10 @@ def main() -> None:
         log.add(done, table, norm, lr, time.perf_counter() - begin)
         every = config["log"]["sample_every"]
         if samples and every and (done % every == 0 or done == steps):
-            draw_samples(config, model, objective, samples, clips, run / "samples", done)
+            with average.in_place() if average else nullcontext():
+                draw_samples(config, model, objective, samples, clips, run / "samples", done)
         if stop_now or done % config["log"]["save_every"] == 0 or done == steps:
-            folder = state.save(run, done, model, optimizer, config["log"]["keep"])
+            folder = state.save(run, done, model, optimizer, config["log"]["keep"], average)
             report(f"saved {folder}")
         if stop_now:
             report(f"stopped by {asked or 'a signal to another rank'} after step {done}; run again to continue")
@@ -175,6 +182,17 @@ def open_run(run: Path, config: Config) -> None:
     dist.barrier()
 
 
+def draw_toy_clips(config: Config, ckpt: Path, device: torch.device) -> None:
+    """With data.toy, make the cache of drawn clips, or what is missing of it; every rank its share."""
+    cache, count = Path(config["data"]["cache"]), config["data"]["toy"]
+    if count and not is_whole(cache):
+        gemma, faces = config["model"]["gemma"] or HERE / "assets" / "gemma", config["faces"]["pack"]
+        faces = faces or HERE / "assets" / "faces"  # the reference's embedding is in a cache in any case
+        place = dist.get_rank(), dist.get_world_size()
+        prepare_toy(cache, count, ckpt, gemma, faces, device, torch.float32, config["run"]["seed"], 1, *place)
+    dist.barrier()
+
+
 def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torch.device) -> Objective:
     """The frozen parts that a step needs beside the DiT, in the precision of the computation."""
     low = torch.bfloat16 if config["parallel"]["precision"] == "bf16" else torch.float32
@@ -210,6 +228,13 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
 
 # ----------------------------------------------------------------------------------------------------------------------
 # steps
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of step number `step`, counted from 0: a linear rise, then constant or falling to zero."""
+    optim = config["optim"]
+    fall = (optim["steps"] - step) / max(1, optim["steps"] - optim["warmup"]) if optim["decay"] == "linear" else 1.0
+    return optim["lr"] * min(1.0, (step + 1) / max(1, optim["warmup"]), fall)
 
 
 def training_batches(config: Config, clips: CachedClips, first: int, steps: int) -> DataLoader:

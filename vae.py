@@ -13,9 +13,14 @@ single frame, so an image is a video of length 1), and a decoder that also looks
 
 Every size comes from the config: `compress_space*` halves height and width, `compress_time*` halves time,
 `compress_all*` both.
+
+With `chunk` both ways run piece by piece in time, each layer remembering the frames of the last piece that it still
+needs: the same sums in less memory. (Pieces that overlap would have to share 14 latent frames on either side of a cut,
+which is how far the released decoder sees.)
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +54,32 @@ def space_to_depth(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
 
 def depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
     """(B, C p1 p2 p3, F, H, W) -> (B, C, F p1, H p2, W p3), the inverse of `space_to_depth`"""
-    x = x.unflatten(1, (-1, *stride))  # (B, C, p1, p2, p3, F, H, W)
+    x = x.unflatten(1, (x.shape[1] // math.prod(stride), *stride))  # (B, C, p1, p2, p3, F, H, W), F may be 0
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def pixel_norm(x: Tensor) -> Tensor:
     """Divide each pixel (B, C, F, H, W) by the root mean square over its channels."""
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
+class Memory(dict):
+    """What each layer has to remember of a video that passes it in pieces; `last` is true with the last piece."""
+
+    last = False
+
+
+Pieces = Iterable[tuple[Tensor, bool]]  # consecutive frames, and whether they are the last
+
+
+def flow(layer: Callable[[Tensor, Memory], Tensor], pieces: Pieces, memory: Memory, most: int) -> Pieces:
+    """Pieces through a layer, out again in pieces of `most` frames: what it held back comes all with the last."""
+    for x, memory.last in pieces:
+        last = memory.last  # the layers behind change it
+        out = layer(x, memory).split(most, dim=2)
+        for k, piece in enumerate(out):
+            if piece.shape[2]:
+                yield piece, last and k + 1 == len(out)
 
 
 class Conv3d(nn.Module):
@@ -69,9 +93,22 @@ class Conv3d(nn.Module):
         self.causal = causal
         self.conv = nn.Conv3d(channels, out_channels, kernel_size=3, padding=(0, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """With `memory` x is a piece: all frames out that can be known by now, which may be none."""
         first, last = x[:, :, :1], x[:, :, -1:]
-        return self.conv(torch.cat([first, first, x] if self.causal else [first, x, last], dim=2))
+        if memory is None:
+            return self.conv(torch.cat([first, first, x] if self.causal else [first, x, last], dim=2))
+        if self in memory:
+            before = [memory[self]]
+            last = last if x.shape[2] else memory[self][:, :, -1:]
+        else:
+            before = [first, first] if self.causal else [first]
+        x = torch.cat([*before, x, last] if memory.last and not self.causal else [*before, x], dim=2)
+        if x.shape[2]:
+            memory[self] = x[:, :, -2:].clone()  # a view would keep all of x
+        if x.shape[2] < 3:
+            return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
+        return self.conv(x)
 
 
 class ResBlock(nn.Module):
@@ -82,9 +119,14 @@ class ResBlock(nn.Module):
         self.conv1 = Conv3d(channels, channels, causal)
         self.conv2 = Conv3d(channels, channels, causal)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(pixel_norm(x)))
-        return x + self.conv2(F.silu(pixel_norm(h)))
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        h = self.conv1(F.silu(pixel_norm(x)), memory)
+        h = self.conv2(F.silu(pixel_norm(h)), memory)
+        if memory is not None:  # h comes later than x where the convolutions look ahead
+            x = torch.cat([memory[self], x], dim=2) if self in memory else x
+            memory[self] = x[:, :, h.shape[2] :].clone()
+            x = x[:, :, : h.shape[2]]
+        return x + h
 
 
 class ResStack(nn.Module):
@@ -94,9 +136,9 @@ class ResStack(nn.Module):
         super().__init__()
         self.res_blocks = nn.ModuleList([ResBlock(channels, causal) for _ in range(layers)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         for block in self.res_blocks:
-            x = block(x)
+            x = block(x, memory)
         return x
 
 
@@ -108,11 +150,11 @@ class Downsample(nn.Module):
         self.stride, self.out_channels = stride, out_channels
         self.conv = Conv3d(channels, out_channels // math.prod(stride), causal=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride[0] == 2:  # frames come as 1 + 2k: the first counts twice
-            x = torch.cat([x[:, :, :1], x], dim=2)
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        if self.stride[0] == 2 and (memory is None or self.conv not in memory):
+            x = torch.cat([x[:, :, :1], x], dim=2)  # frames come as 1 + 2k: the first counts twice
         skip = space_to_depth(x, self.stride).unflatten(1, (self.out_channels, -1)).mean(dim=2)
-        return space_to_depth(self.conv(x), self.stride) + skip
+        return space_to_depth(self.conv(x, memory), self.stride) + skip
 
 
 class Upsample(nn.Module):
@@ -123,9 +165,13 @@ class Upsample(nn.Module):
         self.stride = stride
         self.conv = Conv3d(channels, out_channels * math.prod(stride), causal=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = depth_to_space(self.conv(x), self.stride)
-        return x[:, :, 1:] if self.stride[0] == 2 else x  # 2k frames are 1 + 2 (k-1) and the doubled first
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        x = depth_to_space(self.conv(x, memory), self.stride)
+        if self.stride[0] == 1 or not x.shape[2] or (memory is not None and self in memory):
+            return x
+        if memory is not None:
+            memory[self] = True
+        return x[:, :, 1:]  # 2k frames are 1 + 2 (k-1) and the doubled first
 
 
 class Encoder(nn.Module):
@@ -146,13 +192,13 @@ class Encoder(nn.Module):
         # The means and a single log-variance shared by all channels, which is not used.
         self.conv_out = Conv3d(channels, config["latent_channels"] + 1, causal=True)
 
-    def forward(self, video: Tensor) -> Tensor:
+    def forward(self, video: Tensor, memory: Memory | None = None) -> Tensor:
         # Within a patch the released layout counts width before height, unlike everywhere else.
         patches = space_to_depth(video.transpose(3, 4), (1, self.patch, self.patch)).transpose(3, 4)
-        x = self.conv_in(patches)
+        x = self.conv_in(patches, memory)
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(pixel_norm(x)))[:, :-1]
+            x = block(x, memory)
+        return self.conv_out(F.silu(pixel_norm(x)), memory)[:, :-1]
 
 
 class Decoder(nn.Module):
@@ -178,8 +224,20 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             # Under the identity losses a gradient goes through: keep only what goes in between the blocks.
             x = recompute(block, x, use_reentrant=False) if x.requires_grad else block(x)
-        patches = self.conv_out(F.silu(pixel_norm(x)))
+        return self.to_pixels(x)
+
+    def to_pixels(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        patches = self.conv_out(F.silu(pixel_norm(x)), memory)
         return depth_to_space(patches.transpose(3, 4), (1, self.patch, self.patch)).transpose(3, 4)
+
+    def stream(self, x: Tensor, chunk: int) -> Iterator[Tensor]:
+        """What `forward` returns, in pieces of `chunk` latent frames; each layer runs as far as it can."""
+        parts, memory, most = x.split(chunk, dim=2), Memory(), chunk
+        pieces: Pieces = [(part, k + 1 == len(parts)) for k, part in enumerate(parts)]
+        for layer in (self.conv_in, *self.up_blocks, self.to_pixels):
+            most *= layer.stride[0] if isinstance(layer, Upsample) else 1
+            pieces = flow(layer, pieces, memory, most)
+        return (piece for piece, _ in pieces)
 
 
 class ChannelStatistics(nn.Module):
@@ -217,8 +275,11 @@ class VideoVAE(nn.Module):
             vae = cls(checkpoint.config["vae"])
         return checkpoint.load(vae, cls.PREFIXES, device, dtype)
 
-    def encode(self, video: Tensor) -> Tensor:
-        """Eq. 1: video (B, 3, F, H, W) in [-1, 1] to normalized latents (B, C, f, h, w); the mean, nothing drawn."""
+    def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
+        """Eq. 1: video (B, 3, F, H, W) in [-1, 1] to normalized latents (B, C, f, h, w); the mean, nothing drawn.
+
+        `chunk`: so many latent frames at a time, None for all at once.
+        """
         frames, height, width = video.shape[2:]
         time, rows, columns = self.scale
         if (frames - 1) % time or height % rows or width % columns:
@@ -227,12 +288,28 @@ class VideoVAE(nn.Module):
                 f"height a multiple of {rows} and width of {columns}"
             )
         mean, std = self.per_channel_statistics.mean_and_std()
-        return (self.encoder(video) - mean) / std
+        if chunk is None or frames <= chunk * time:
+            return (self.encoder(video) - mean) / std
+        first, memory = time * (chunk - 1) + 1, Memory()
+        pieces = [video[:, :, :first], *video[:, :, first:].split(chunk * time, dim=2)]
+        return (torch.cat([self.encoder(piece, memory) for piece in pieces], dim=2) - mean) / std
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Eq. 7: normalized latents (B, C, f, h, w) to video (B, 3, F, H, W), about [-1, 1] and not clamped."""
+    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+        """Eq. 7: normalized latents (B, C, f, h, w) to video (B, 3, F, H, W), about [-1, 1] and not clamped.
+
+        `chunk`: so many latent frames at a time, None for all at once, which is what a backward pass wants.
+        """
         mean, std = self.per_channel_statistics.mean_and_std()
-        return self.decoder(latents * std + mean)
+        latents = latents * std + mean
+        if chunk is None or latents.shape[2] <= chunk:
+            return self.decoder(latents)
+        batch, _, frames, height, width = latents.shape
+        time, rows, columns = self.scale
+        video, done = latents.new_empty(batch, 3, time * (frames - 1) + 1, rows * height, columns * width), 0
+        for piece in self.decoder.stream(latents, chunk):
+            video[:, :, done : done + piece.shape[2]] = piece
+            done += piece.shape[2]
+        return video
 
 
 def to_tokens(latents: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ import json
 import os
 import struct
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; read when transformers is first imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -131,3 +134,33 @@ def released_file(released, tmp_path_factory):
     path = tmp_path_factory.mktemp("released") / "ltx-2.3.safetensors"
     metadata = {"config": json.dumps(released["config"]), "model_version": "2.3.0"}
     return write_sparse(path, released["needed"] | released["ignored"], metadata)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations made and somebody still holds: `now`, and the `peak` so far.
+
+    It works on the meta device too, where nothing is computed.
+    """
+
+    def __init__(self, *before):
+        """`before` are tensors that are there already and count."""
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet()
+        self.count(before)
+
+    def count(self, tensors):
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def free(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count(out)
+        return out

@@ -3,10 +3,14 @@
 import itertools
 import math
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY_A
+from safetensors.torch import load_file, save_file
 
 import guidance
 from guidance import sample_latents, sigma_schedule, three_stream_cfg
@@ -234,6 +238,54 @@ def test_progress_wraps_the_steps(problem):
     seen = []
     sample_latents(Recorder(), **problem, progress=lambda steps: seen.extend(steps) or seen)
     assert seen == [0, 1, 2, 3]
+
+
+SHARED = """
+import sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from guidance import sample_latents
+from model import LTXVideo
+
+torch.set_num_threads(1)
+rank, store, ckpt, problem, out = int(sys.argv[1]), *sys.argv[2:]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+model = LTXVideo.from_checkpoint(ckpt).requires_grad_(False)
+streams = []
+model.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].shape[0] // 2))
+problem, results = load_file(problem), {}
+for world in (2, 3):  # for two the third process has nothing to do
+    for reference in (True, False):
+        part = {key: value for key, value in problem.items() if reference or "ref" not in key}
+        streams.clear()
+        results[f"{world}{reference}"] = sample_latents(model, **part, ranks=(rank, world))
+        results[f"streams{world}{reference}"] = torch.tensor(streams)
+save_file(results, out)
+"""
+
+
+def test_streams_on_two_and_three_processes_are_as_on_one(model, problem, tmp_path):
+    save_file({key: value.contiguous() for key, value in problem.items()}, tmp_path / "problem")
+    words = [str(tmp_path / "store"), str(TINY_A), str(tmp_path / "problem")]
+    running = [
+        subprocess.Popen([sys.executable, "-c", SHARED, str(rank), *words, str(tmp_path / f"out-{rank}")], cwd=ROOT)
+        for rank in range(3)
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
+    results = [load_file(tmp_path / f"out-{rank}") for rank in range(3)]
+    steps = len(problem["sigmas"]) - 1
+    for reference in (True, False):
+        part = {key: value for key, value in problem.items() if reference or "ref" not in key}
+        want = sample_latents(model, **part)
+        for world in (2, 3):
+            for result in results:
+                torch.testing.assert_close(result[f"{world}{reference}"], want, atol=1e-4, rtol=0)
+            # How many streams each process computed in its calls; with two, those without reference are one batch.
+            shares = [result[f"streams{world}{reference}"].tolist() for result in results]
+            alone, both = [1] * steps, [2] * steps
+            third = alone if reference and world == 3 else []
+            assert shares == [both if reference and world == 2 else alone, alone, third]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -154,8 +154,9 @@ def test_the_slope_is_that_of_a_line_through_the_readings():
     rows = [row(*each) for each in zip(videos, photos, read)]
     k = SCENE.index("background red")
     x, y, z = photos[:, k : k + 3], videos[:, k : k + 3], read[:, k : k + 3]
-    of_videos, of_photos = (sum(np.cov(x[:, c], other[:, c])[0, 1] for c in range(3)) for other in (y, z))
-    expected = of_videos / of_photos
+    expected = sum(np.cov(x[:, c], y[:, c])[0, 1] for c in range(3)) / sum(
+        np.cov(x[:, c], z[:, c])[0, 1] for c in range(3)
+    )
     assert copied(rows, "background") == pytest.approx(expected)
     assert copied(rows, "background") == pytest.approx(0.3, abs=0.05)
     slope, low, high = judge.copy_paste(rows, "background", 200)
@@ -179,7 +180,9 @@ def test_a_video_that_repeats_its_photo_has_slope_one_and_a_drawn_one_about_zero
     drawn = judge.measure(np.stack([c["frames"] for c in told]), told, KnownFaces(), look)
     for group in judge.GROUPS:
         slope, low, high = judge.copy_paste(drawn, group, 300)
-        assert low - 0.1 <= 0 <= high + 0.1 and abs(slope) < 0.4, group
+        assert abs(slope) < 0.4, group
+        if group != "light":  # which is read off the skin too, and that the two have in common
+            assert low - 0.1 <= 0 <= high + 0.1, group
         if group != "expression":
             assert copied(repeated, group) == pytest.approx(1, abs=0.1)
 
@@ -267,9 +270,9 @@ def test_the_command_goes_from_a_checkpoint_to_a_table(root, tmp_path, in_proces
 
 def test_videos_are_those_of_sample_py(root, tmp_path, in_process):
     """Batched as they are: the same noise, prompt, photo and defaults give the same pixels."""
-    import sample
     from PIL import Image
 
+    import sample
     from media import read_frames
 
     path, told = root / "assets" / "tiny.safetensors", judge.cases(3, 2)

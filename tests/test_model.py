@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from model import LTXVideo
+from model import LTXVideo, first_weight
 
 FPS = 24.0
 
@@ -186,3 +187,62 @@ def test_gradient_reaches_every_parameter(tiny_a, inputs):
     trained(**inputs).square().mean().backward()
     without = [name for name, p in trained.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert without == []
+
+
+def test_constants_made_once_change_no_bit(tiny_a, inputs, monkeypatch):
+    """Made at one noise level and used at others, also where every token has a timestep of its own."""
+    model = LTXVideo.from_checkpoint(tiny_a).requires_grad_(False)
+    own = torch.rand(inputs["timesteps"].shape, generator=torch.Generator().manual_seed(1))
+    for dtype, timesteps in ((torch.float32, inputs["timesteps"]), (torch.bfloat16, inputs["timesteps"]), (None, own)):
+        model.to(dtype or torch.float32)
+        given = as_dtype(inputs, dtype or torch.float32) | {"timesteps": timesteps}
+        given["phase"] = own
+        constants = model.constants(timesteps, inputs["positions"], own, dtype or torch.float32)
+        later = [given | {"sigma": s * given["sigma"], "timesteps": s * timesteps} for s in (1, 0.3)]
+        want = [model(**one) for one in later]
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "rotary", None)
+            got = [model(**one, constants=constants) for one in later]
+        assert all(torch.equal(a, b) for a, b in zip(got, want)) and not torch.equal(*want)
+
+
+def test_one_graph_for_each_shape_of_a_stream(tiny_a, inputs, tokens):
+    """The counting backend runs what it is given as it is; all blocks and all steps share its graphs."""
+    model, counter = LTXVideo.from_checkpoint(tiny_a).requires_grad_(False), CompileCounter()
+    torch._dynamo.reset()
+    model.compile_blocks(counter)
+    plain = LTXVideo.from_checkpoint(tiny_a).requires_grad_(False)
+    text_only = {key: inputs[key][:, :tokens] for key in ("latents", "timesteps")}
+    text_only = inputs | text_only | {"positions": inputs["positions"][:, :, :tokens]}
+    for step in (1.0, 0.7, 0.2):
+        for graphs, stream in ((1, text_only), (2, inputs)):
+            now = stream | {"timesteps": step * stream["timesteps"], "sigma": step * stream["sigma"]}
+            assert torch.equal(model(**now), plain(**now))
+            assert counter.frame_count == (graphs if step == 1 else 2)
+
+
+def test_first_weights_begin_as_the_identity(tiny_a):
+    """Nothing flows through a block yet, so the output does not depend on the text, and the velocity is 0."""
+    model = LTXVideo.from_checkpoint(tiny_a)
+    heads = model.heads
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(first_weight(name, parameter.shape, 0))
+    x, context = torch.randn(1, 5, model.dim), torch.randn(1, 7, model.dim)
+    table = torch.zeros(1, heads, 5, model.dim // heads // 2)
+    modulation, _ = model.adaln_single(torch.tensor([0.3]), torch.float32)
+    prompt, _ = model.prompt_adaln_single(torch.tensor([0.3]), torch.float32)
+    row = torch.zeros(1, 5, dtype=torch.long)
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            assert torch.equal(block(x, context, modulation, prompt, row, (table + 1, table), None), x)
+        assert not model.proj_out(x).any()
+
+
+def test_first_weights_have_glorots_spread_and_no_order():
+    name, shape = "transformer_blocks.{}.ff.net.0.proj.weight", torch.Size([400, 100])
+    weight = first_weight(name.format(0), shape, seed=0)
+    assert abs(weight.std().item() / (2 / 500) ** 0.5 - 1) < 0.02
+    assert torch.equal(weight, first_weight(name.format(0), shape, seed=0))
+    assert not torch.equal(weight, first_weight(name.format(1), shape, seed=0))
+    assert not torch.equal(weight, first_weight(name.format(0), shape, seed=1))

@@ -20,11 +20,13 @@ import torch
 from conftest import TINY_A, is_audio
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 
 import sample
 import text
 from checkpoint import OUR_METADATA, SUPPORTED, Checkpoint
 from errors import UserError
+from model import LTXVideo
 
 SHORT = ["--steps", "1", "--frames", "5", "--height", "32", "--width", "48"]
 LIMIT = 20_000  # bytes a file may have on the full disk
@@ -594,3 +596,52 @@ def test_exactly_one_onnxruntime_is_installed():
     """Both own the module `onnxruntime`; installed together the CPU one may hide the GPU."""
     names = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
     assert len(names & {"onnxruntime", "onnxruntime-gpu"}) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed and memory: other ways to the same video
+
+
+def test_offload_and_compile_change_nothing_and_fp8_little(command, face, monkeypatch, tmp_path):
+    """The compiler is replaced by one that runs what it is given, and counts."""
+    counter, plain = CompileCounter(), LTXVideo.compile_blocks
+    monkeypatch.setattr(LTXVideo, "compile_blocks", lambda model: plain(model, counter))
+    videos = {}
+    for name in ("plain", "offload", "compile", "fp8", "fp8-offload"):
+        words = [f"--{word}" for word in name.split("-") if word != "plain"]
+        out = tmp_path / f"{name}.mp4"
+        code, _, stderr = command("--ref", face, "--prompt", "A man.", *SHORT, "--out", out, *words)
+        assert code == 0, stderr
+        videos[name], _, settings = read_video(out)
+        assert ("fp8" in settings) == name.startswith("fp8")
+    assert np.array_equal(videos["offload"], videos["plain"]) and np.array_equal(videos["compile"], videos["plain"])
+    assert counter.frame_count == 2  # streams without and with reference
+    assert np.array_equal(videos["fp8"], videos["fp8-offload"])
+    assert 0 < np.abs(videos["fp8"].astype(int) - videos["plain"]).mean() < 25
+
+
+def torchrun(root, ranks, *options):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launcher, str(root / "sample.py"), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_streams_of_one_video(command, root, face, tmp_path):
+    asked = ["--ref", face, "--prompt", "A man.", *SHORT]
+    done = torchrun(root, 2, *asked, "--out", tmp_path / "two.mp4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("wrote ") == 1 and "1/1 steps" in done.stderr
+    assert command(*asked, "--out", tmp_path / "one.mp4")[0] == 0
+    (two, *_), (one, *_) = read_video(tmp_path / "two.mp4"), read_video(tmp_path / "one.mp4")
+    assert np.abs(two.astype(int) - one).max() <= 1
+
+
+def test_more_processes_than_streams_are_refused(command, face, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sample, "join_processes", lambda: None)
+    monkeypatch.setattr(sample.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(sample.dist, "get_world_size", lambda: 3)
+    for words, count in ((["--ref", face, "--s-text", "4", "--s-ref", "4"], 2), ([], 2), (["--s-text", "1"], 1)):
+        code, _, stderr = command("--prompt", "A man.", *words, *SHORT, "--out", tmp_path / "clip.mp4")
+        assert code == 2 and f"3 processes and {count} streams to share" in stderr

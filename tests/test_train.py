@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,9 +23,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 import sample
 import train
 from checkpoint import OUR_METADATA, Checkpoint
+from data import CachedClips, epoch_order
 from errors import one_line_errors
 from lora import LoRA, find_targets
-from model import LTXVideo
+from model import LTXVideo, first_weight
+from objective import roll
+from toy import toy_clip
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
@@ -133,6 +137,77 @@ def test_two_processes_are_one(options, clips, one_process, tmp_path):
             first = start["model.diffusion_model." + name.removeprefix("model.")].float()
             moved = max(moved, (tensor - first).abs().max().item())
     assert moved > 1e-4  # and they did learn
+
+
+@pytest.fixture(scope="module")
+def from_nothing(tmp_path_factory) -> tuple[Path, dict]:
+    """Four steps on drawn clips, which the trainer makes itself, from drawn weights, with their average."""
+    folder = tmp_path_factory.mktemp("toy")
+    options = {"data__toy": 6, "model__scratch": "true", "optim__ema": 0.5, "optim__decay": "linear"}
+    options |= {"optim__steps": 4, "faces__pack": "", "log__save_every": 1, "log__keep": 9}
+    torchrun(1, command(folder / "cache", folder / "run", **options))
+    return folder, options
+
+
+@pytest.mark.slow
+def test_from_nothing_on_drawn_clips(from_nothing):
+    """The first loss is that of v = 0 on the drawn clips' latents, and the clips are those of toy.py."""
+    folder, _ = from_nothing
+    cached = CachedClips(folder / "cache")
+    assert {clip["caption"] for clip in cached} <= {toy_clip(0, k, 17, 64, 12.0)["caption"] for k in range(6)}
+    assert len(cached) >= 5  # the detector may miss a face
+    order = np.concatenate([epoch_order(len(cached), 0, epoch) for epoch in range(2)])
+    expected = []
+    for count in range(4):
+        z = cached[int(order[count])]["latents"].float().flatten(1).T.numpy()
+        eps = roll(0, count, *z.shape, 4, 0.05, 0.2).eps.numpy()
+        expected.append(np.square(eps - z).mean())
+    assert losses(folder / "run")[0] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_average_is_saved_continued_and_exported(from_nothing, tmp_path, monkeypatch):
+    """After each step the saved average is the recursion over the saved weights; also in shards, also continued."""
+    folder, options = from_nothing
+    run = folder / "run"
+    first = {n: first_weight(n, t.shape, 0) for n, t in load_file_of_dit().items()}
+    mean = {name: tensor.double() for name, tensor in first.items()}
+    for step in range(4):
+        saved, d = weights(run, step + 1), min(0.5, (1 + step) / (10 + step))
+        for name in mean:
+            mean[name] = d * mean[name] + (1 - d) * saved[f"model.{name}"].double()
+            torch.testing.assert_close(saved[f"ema.{name}"].double(), mean[name], atol=1e-6, rtol=0)
+
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    for step in (3, 4):
+        shutil.rmtree(other / f"step-{step:06d}")
+    torchrun(2, command(folder / "cache", other, **options, parallel__mode="fsdp"))
+    ours, theirs = weights(other, 4), weights(run, 4)
+    assert ours.keys() == theirs.keys()
+    for name in mean:
+        torch.testing.assert_close(ours[f"ema.{name}"], theirs[f"ema.{name}"], atol=1e-5, rtol=0)
+
+    out = tmp_path / "toy.safetensors"
+    assert run_here([*command(folder / "cache", run, **options), "--export", str(out)], monkeypatch) == 0
+    exported = Checkpoint(out)
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    assert torch.equal(exported.read("model.diffusion_model." + name), theirs["ema." + name].bfloat16())
+    assert not torch.equal(exported.read("model.diffusion_model." + name), theirs["model." + name].bfloat16())
+
+
+def load_file_of_dit() -> dict[str, torch.Tensor]:
+    return LTXVideo.from_checkpoint(ASSETS / "tiny.safetensors").state_dict()
+
+
+@pytest.mark.parametrize("decay, last", [("constant", 1.0), ("linear", 0.1)])
+def test_learning_rate(decay, last):
+    """A rise over 5 steps; then it stays, or falls to zero just after the last of 15."""
+    config = {"optim": {"lr": 2.0, "warmup": 5, "steps": 15, "decay": decay}}
+    rates = [train.learning_rate(config, step) / 2 for step in range(15)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[-1] == pytest.approx(last)
+    assert np.diff(rates[5:]) == pytest.approx(np.full(9, (last - 1) / 9))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from conftest import LiveBytes
 
 import vae as vae_module
 from vae import Conv3d, VideoVAE, depth_to_space, from_tokens, latent_scale, space_to_depth, to_tokens
@@ -82,7 +83,7 @@ def test_space_to_depth_element_by_element(stride):
 def test_patches_count_width_before_height(vae, monkeypatch):
     """Facts: b c f (h q) (w r) -> b (c r q) f h w; wrong order gives a picture that is only nearly right."""
     seen = []
-    monkeypatch.setattr(vae.encoder.conv_in, "forward", lambda x: seen.append(x) or torch.zeros(1, 4, 1, 8, 8))
+    monkeypatch.setattr(vae.encoder.conv_in, "forward", lambda x, _: seen.append(x) or torch.zeros(1, 4, 1, 8, 8))
     image = randn(1, 3, 1, 32, 32)
     vae.encoder(image)
     for c, q, r in itertools.product(range(3), range(4), range(4)):
@@ -109,6 +110,41 @@ def test_tokens_run_over_time_then_rows_then_columns(seed):
     for n, (t, h, w) in enumerate(itertools.product(*map(range, grid))):
         assert torch.equal(tokens[:, n], latents[:, :, t, h, w])
     assert torch.equal(from_tokens(tokens, grid), latents)
+
+
+@pytest.mark.parametrize("frames, chunk", [(2, 1), (5, 2), (7, 3), (3, 5)])
+def test_in_pieces_is_as_at_once(vae, root, frames, chunk):
+    """Both VAEs see further than a piece, so a missing, doubled or misplaced frame shows in every one."""
+    tiny = VideoVAE.from_checkpoint(root / "assets" / "tiny.safetensors").requires_grad_(False)
+    for one in (vae, tiny):
+        channels, pixels = one.decoder.conv_in.conv.in_channels, one.scale[0] * (frames - 1) + 1
+        latents, video = randn(1, channels, frames, 1, 2), randn(1, 3, pixels, *one.scale[1:]).clamp(-1, 1)
+        torch.testing.assert_close(one.decode(latents, chunk), one.decode(latents), atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.encode(video, chunk), one.encode(video), atol=1e-4, rtol=0)
+
+
+def test_memory_of_pieces_does_not_grow_with_the_video(released):
+    """Counted for a narrow VAE of the released depth, beside what goes in and out; at once it grows as the video."""
+    config = released["config"]["vae"] | {"decoder_base_channels": 16, "encoder_base_channels": 16}
+    with torch.device("meta"):
+        full = VideoVAE(config).requires_grad_(False)
+
+    def peak(run, given, chunk):
+        with LiveBytes(given) as live:
+            out = run(given, chunk)
+        return live.peak - given.nbytes - out.nbytes
+
+    def both(frames, chunk):
+        with torch.device("meta"):
+            latents, video = torch.empty(1, 128, frames, 2, 3), torch.empty(1, 3, 8 * frames - 7, 64, 96)
+        return peak(full.decode, latents, chunk), peak(full.encode, video, chunk)
+
+    (decode_11, encode_11), (decode_21, encode_21) = both(11, None), both(21, None)
+    assert decode_21 > 1.8 * decode_11 and encode_21 > 1.8 * encode_11
+    short, long = both(11, 2), both(21, 2)
+    # Of the latents there is a normalized copy, which does grow.
+    assert long == pytest.approx(short, rel=0.05)
+    assert long[0] < 0.5 * decode_21 and long[1] < 0.5 * encode_21
 
 
 def test_gradient_reaches_the_latents_through_the_decoder(vae):

@@ -1,0 +1,60 @@
+"""A cache of the drawn world: what data.py prepare makes of a manifest, made of clips drawn as they are needed.
+
+    toy.toy_clip(seed, 0), (seed, 1), ... ──> frames, caption, portrait ──> cache.fill: VAE, Gemma, detector, ArcFace
+
+Training then reads it as it reads any cache. `[data] toy = 20000` in a config makes it where it is missing.
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from cache import PAPER, fill, made_with, read_metadata, read_settings, shard_file
+from checkpoint import Checkpoint
+from errors import UserError
+from face import FaceDetector
+from manifest import Clip, with_face
+from toy import toy_clip, toy_words
+
+SHARD_GB = 0.1  # some hundred clips: small, because a shard's header is read again for each of them
+
+
+def is_whole(folder: Path) -> bool:
+    """Is every shard there?"""
+    settings = read_settings(folder)
+    if settings is None:
+        return False
+    return all(read_metadata(folder / shard_file(k), settings) is not None for k in range(settings["shards"]))
+
+
+def prepare_toy(
+    out: str | Path,
+    count: int,
+    ckpt: str | Path,
+    gemma: str | Path,
+    faces: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    workers: int = 1,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Make, or complete, a cache of `count` clips of the training split, in the checkpoint's own size; as
+    cache.prepare does, with this rank's share of the shards. Raises UserError if the size is no square."""
+    checkpoint = Checkpoint(ckpt)
+    settings = PAPER | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in PAPER}
+    if settings["height"] != settings["width"]:
+        raise UserError(f"{ckpt} makes {settings['height']}x{settings['width']}, and the drawn world is square")
+    settings |= {"seed": seed, "manifest": "toy", "toy": count}
+    settings = made_with(settings, checkpoint, gemma, faces, dtype, count, SHARD_GB)
+    clips = [Clip(k + 1, Path("toy"), toy_words(seed, k, settings["frames"], settings["fps"])) for k in range(count)]
+    fill(Path(out), clips, settings, load_toy, ckpt, gemma, faces, device, dtype, workers, rank, world)
+
+
+def load_toy(clip: Clip, settings: dict, detector: FaceDetector) -> dict:
+    """What manifest.load_clip gives, drawn. Raises Rejected where the detector does not find the portrait's face."""
+    drawn = toy_clip(settings["seed"], clip.line - 1, settings["frames"], settings["height"], settings["fps"])
+    portrait = Image.fromarray(drawn["reference"])
+    return {"frames": drawn["frames"], "note": ""} | with_face(portrait, detector, clip.name)
