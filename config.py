@@ -63,6 +63,7 @@ DEFAULTS: Config = {
         "fp8": False,  # the frozen weights are stored in 8 bits (fp8.py): slower, and half the memory
     },
     "optim": {
+        "kind": "adamw",  # float32; "adamw-bf16": weights and moments in bf16 with stochastic rounding (optim.py)
         "steps": 20_000,
         "batch": 32,  # samples per step over all ranks
         "lr": 5e-5,
@@ -77,6 +78,7 @@ DEFAULTS: Config = {
         "micro_batch": 1,  # samples per forward pass and rank
         "precision": "bf16",  # of the computation; weights and optimizer are float32. "fp32" for tests and CPUs
         "recompute": True,  # keep only the blocks' inputs for the backward pass
+        "compile": False,  # torch.compile the blocks: a slow start, faster steps
     },
     "log": {
         "every": 10,  # steps between lines
@@ -98,6 +100,7 @@ CHOICES = {
     ("reference", "placement"): tuple(PLACEMENTS),
     ("reference", "timestep"): ("clean", "shared"),
     ("reference", "fit"): tuple(FITS),
+    ("optim", "kind"): ("adamw", "adamw-bf16"),
     ("parallel", "mode"): ("ddp", "fsdp"),
     ("parallel", "precision"): ("bf16", "fp32"),
 }
@@ -146,6 +149,11 @@ def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
         raise UserError(f"lora = {lora}: rank and alpha are 0 or more, dropout is from 0 to below 1")
     if lora["rank"] and config["parallel"]["mode"] != "ddp":
         raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
+    if config["optim"]["kind"] == "adamw-bf16" and (lora["rank"] or config["parallel"]["precision"] != "bf16"):
+        raise UserError(
+            'optim.kind = "adamw-bf16" is for training all weights in bf16: set parallel.precision = "bf16" and '
+            "lora.rank = 0"
+        )
     for name, share in config["dropout"].items():
         if not 0 <= share <= 1:
             raise UserError(f"dropout.{name} = {share} is no share between 0 and 1")
@@ -162,7 +170,7 @@ def require_same_run(old: Config, new: Config, run: Path) -> None:
     """Raise UserError that names the first option in which a continued run would differ from its beginning."""
     for section, options in new.items():
         for key, value in options.items():
-            before = old.get(section, {}).get(key)
+            before = old.get(section, {}).get(key, DEFAULTS[section][key])  # it may be older than the option
             moved = (section, key) in PATHS and Path(before or "").name == Path(value).name
             if before != value and not moved and (section, key) not in CHANGEABLE:
                 raise UserError(
