@@ -65,6 +65,7 @@ DEFAULTS: Config = {
         "fp8": False,  # the frozen weights are stored in 8 bits (fp8.py): slower, and half the memory
     },
     "optim": {
+        "kind": "adamw",  # float32; "adamw-bf16": weights and moments in bf16 with stochastic rounding (optim.py)
         "steps": 20_000,
         "batch": 32,  # samples per step over all ranks
         "lr": 5e-5,
@@ -81,6 +82,7 @@ DEFAULTS: Config = {
         "micro_batch": 1,  # samples per forward pass and rank
         "precision": "bf16",  # of the computation; weights and optimizer are float32. "fp32" for tests and CPUs
         "recompute": True,  # keep only the blocks' inputs for the backward pass
+        "compile": False,  # torch.compile the blocks: a slow start, faster steps
     },
     "log": {
         "every": 10,  # steps between lines
@@ -103,6 +105,7 @@ CHOICES = {
     ("reference", "timestep"): ("clean", "shared"),
     ("reference", "fit"): tuple(FITS),
     ("optim", "decay"): ("constant", "linear"),
+    ("optim", "kind"): ("adamw", "adamw-bf16"),
     ("parallel", "mode"): ("ddp", "fsdp"),
     ("parallel", "precision"): ("bf16", "fp32"),
 }
@@ -153,10 +156,17 @@ def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
         raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
     if not 0 <= config["optim"]["ema"] < 1:
         raise UserError(f"optim.ema = {config['optim']['ema']} is not from 0 to below 1")
+    if config["optim"]["ema"] and config["optim"]["kind"] == "adamw-bf16":
+        raise UserError('optim.ema averages float32 weights: set it to 0 beside optim.kind = "adamw-bf16"')
     if config["data"]["toy"] < 0:
         raise UserError(f"data.toy = {config['data']['toy']} is below 0")
     if lora["rank"] and config["model"]["scratch"]:
         raise UserError("model.scratch draws new weights and lora.rank above 0 freezes them: leave one out")
+    if config["optim"]["kind"] == "adamw-bf16" and (lora["rank"] or config["parallel"]["precision"] != "bf16"):
+        raise UserError(
+            'optim.kind = "adamw-bf16" is for training all weights in bf16: set parallel.precision = "bf16" and '
+            "lora.rank = 0"
+        )
     for name, share in config["dropout"].items():
         if not 0 <= share <= 1:
             raise UserError(f"dropout.{name} = {share} is no share between 0 and 1")
@@ -173,7 +183,7 @@ def require_same_run(old: Config, new: Config, run: Path) -> None:
     """Raise UserError that names the first option in which a continued run would differ from its beginning."""
     for section, options in new.items():
         for key, value in options.items():
-            before = old.get(section, {}).get(key)
+            before = old.get(section, {}).get(key, DEFAULTS[section][key])  # it may be older than the option
             moved = (section, key) in PATHS and Path(before or "").name == Path(value).name
             if before != value and not moved and (section, key) not in CHANGEABLE:
                 raise UserError(

@@ -46,13 +46,16 @@ def join_processes() -> torch.device:
 def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.device) -> nn.Module:
     """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2).
 
+    For the optimizer "adamw-bf16" it is in bf16.
     With adapters (lora.rank above 0) it is whole, frozen, and in the precision of the computation or in fp8; they are
     float32.
     """
     run, lora = config["parallel"], config["lora"]
+    held = torch.float32
+    if config["optim"]["kind"] == "adamw-bf16" or (lora["rank"] and run["precision"] == "bf16"):
+        held = torch.bfloat16
     if run["mode"] == "ddp":
-        frozen = torch.bfloat16 if lora["rank"] and run["precision"] == "bf16" else torch.float32
-        model = LTXVideo.from_checkpoint(ckpt, device, frozen).train()
+        model = LTXVideo.from_checkpoint(ckpt, device, held).train()
         if config["model"]["scratch"]:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
@@ -63,14 +66,18 @@ def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.dev
             alpha = lora["alpha"] or lora["rank"]
             new_lora(model, lora["rank"], alpha, lora["targets"], lora["dropout"], config["run"]["seed"])
         set_recompute(model, run["recompute"])
+        if run["compile"]:
+            model.compile_blocks()
         return DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
 
     source = Checkpoint(ckpt)
     with torch.device("meta"):
-        model = LTXVideo(source.config["transformer"]).train()
+        model = LTXVideo(source.config["transformer"]).to(held).train()
     set_recompute(model, run["recompute"])
+    if run["compile"]:
+        model.compile_blocks()
     world, replicas = dist.get_world_size(), run["replicas"]
     if world % replicas:
         raise UserError(f"parallel.replicas = {replicas} does not divide {world} ranks")

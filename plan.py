@@ -11,6 +11,7 @@ is spent but not useful, so MFU does not count it. Frozen weights (LoRA) need no
 with D^2 above then cost twice their forward in all, not three times.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -138,26 +139,30 @@ class Plan:
             rows, largest = sum(len(weight) for weight in layers), max(weight.numel() for weight in layers)
             bytes_saved = (low - 1) * sum(weight.numel() for weight in layers) - 4 * rows
             parts = {"frozen: DiT, in fp8": low * weights - bytes_saved, "the weight in use": low * largest}
+        in_bf16 = self.config["optim"]["kind"] == "adamw-bf16"
+        size, name = (2, "bf16") if in_bf16 else (4, "fp32")
         parts |= {
-            f"{own}, fp32": 4 * self.trained / shards,
-            "gradients, fp32": 4 * self.trained / shards,
-            "AdamW moments, fp32": 8 * self.trained / shards,
+            f"{own}, {name}": size * self.trained / shards,
+            f"gradients, {name}": size * self.trained / shards,
+            f"AdamW moments, {name}": 2 * size * self.trained / shards,
             **({"average of the weights, fp32": 4 * self.trained / shards} if self.config["optim"]["ema"] else {}),
         }
         if run["mode"] == "fsdp":
             # The root's weights, and a block in use beside the one that is fetched; a block's gradient on its way out.
             parts["gathered weights and gradients"] = low * (rest + 2 * block) + (low + 4) * block
-        elif low == 2 and not self.rank:
+        elif low == 2 and not self.rank and not in_bf16:
             parts["bf16 copies of weights"] = 2 * weights
         # What autograd keeps of one block for its backward pass, counted (tests/test_plan.py) in rows of the model's
         # width. Autocast (bf16 under ddp) keeps all but the matrix products in float32, and their inputs twice.
-        autocast = run["mode"] == "ddp" and low == 2 and not self.rank
+        autocast = run["mode"] == "ddp" and low == 2 and not self.rank and not in_bf16
         inside = batch * d * (2 * (62 * n + 8 * s) if autocast else low * (40 * n + 5 * s))
         stored = (4 if autocast else low) * batch * n * d * len(self.dit.transformer_blocks)
         if not run["recompute"]:
             parts["activations"] = inside * len(self.dit.transformer_blocks)
         else:
             parts["activations, blocks recomputed"] = stored + inside
+        # In the backward pass of a block, gradients of the feed-forward's width; counted as well.
+        parts["gradients in flight, rotary tables"] = (4 if autocast else low) * batch * d * 8 * n
         frozen = parameters(self.connector) + parameters(self.vae)
         parts["frozen: connector, VAE"] = low * frozen
         if self.config["faces"]["pack"]:
@@ -227,4 +232,18 @@ class Plan:
             fits = "fits" if total < 0.9 * gib * 1e9 / GIB else f"needs {total:.0f} GiB"
             seconds = per_step * optim["steps"] / (gpus * tflops * 1e12 * mfu)
             lines.append(f"| {gpus} x {name} | {fits} | {seconds / 86400:,.1f} days |")
-        return "\n".join(lines)
+        return "\n".join(lines + self.ways(gpus))
+
+    def ways(self, gpus: int) -> list[str]:
+        """A table of the ways to hold the weights, gradients and moments of the whole model."""
+        if self.rank:
+            return []
+        lines = ["", "| all weights, as | per GPU | cards that hold it |", "|---|---:|---|"]
+        for mode, kind in (("ddp", "adamw"), ("ddp", "adamw-bf16"), ("fsdp", "adamw"), ("fsdp", "adamw-bf16")):
+            other = copy(self)
+            other.config = self.config | {"optim": self.config["optim"] | {"kind": kind}}
+            other.config["parallel"] = self.config["parallel"] | {"mode": mode, "precision": "bf16"}
+            total = sum(other.memory(gpus).values())
+            cards = [card for card, (_, gib) in CARDS.items() if total < 0.9 * gib * 1e9]
+            lines.append(f"| {mode}, {kind} | {total / GIB:.0f} GiB | {', '.join(cards) or 'none'} |")
+        return lines

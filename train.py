@@ -38,6 +38,7 @@ from logbook import Log
 from lora import save_lora, seed_dropout
 from media import contact_sheet, read_image, to_tensor, to_uint8
 from objective import Dice, Objective, roll
+from optim import AdamWBF16
 from parallel import StopSignal, build_model, gather_rows, join_processes, reshard
 from plan import Plan
 from text import GEMMA, TextConnector, TextEncoder
@@ -71,12 +72,13 @@ def main() -> None:
     objective = build_objective(config, ckpt, clips, device)
     samples = encode_samples(config, ckpt, clips, run, device) if not options.dry_run else []
     model = build_model(config, ckpt, device)
-    optimizer = torch.optim.AdamW(
+    in_bf16 = config["optim"]["kind"] == "adamw-bf16"
+    optimizer = (AdamWBF16 if in_bf16 else torch.optim.AdamW)(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config["optim"]["lr"],
         betas=tuple(config["optim"]["betas"]),
         weight_decay=config["optim"]["weight_decay"],
-        fused=device.type == "cuda",
+        **({"seed": config["run"]["seed"]} if in_bf16 else {"fused": device.type == "cuda"}),
     )
     average = Average(model, config["optim"]["ema"]) if config["optim"]["ema"] else None
     first = 0
@@ -204,8 +206,9 @@ def build_objective(config: Config, ckpt: Path, clips: CachedClips, device: torc
                 detector = FaceDetector(faces["pack"], device)
                 arcface = ArcFace.from_onnx(recognition_file(faces["pack"])).to(device)
             dist.barrier()
-    # Under DDP float32 weights are cast as they are used; shards and frozen weights are in low precision already.
-    cast = config["parallel"]["mode"] == "ddp" and not config["lora"]["rank"]
+    # Under DDP float32 weights are cast as they are used; others are in low precision already.
+    in_float32 = config["optim"]["kind"] == "adamw" and not config["lora"]["rank"]
+    cast = config["parallel"]["mode"] == "ddp" and in_float32
     connector = TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False)
     connector.projection = None  # the cache holds what comes after it
     return Objective(

@@ -320,3 +320,18 @@ def test_a_run_of_an_older_version_is_not_taken_for_the_same():
 def test_shipped_configs_survive_the_way_through_json():
     config = read_config(CONFIGS / "tiny.toml")
     require_same_run(json.loads(json.dumps(config)), config, Path("run"))
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        (["optim.ema=1.0"], "optim.ema"),
+        (["data.toy=-1"], "data.toy"),
+        (["model.scratch=true", "lora.rank=4", "parallel.mode=ddp"], "model.scratch"),
+        (["optim.ema=0.9", "optim.kind=adamw-bf16"], "optim.ema"),
+        (["optim.decay=cosine"], "optim.decay"),
+    ],
+)
+def test_a_start_from_nothing_is_checked(changes, word):
+    with pytest.raises(UserError, match=word):
+        read_config(None, changes)

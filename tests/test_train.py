@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import sample
@@ -539,6 +540,29 @@ def test_bf16_is_close_and_quiet(mode, clips, one_process, tmp_path):
             first = start["model.diffusion_model." + name.removeprefix("model.")].float()
             steps.append(torch.stack([tensor - first, theirs[name] - first]).flatten(1))
     assert torch.nn.functional.cosine_similarity(*torch.cat(steps, dim=1), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_bf16_weights_with_stochastic_rounding_continue_and_export(mode, clips, tmp_path, monkeypatch, capsys):
+    """What is stored is bf16, a continued run is the whole one to the bit, and it compiles (a counting backend)."""
+    options = {"optim__kind": "adamw-bf16", "parallel__precision": "bf16", "parallel__mode": mode, "faces__pack": '""'}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_here(command(clips, whole, optim__steps=2, **options), monkeypatch) == 0
+    assert run_here(command(clips, parts, optim__steps=1, **options), monkeypatch) == 0
+    counter, plain = CompileCounter(), LTXVideo.compile_blocks
+    monkeypatch.setattr(LTXVideo, "compile_blocks", lambda model: plain(model, counter))
+    torch._dynamo.reset()
+    changes = options | {"parallel__compile": str(mode == "ddp").lower()}
+    assert run_here(command(clips, parts, optim__steps=2, **changes), monkeypatch) == 0
+    assert mode == "fsdp" or 1 <= counter.frame_count <= 3  # samples with reference, without, or some of both
+    ours, theirs = (weights(run, 2) for run in (parts, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {tensor.dtype for tensor in theirs.values()} == {torch.bfloat16}
+    out = tmp_path / "trained.safetensors"
+    assert run_here([*command(clips, whole, **options), "--export", str(out)], monkeypatch) == 0
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    exported = Checkpoint(out).read(f"model.diffusion_model.{name}")
+    assert torch.equal(exported.bfloat16(), theirs[f"model.{name}"])
 
 
 def test_only_safetensors_and_json_are_written(one_process):
