@@ -248,21 +248,29 @@ def copied(rows: list[dict[str, Any]], group: str) -> float:
     move k. References are drawn independently of prompts, so a video that ignores its photo has 0 but for chance, and
     so has one compared with a permuted photo; one that repeats its photo has 1, whatever the network's errors.
     """
-    at = [SCENE.index(name) for name in GROUPS[group]]
-    shown = np.array([[np.nan if row["shown"][k] is None else row["shown"][k] for k in at] for row in rows])
-    truth, read = (np.array([row[key] for row in rows])[:, at] for key in ("photo", "photo_read"))
-    there = np.isfinite(shown)
-    centred = np.where(there, truth - (truth * there).sum(0) / np.maximum(there.sum(0), 1), 0)  # v, j need not be too
-    copies = (read * centred).sum()
-    return float((np.nan_to_num(shown) * centred).sum() / copies) if copies else float("nan")  # nothing differs
+    return slope(*of_group(rows, group))
 
 
 def copy_paste(rows: list[dict[str, Any]], group: str, resamples: int = 1000) -> tuple[float, float, float]:
     """`copied`, and its 95 % interval over resampled cases."""
-    rng, n = np.random.default_rng(0), len(rows)
-    again = [copied([rows[i] for i in rng.integers(n, size=n)], group) for _ in range(resamples)]
-    low, high = np.percentile(again, [2.5, 97.5])
-    return copied(rows, group), float(low), float(high)
+    v, r, j = of_group(rows, group)
+    again = np.random.default_rng(0).integers(len(rows), size=(resamples, len(rows)))
+    low, high = np.nanpercentile([slope(v[i], r[i], j[i]) for i in again], [2.5, 97.5])
+    return slope(v, r, j), float(low), float(high)
+
+
+def of_group(rows: list[dict[str, Any]], group: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """v, r, j of `copied`, each (N, numbers of the group); v is nan where the prompt moves it."""
+    at = [SCENE.index(name) for name in GROUPS[group]]
+    v, r, j = (np.array([row[key] for row in rows], float)[:, at] for key in ("shown", "photo", "photo_read"))
+    return v, r, j
+
+
+def slope(v: np.ndarray, r: np.ndarray, j: np.ndarray) -> float:
+    there = np.isfinite(v)
+    r = np.where(there, r - (r * there).sum(0) / np.maximum(there.sum(0), 1), 0)  # centred, so that v and j need not be
+    scale = (j * r).sum()
+    return float((np.nan_to_num(v) * r).sum() / scale) if scale else float("nan")  # nan: a single case
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float, float] | None]:
