@@ -8,7 +8,7 @@ split, made worse as a generative model makes them) and learned to say what they
                                                                         ├─> skin   the trait, 0 to 1
                                                                         └─> hair, style, glasses, beard: classes
 
-    python judge.py --train assets/judge.safetensors        # ten minutes on one core
+    python judge.py --train assets/judge.safetensors        # about an hour on one core
 """
 
 import json

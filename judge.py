@@ -9,7 +9,7 @@ counted. Videos of people, references and prompts that were never trained on are
 
     python judge.py                                       # the tiny model of assets/, 64 people
     python judge.py --ckpt FILE --no-reference --shuffle  # two controls more: without, and with somebody else's, photo
-    python judge.py --train assets/judge.safetensors      # the network of eye.py, in ten minutes on one core
+    python judge.py --train assets/judge.safetensors      # the network of eye.py, in an hour on one core
 
 Letters: N videos, F frames each, H W their size.
 """
@@ -138,6 +138,10 @@ def moves(scene: np.ndarray, motion: str) -> bool:
     With a, b the means of the pose's first two and last two frames and c the least change that the renderer makes,
         "to"            sign(c) (b - a) >= PART |c|
         swing, pulse    (largest - smallest) - |b - a| >= PART |c|, of a swing 2 |c|: there and back, not there only
+
+    Measured on 160 drawn clips with PART = 0.5: every turn, look, tilt, walk, nod, shake, blink and step is recognized,
+    9 of 10 smiles and open mouths, 3 of 4 frowns, but only 4 of 10 raised brows (hair hides them); at most 1.3 % of the
+    clips without a motion are said to show it. So a model's share of motions is to be read against the drawn clips'.
     """
     move, values = toy.MOVES[motion], track(scene, toy.MOVES[motion].track)
     least = min(move.change, key=abs)
@@ -328,7 +332,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eye", default=str(ASSETS / "judge.safetensors"), help="the network (%(default)s)")
     parser.add_argument("--out", default="out/judge", help="folder for the table, the rows, the sheet (%(default)s)")
     parser.add_argument("--train", metavar="FILE", help="learn the network and write it; nothing else")
-    parser.add_argument("--minutes", type=float, default=10, help="for --train (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="for --train (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
     options = parser.parse_args()
