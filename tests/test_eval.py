@@ -1,7 +1,7 @@
 """eval.py against numbers worked out by other means: insightface, OpenCV and onnxruntime, transformers, numpy, by hand.
 
 The videos are lossless (FFV1) where a number has to be exact. Faces are found and embedded by the tiny models of
-assets/: an untrained network, but a fixed one, and what is checked is arithmetic.
+assets/, and what is checked is arithmetic.
 """
 
 import csv
