@@ -183,7 +183,7 @@ def require_same_run(old: Config, new: Config, run: Path) -> None:
     """Raise UserError that names the first option in which a continued run would differ from its beginning."""
     for section, options in new.items():
         for key, value in options.items():
-            before = old.get(section, {}).get(key, DEFAULTS[section][key])  # it may be older than the option
+            before = old.get(section, {}).get(key)
             moved = (section, key) in PATHS and Path(before or "").name == Path(value).name
             if before != value and not moved and (section, key) not in CHANGEABLE:
                 raise UserError(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -186,7 +187,8 @@ def first_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
     ends_zero = ("bias", "table", "to_gate_logits.weight", "single.linear.weight")
     if name.endswith(ends_zero) or name == "proj_out.weight":
         return torch.zeros(shape)
-    generator = torch.Generator("cpu").manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    state = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0]
+    generator = torch.Generator("cpu").manual_seed(int(state))  # of a seed it takes the lower 32 bits only
     return torch.randn(shape, generator=generator) * (2 / sum(shape)) ** 0.5
 
 

@@ -63,13 +63,13 @@ def connector_flops(config: dict[str, Any], text_tokens: int) -> int:
     return config["connector_num_layers"] * (24 * s * d * d + 4 * s * s * d + 2 * s * d * heads)
 
 
-def vae_flops(config: dict[str, Any], frames: int, height: int, width: int) -> tuple[int, int]:
-    """Operations of encoding one image of height x width, and of decoding `frames` latent frames of that size."""
+def vae_flops(config: dict[str, Any], frames: int, height: int, width: int, encoded: int = 1) -> tuple[int, int]:
+    """Operations of encoding `encoded` frames of height x width, and of decoding `frames` latent frames of that."""
     scale = latent_scale(config)
     with torch.device("meta"), torch.no_grad():
         vae = VideoVAE(config)
         with FlopCounterMode(display=False) as encoding:
-            vae.encode(torch.empty(1, 3, 1, height, width))
+            vae.encode(torch.empty(1, 3, encoded, height, width))
         with FlopCounterMode(display=False) as decoding:
             vae.decode(torch.empty(1, config["latent_channels"], frames, height // scale[1], width // scale[2]))
     return encoding.get_total_flops(), decoding.get_total_flops()

@@ -1,5 +1,5 @@
-"""Make the embedded default: a tiny checkpoint in the LTX-2.3 layout, a tiny Gemma 3, an example face, four clips to
-train on, and stand-ins for the face models.
+"""Make the embedded default: a tiny checkpoint in the LTX-2.3 layout, a tiny Gemma 3, an example face, and four clips
+to train on. The face models in assets/faces are made by toy_faces.py.
 
     python assets/make.py
 
@@ -208,82 +208,12 @@ def make_clips(folder: Path, frames: int = 17, size: int = 64) -> None:
     (folder / "cases.jsonl").write_text("\n".join(cases) + "\n")
 
 
-def make_faces(folder: Path) -> None:
-    """Stand-ins for an InsightFace pack: a detector made by hand, and an untrained recognizer.
-
-    The detector is an SCRFD by its outputs (scores, boxes, landmarks at strides 8, 16, 32, two anchors), but only
-    compares a face's shape, bright below darker hair, with the picture. It finds the faces drawn here.
-    """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    nodes, weights = [], []
-
-    def weight(values: np.ndarray | list, kind: type = np.float32) -> str:
-        name = f"w{len(weights)}"
-        weights.append(numpy_helper.from_array(np.asarray(values, kind), name))
-        return name
-
-    def add(operator: str, *inputs: str, **attributes: object) -> str:
-        name = f"{operator}{len(nodes)}"
-        nodes.append(helper.make_node(operator, list(inputs), [name], name, **attributes))
-        return name
-
-    def save(path: Path, inputs: list[int | str], outputs: dict[str, list[int | str]]) -> None:
-        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()]
-        frame = helper.make_tensor_value_info("input.1", TensorProto.FLOAT, inputs)
-        graph = helper.make_graph(nodes, path.stem, [frame], values, weights)
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=7), str(path))
-        nodes.clear()
-        weights.clear()
-
-    # Of a drawing on a 100 x 100 grid, in cells of 8 pixels when 128 are looked at: 6.25 units a cell.
-    yy, xx = np.mgrid[-6:7, -6:7] * 6.25
-    skin = (xx / 24.5) ** 2 + (yy / 31) ** 2 <= 1
-    hair = ~skin & ((xx / 33) ** 2 + ((yy + 4) / 38) ** 2 <= 1) & (yy < 12)
-    template = skin / skin.sum() - hair / hair.sum()
-    center = np.array([0.5, 0.5])  # an anchor sits at its cell's upper left corner
-    half = np.array([24.5, 31.0]) / 6.25
-    points = np.array([[-9.5, -2.0], [9.5, -2.0], [0.5, 10.0], [-8.5, 18.0], [8.5, 18.0]]) / 6.25 + center
-
-    results: dict[str, list[str]] = {"score": [], "box": [], "points": []}
-    for stride in (8, 16, 32):
-        cell = add("AveragePool", "input.1", kernel_shape=[stride] * 2, strides=[stride] * 2)
-        score = np.zeros((2, 3, 13, 13))  # two anchors a cell; the second never fires, nor does a stride but the first
-        score[0, :] = template * np.array([1.0, 0.0, -0.4])[:, None, None] * (24.0 if stride == 8 else 0.0)
-        heads = {
-            "score": (1, score, [-6.5, -20.0]),
-            "box": (4, np.zeros((8, 3, 13, 13)), [*(half - center), *(half + center)] * 2),
-            "points": (10, np.zeros((20, 3, 13, 13)), [*points.ravel()] * 2),
-        }
-        for key, (size, kernel, bias) in heads.items():
-            x = add("Conv", cell, weight(kernel), weight(bias), kernel_shape=[13, 13], pads=[6] * 4)
-            x = add("Reshape", add("Transpose", x, perm=[0, 2, 3, 1]), weight([-1, size], np.int64))
-            results[key].append(add("Sigmoid", x) if key == "score" else x)
-    sizes = {"score": 1, "box": 4, "points": 10}
-    outputs = {name: ["n" + name, sizes[key]] for key, names in results.items() for name in names}
-    save(folder / "det_stand_in.onnx", [1, 3, "height", "width"], outputs)
-
-    x, channels = "input.1", 3
-    for out_channels in (8, 16, 32, 32):
-        kernel = rng.normal(0, (2 / (9 * channels)) ** 0.5, (out_channels, channels, 3, 3))
-        x = add("Conv", x, weight(kernel), kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
-        x = add("PRelu", x, weight(np.full((out_channels, 1, 1), 0.25)))
-        channels = out_channels
-    x = add("Flatten", x)
-    x = add("Gemm", x, weight(rng.normal(0, 0.05, (64, 32 * 49))), weight(np.zeros(64)), transB=1)
-    save(folder / "rec_stand_in.onnx", ["n", 3, 112, 112], {x: ["n", 64]})
-
-
 if __name__ == "__main__":
     torch.manual_seed(0)
     make_checkpoint(HERE / "tiny.safetensors")
     make_gemma(HERE / "gemma")
     draw_face(512, LOOKS[0]).save(HERE / "face.png", optimize=True)
     make_clips(HERE / "clips")
-    make_faces(HERE / "faces")
     for made in sorted(HERE.rglob("*")):
         if made.is_file():
             print(f"{made.relative_to(HERE.parent)}  {made.stat().st_size:,} bytes")

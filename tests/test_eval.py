@@ -1,7 +1,7 @@
 """eval.py against numbers worked out by other means: insightface, OpenCV and onnxruntime, transformers, numpy, by hand.
 
-The videos are lossless (FFV1) where a number has to be exact. Faces are found and embedded by the stand-in models of
-assets/: an untrained network, but a fixed one, and what is checked is arithmetic.
+The videos are lossless (FFV1) where a number has to be exact. Faces are found and embedded by the tiny models of
+assets/, and what is checked is arithmetic.
 """
 
 import csv
@@ -115,7 +115,7 @@ def test_videos_with_known_answers(command, tmp_path):
     moving = read_video(CLIPS / "1.mp4", 17, 12, 64, 64)
     for name, frames in (("same", same), ("other", other), ("none", gray(16)), ("half", half), ("moving", moving)):
         lossless(videos / f"{name}.mkv", frames)
-    # A face that the stand-in finds in the same place after compression; it looks in steps of 8 pixels.
+    # A face that the detector finds in the same place after compression.
     write_video(videos / "compressed.mp4", other, 12)
     order = ["same", "compressed", "other", "none", "half", "moving"]
     rows = [{"id": name, "reference": str(CLIPS / ("2.png" if name == "compressed" else "0.png"))} for name in order]
