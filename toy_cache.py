@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cache import PAPER, fill, made_with, read_metadata, read_settings, shard_file
+from cache import PAPER, fill, made_with
 from checkpoint import Checkpoint
 from errors import UserError
 from face import FaceDetector
@@ -18,14 +18,6 @@ from manifest import Clip, with_face
 from toy import toy_clip, toy_words
 
 SHARD_GB = 0.1  # some hundred clips: small, because a shard's header is read again for each of them
-
-
-def is_whole(folder: Path) -> bool:
-    """Is every shard there?"""
-    settings = read_settings(folder)
-    if settings is None:
-        return False
-    return all(read_metadata(folder / shard_file(k), settings) is not None for k in range(settings["shards"]))
 
 
 def prepare_toy(

@@ -42,7 +42,7 @@ from optim import AdamWBF16
 from parallel import StopSignal, build_model, gather_rows, join_processes, reshard
 from plan import Plan
 from text import GEMMA, TextConnector, TextEncoder
-from toy_cache import is_whole, prepare_toy
+from toy_cache import prepare_toy
 from vae import VideoVAE
 
 HERE = Path(__file__).parent
@@ -185,13 +185,15 @@ def open_run(run: Path, config: Config) -> None:
 
 
 def draw_toy_clips(config: Config, ckpt: Path, device: torch.device) -> None:
-    """With data.toy, make the cache of drawn clips, or what is missing of it; every rank its share."""
+    """With data.toy, make the cache of drawn clips, or what is missing of it; every rank its share.
+
+    One of another checkpoint, face pack or size is refused. The clips are the same whatever the run's seed."""
     cache, count = Path(config["data"]["cache"]), config["data"]["toy"]
-    if count and not is_whole(cache):
+    if count:
         gemma, faces = config["model"]["gemma"] or HERE / "assets" / "gemma", config["faces"]["pack"]
         faces = faces or HERE / "assets" / "faces"  # the reference's embedding is in a cache in any case
         place = dist.get_rank(), dist.get_world_size()
-        prepare_toy(cache, count, ckpt, gemma, faces, device, torch.float32, config["run"]["seed"], 1, *place)
+        prepare_toy(cache, count, ckpt, gemma, faces, device, torch.float32, 0, 1, *place)
     dist.barrier()
 
 
