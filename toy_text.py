@@ -36,9 +36,9 @@ HIDDEN, LAYERS, TOKENS = 64, 4, 48  # Gemma's width and depth; the longest capti
 TRANSFORMER = {  # of the tiny checkpoint: what differs from configs/ltx-2.3.json
     "num_attention_heads": 6,
     "attention_head_dim": 32,
-    "num_layers": 8,
-    "in_channels": 96,
-    "out_channels": 96,
+    "num_layers": 7,
+    "in_channels": 128,
+    "out_channels": 128,
     "cross_attention_dim": 192,
     "caption_channels": HIDDEN,
     "positional_embedding_max_pos": [4, 128, 128],  # seconds, pixels, pixels: twice the default video and a margin

@@ -1,10 +1,12 @@
-"""The tiny VAE: pixels of the drawn world to 96 channels per cell of 4 frames x 16 x 16 pixels, and back.
+"""The tiny VAE: pixels of the drawn world to 128 channels per cell of 4 frames x 16 x 16 pixels, and back.
 
-Layout and code are those of the released VAE; only the training is simpler, so that a CPU does it in half an hour:
+Layout and code are those of the released VAE. Only the training is simpler, so that a CPU does it in half an hour: the
+best *linear* code is known in closed form, the network begins as that, and what is left to learn is the decoder's.
 
-    1. principal components of the cells of many clips: the linear latents that lose least        (a covariance)
-    2. the encoder learns to give them                    clip ──> encoder ──> components         (regression)
-    3. the decoder learns to see a picture in them        latents + noise ──> decoder ──> clip    (L1)
+    1. principal components of small and large cells of many clips        (covariances)
+    2. the encoder gives those of the large cells                         (its layers set one after the other, linear)
+    3. the decoder goes back as well as a linear map can                  (least squares, layer by layer)
+    4. the decoder learns to see a picture in the components              latents + noise --> clip (L1)
 
 Principal components have a natural spectrum: what matters much for the picture is large, what matters little is
 small. Divided each by its own spread, they would all be equally large, and the DiT would spend itself on what matters
@@ -18,6 +20,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +34,13 @@ from checkpoint import write_modules
 from errors import Parser, one_line_errors, whole_file
 from media import to_uint8
 from toy import toy_clip
-from vae import ResBlock, Upsample, VideoVAE
+from vae import Conv3d, ResStack, VideoVAE, pixel_norm, space_to_depth
 
-CHANNELS = 96
+CHANNELS = 128
 CONFIG = {
     "patch_size": 8,
     "latent_channels": CHANNELS,
-    "encoder_base_channels": 48,
+    "encoder_base_channels": 40,
     "decoder_base_channels": 64,
     "encoder_blocks": [
         ["compress_space_res", {"multiplier": 4}],
@@ -45,14 +48,16 @@ CONFIG = {
         ["compress_time_res", {"multiplier": 1}],
     ],
     "decoder_blocks": [  # from the pixels to the latents, as in the released config
-        ["res_x", {"num_layers": 2}],
-        ["compress_all", {"multiplier": 1}],
-        ["res_x", {"num_layers": 1}],
-        ["compress_time", {"multiplier": 2}],
+        ["res_x", {"num_layers": 3}],
+        ["compress_time", {"multiplier": 1}],
+        ["compress_space", {"multiplier": 2}],
+        ["compress_time", {"multiplier": 1}],
     ],
 }
 SIZE, FPS, FRAMES = 64, 12.0, 17
 CELL = 4, 16  # frames and pixels to a side
+OFFSET = 6.0, 3.0  # encoder, decoder: added to what enters the last PixelNorm and SiLU, in units of its spread.
+# Far from zero both are nearly linear. Decoded from the encoder's: 24.6 dB with 3, 25.3 with 6, 25.7 without them.
 FACE = 4.0  # a pixel at an eye, the nose or the mouth counts this much more than one of the background
 SPREAD = 4.0  # pixels from a landmark at which that has fallen to 0.6 of it
 NOISE = 0.1  # in the latents that the decoder learns from, which a DiT will not hit exactly
@@ -80,25 +85,176 @@ def to_float(video: Tensor, device: torch.device) -> Tensor:
     return video.to(device).float() / 127.5 - 1
 
 
-def cells(video: Tensor) -> Tensor:
-    """(B, C, F, H, W) -> (B, f, h, w, C * 4 * 16 * 16); the first frame is a cell of four of its kind."""
-    time, side = CELL
-    video = torch.cat([video[:, :, :1].expand(-1, -1, time - 1, -1, -1), video], 2)
-    parts = video.unflatten(4, (-1, side)).unflatten(3, (-1, side)).unflatten(2, (-1, time))
-    return parts.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # from (B, C, f, time, h, side, w, side)
+def first_repeated(x: Tensor, time: int) -> Tensor:
+    """(B, C, F, H, W) -> (B, C, F + time - 1, H, W): the first frame is a cell of its own kind."""
+    return torch.cat([x[:, :, :1].expand(-1, -1, time - 1, -1, -1), x], 2)
 
 
-def principal_components(video: Tensor, weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean (P,) and the CHANNELS strongest components (P, CHANNELS) of the cells, those with a face counting more."""
+def cells(video: Tensor, time: int, side: int) -> Tensor:
+    """(B, C, F, H, W) -> (B, f, h, w, C * time * side * side)"""
+    return space_to_depth(first_repeated(video, time), (time, side, side)).permute(0, 2, 3, 4, 1)
+
+
+def mean_and_covariance(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of vectors (n, P), each counting as its weight (n, 1) says: (P,) and (P, P)."""
     total, mean, square = 0.0, 0.0, 0.0
-    for part, count in zip(video.split(50), weight.split(50)):
-        x = cells(to_float(part, device)).flatten(0, 3)  # (n, P)
-        c = cells(count.to(device).float()).flatten(0, 3).mean(1, keepdim=True)  # (n, 1)
-        total, mean, square = total + c.sum(), mean + (c * x).sum(0), square + (c * x).T @ x
+    for x, count in parts:
+        total, mean, square = total + count.sum(), mean + (count * x).sum(0), square + (count * x).T @ x
     mean = mean / total
-    covariance = square / total - mean[:, None] * mean
-    components = torch.linalg.eigh(covariance)[1][:, -CHANNELS:].flip(1)
-    return mean, components
+    return mean, square / total - mean[:, None] * mean
+
+
+class Components:
+    """The `count` strongest principal components of cells of time x side x side pixels, a face counting more."""
+
+    def __init__(self, video: Tensor, weight: Tensor, time: int, side: int, count: int, device: torch.device):
+        def parts() -> Iterable[tuple[Tensor, Tensor]]:
+            for part, counts in zip(video.split(50), weight.split(50)):
+                yield (
+                    cells(to_float(part, device), time, side).flatten(0, 3),
+                    cells(counts.to(device).float(), time, side).flatten(0, 3).mean(1, keepdim=True),
+                )
+
+        self.time, self.side = time, side
+        self.mean, covariance = mean_and_covariance(parts())
+        self.basis = torch.linalg.eigh(covariance)[1][:, -count:].flip(1)  # (P, count)
+
+    def of(self, video: Tensor) -> Tensor:
+        """(B, 3, F, H, W) -> (B, count, f, h, w)"""
+        return ((cells(video, self.time, self.side) - self.mean) @ self.basis).permute(0, 4, 1, 2, 3)
+
+
+@torch.no_grad()
+def fit(conv: Conv3d, inputs: Tensor, targets: Tensor, ridge: float = 1e-4) -> None:
+    """Least squares: the kernel that makes `targets` (B, C', F, H, W) of `inputs` (B, C, F, H, W)."""
+    gram, product = 0.0, 0.0
+    for x, y in zip(inputs.split(20), targets.split(20)):
+        first, last = x[:, :, :1], x[:, :, -1:]
+        x = torch.cat([first, first, x] if conv.causal else [first, x, last], 2)
+        x = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)  # (B, C, F, H, W, 3, 3, 3)
+        x = x.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)  # (n, C * 27)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        gram, product = gram + x.T @ x, product + x.T @ y.permute(0, 2, 3, 4, 1).flatten(0, 3)
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    solution = torch.linalg.solve(gram, product)
+    conv.conv.weight.copy_(solution[:-1].T.view_as(conv.conv.weight))
+    conv.conv.bias.copy_(solution[-1])
+
+
+def halve_time(x: Tensor, weight: Tensor) -> Tensor:
+    """What `compress_time_res` does to (..., frames, C), its kernel being `weight` (C / 2, C) at one frame alone."""
+    pairs = x.unflatten(-2, (-1, 2))  # (..., pairs, 2, C)
+    skip = pairs.transpose(-1, -2).flatten(-2).unflatten(-1, (x.shape[-1], 2)).mean(-1)
+    return (pairs @ weight.T).transpose(-1, -2).flatten(-2) + skip
+
+
+def keep_most(covariance: Tensor, frames: int, steps: int = 300) -> list[Tensor]:
+    """Kernels for two `compress_time_res` after which least is lost of `frames` frames with this covariance.
+
+    Descent on the variance that no linear map can bring back, which needs the covariance and no clips.
+    """
+    channels = len(covariance) // frames
+    everything = torch.eye(len(covariance)).to(covariance).unflatten(1, (frames, channels))
+    single = covariance.unflatten(0, (frames, -1)).unflatten(2, (frames, -1)).diagonal(0, 0, 2).sum(-1)
+    start = torch.linalg.eigh(single)[1].flip(1)[:, : channels // 2].T
+    kernels = [nn.Parameter(start.clone()), nn.Parameter(torch.randn_like(start) / channels**0.5)]
+    optimizer = torch.optim.Adam(kernels, 0.02)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
+    for _ in range(steps):
+        kept = halve_time(halve_time(everything, kernels[0]), kernels[1]).flatten(1)  # (frames * C, C)
+        inner, product = kept.T @ covariance @ kept, covariance @ kept
+        inner = inner + 1e-4 * inner.diagonal().mean() * torch.eye(channels).to(inner)
+        lost = covariance.trace() - (torch.linalg.solve(inner, product.T) * product.T).sum()
+        optimizer.zero_grad()
+        lost.backward()
+        optimizer.step()
+        schedule.step()
+    return [kernel.detach() for kernel in kernels]
+
+
+def cosines(count: int) -> Tensor:
+    """(count - 1, count): orthonormal rows that each sum to zero, and about equal squares in every column."""
+    place = (torch.arange(count) + 0.5) / count
+    return (torch.arange(1, count)[:, None] * math.pi * place).cos() * (2 / count) ** 0.5
+
+
+def batched(function, video: Tensor, device: torch.device) -> Tensor:
+    """`function` of all clips, some at a time."""
+    return torch.cat([function(to_float(part, device)) for part in video.split(20)])
+
+
+@torch.no_grad()
+def set_encoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
+    """Steps 1 and 2: the encoder as a linear map to the principal components, nearly."""
+    device, encoder = vae.encoder.conv_in.conv.weight.device, vae.encoder
+    for module in encoder.modules():
+        if isinstance(module, Conv3d):
+            nn.init.zeros_(module.conv.weight)
+            nn.init.zeros_(module.conv.bias)
+    small = Components(video, weight, 1, encoder.patch, len(encoder.conv_in.conv.weight), device)
+    across = small.basis.view(3, encoder.patch, encoder.patch, -1).transpose(1, 2).flatten(0, 2)  # a patch's layout
+    encoder.conv_in.conv.weight[:, :, 2, 1, 1] = across.T
+    encoder.conv_in.conv.bias.copy_(-small.mean @ small.basis)
+    space, *times = encoder.down_blocks
+
+    def parts() -> Iterable[tuple[Tensor, Tensor]]:
+        for part, counts in zip(video.split(50), weight.split(50)):
+            frames = first_repeated(space(encoder.conv_in(encoder.patches(to_float(part, device)))), CELL[0])
+            yield (
+                frames.unflatten(2, (-1, CELL[0])).permute(0, 2, 4, 5, 3, 1).flatten(4).flatten(0, 3),
+                cells(counts.to(device).float(), *CELL).flatten(0, 3).mean(1, keepdim=True),
+            )
+
+    covariance = mean_and_covariance(parts())[1]
+    with torch.enable_grad():
+        kernels = keep_most(covariance, CELL[0])
+    for block, kernel in zip(times, kernels):
+        block.conv.conv.weight[:, :, 2, 1, 1] = kernel
+
+    def before_out(clip: Tensor) -> Tensor:
+        x = encoder.conv_in(encoder.patches(clip))
+        for block in encoder.down_blocks:
+            x = block(x)
+        return x
+
+    times[-1].conv.conv.bias.fill_(OFFSET[0] * batched(before_out, video[:100], device).std())
+    large = Components(video, weight, *CELL, CHANNELS, device)
+    target = batched(large.of, video, device)
+    target = target / target.square().mean((0, 2, 3, 4), keepdim=True) ** 0.25
+    target = F.pad(target / target.square().mean().sqrt(), (0, 0, 0, 0, 0, 0, 0, 1))  # and the unused log-variance
+    fit(encoder.conv_out, F.silu(pixel_norm(batched(before_out, video, device))), target)
+    for parameter in encoder.parameters():  # as they will be stored: the statistics and the decoder are of these
+        parameter.copy_(parameter.bfloat16())
+
+
+@torch.no_grad()
+def set_decoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
+    """Step 3: residual blocks add nothing, and each other layer is the best that a linear map can be there."""
+    device, decoder = vae.encoder.conv_in.conv.weight.device, vae.decoder
+    x = batched(vae.encode, video, device)
+    nn.init.dirac_(decoder.conv_in.conv.weight)
+    nn.init.zeros_(decoder.conv_in.conv.bias)
+    time, side = CELL
+    for block in decoder.up_blocks:
+        if isinstance(block, ResStack):
+            for layer in block.res_blocks:
+                nn.init.kaiming_normal_(layer.conv1.conv.weight)
+                nn.init.zeros_(layer.conv2.conv.weight)
+                nn.init.zeros_(layer.conv2.conv.bias)
+            continue
+        time, side = time // block.stride[0], side // block.stride[1]
+        count = len(block.conv.conv.bias) // math.prod(block.stride)
+        target = batched(Components(video, weight, time, side, count, device).of, video, device)
+        last = (time, side) == (1, decoder.patch)
+        if last:  # its norm must not follow the picture's brightness, the first component: spread all over the channels
+            target = torch.einsum("bkfhw,kc->bcfhw", target[:, :-1], cosines(count).to(target))
+        target = target / target.square().mean().sqrt()
+        fit(block.conv, x, space_to_depth(first_repeated(target, block.stride[0]), block.stride))
+        if last:
+            block.conv.conv.bias += OFFSET[1]
+        x = torch.cat([block(part) for part in x.split(20)])
+    target = batched(vae.encoder.patches, video, device)
+    fit(decoder.conv_out, F.silu(pixel_norm(x)), target)
 
 
 def optimize(module: nn.Module, loss, steps: int, lr: float, title: str, report=lambda step: None) -> None:
@@ -118,52 +274,11 @@ def optimize(module: nn.Module, loss, steps: int, lr: float, title: str, report=
         report(step + 1)
 
 
-def train_encoder(vae: VideoVAE, video: Tensor, weight: Tensor, steps: int, batch: int, lr: float) -> None:
-    """Steps 1 and 2."""
-    device = vae.encoder.conv_in.conv.weight.device
-    mean, components = principal_components(video, weight, device)
-    target = [(cells(to_float(part, device)) - mean) @ components for part in video.split(50)]
-    target = torch.cat(target).permute(0, 4, 1, 2, 3)  # (n, C, f, h, w)
-    target = target / target.square().mean((0, 2, 3, 4), keepdim=True) ** 0.25
-    target = target / target.square().mean().sqrt()
-    with torch.no_grad():  # far from zero, PixelNorm and SiLU are nearly linear: begin there
-        vae.encoder.down_blocks[-1].conv.conv.bias.fill_(2.0)
-        vae.encoder.conv_out.conv.weight.mul_(0.5)
-
-    def loss() -> Tensor:
-        chosen = torch.randint(len(video), (batch,))
-        short = 9 if torch.rand(1) < 0.5 else FRAMES
-        latents = vae.encoder(to_float(video[chosen, :, :short], device))
-        return F.mse_loss(latents, target[chosen][:, :, : latents.shape[2]])
-
-    optimize(vae.encoder, loss, steps, lr, "encoder")
-
-
 @torch.no_grad()
-def start_decoder(vae: VideoVAE) -> None:
-    """Begin near a linear map: residual blocks add nothing, and what is enlarged is repeated."""
-    for module in vae.decoder.modules():
-        if isinstance(module, ResBlock):
-            nn.init.kaiming_normal_(module.conv1.conv.weight)
-            nn.init.zeros_(module.conv2.conv.weight)
-            nn.init.zeros_(module.conv2.conv.bias)
-        elif isinstance(module, Upsample):
-            weight, copies = module.conv.conv.weight, math.prod(module.stride)  # (C copies, C', 3, 3, 3)
-            for channel in range(len(weight) // copies):
-                weight[channel * copies : (channel + 1) * copies, channel, 1, 1, 1] += 1
-    weight = vae.decoder.conv_in.conv.weight
-    weight[:, :, 1, 1, 1] += torch.eye(*weight.shape[:2]).to(weight)
-
-
-@torch.no_grad()
-def encode_all(vae: VideoVAE, video: Tensor) -> Tensor:
-    device = vae.encoder.conv_in.conv.weight.device
-    return torch.cat([vae.encode(to_float(part, device)) for part in video.split(16)])
-
-
 def set_statistics(vae: VideoVAE, video: Tensor) -> None:
     """Each channel's mean, and one spread, that of all of them together."""
-    raw = encode_all(vae, video).transpose(0, 1).flatten(1)  # (C, n), the statistics being 0 and 1 so far
+    raw = batched(vae.encode, video, vae.encoder.conv_in.conv.weight.device)  # the statistics being 0 and 1 so far
+    raw = raw.transpose(0, 1).flatten(1)  # (C, n)
     mean, statistics = raw.mean(1), vae.per_channel_statistics._buffers
     statistics["mean-of-means"].copy_(mean)
     statistics["std-of-means"].fill_((raw - mean[:, None]).square().mean().sqrt())
@@ -172,9 +287,10 @@ def set_statistics(vae: VideoVAE, video: Tensor) -> None:
 def train_decoder(
     vae: VideoVAE, video: Tensor, weight: Tensor, steps: int, batch: int, lr: float, show: Path, every: int = 250
 ) -> None:
-    """Step 3, on short clips first: convolutions are the same at any length, their cost is not."""
-    device, latents = vae.encoder.conv_in.conv.weight.device, encode_all(vae, video)
-    done = 0
+    """Step 4, on short clips first: convolutions are the same at any length, their cost is not."""
+    device, done = vae.encoder.conv_in.conv.weight.device, 0
+    with torch.no_grad():
+        latents = batched(vae.encode, video, device)
 
     def loss() -> Tensor:
         chosen = torch.randint(len(video), (batch,))
@@ -221,10 +337,10 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/vae.safetensors", help="in the released layout (%(default)s)")
     parser.add_argument("--clips", type=int, default=2500, help="drawn once and trained on (%(default)s)")
-    parser.add_argument("--encoder-steps", type=int, default=1500)
-    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--fitted", type=int, default=800, help="of them, those the linear start is fitted to")
+    parser.add_argument("--steps", type=int, default=3000, help="of the decoder (%(default)s)")
     parser.add_argument("--batch", type=int, default=12, help="clips per step (%(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -235,12 +351,14 @@ def main() -> None:
     config["vae"] |= CONFIG
     vae = VideoVAE(config["vae"]).to(device)
     video, weight = draw_clips(options.seed, options.clips)
-    train_encoder(vae, video, weight, options.encoder_steps, options.batch, options.lr)
-    set_statistics(vae, video[:200])
-    start_decoder(vae)
+    few = slice(options.fitted)
+    set_encoder(vae, video[few], weight[few])
+    set_statistics(vae, video[few])
+    set_decoder(vae, video[few], weight[few])
+    describe(vae, out.with_suffix(".png"), "linear, nearly")
     write_modules(out, [vae], config, {})  # the encoder is what it will be: a cache can be made already
-    print(f"wrote the encoder to {out} after {time.monotonic() - since:.0f} s", flush=True)
-    train_decoder(vae, video, weight, options.decoder_steps, options.batch, options.lr, out.with_suffix(".png"))
+    print(f"wrote the linear start to {out} after {time.monotonic() - since:.0f} s", flush=True)
+    train_decoder(vae, video, weight, options.steps, options.batch, options.lr, out.with_suffix(".png"))
     write_modules(out, [vae.cpu()], config, {})
     print(f"wrote {out} after {time.monotonic() - since:.0f} s on {device}")
 

@@ -192,10 +192,12 @@ class Encoder(nn.Module):
         # The means and a single log-variance shared by all channels, which is not used.
         self.conv_out = Conv3d(channels, config["latent_channels"] + 1, causal=True)
 
+    def patches(self, video: Tensor) -> Tensor:
+        """(B, 3, F, H, W) -> (B, 3 p p, F, H/p, W/p). Here alone the released layout counts width before height."""
+        return space_to_depth(video.transpose(3, 4), (1, self.patch, self.patch)).transpose(3, 4)
+
     def forward(self, video: Tensor, memory: Memory | None = None) -> Tensor:
-        # Within a patch the released layout counts width before height, unlike everywhere else.
-        patches = space_to_depth(video.transpose(3, 4), (1, self.patch, self.patch)).transpose(3, 4)
-        x = self.conv_in(patches, memory)
+        x = self.conv_in(self.patches(video), memory)
         for block in self.down_blocks:
             x = block(x, memory)
         return self.conv_out(F.silu(pixel_norm(x)), memory)[:, :-1]

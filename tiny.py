@@ -1,0 +1,136 @@
+"""Retrain all that assets/ embeds, from nothing but the drawn world: `make tiny`.
+
+    toy_faces.py ──> assets/faces                  detector and recognizer
+    judge.py     ──> assets/judge.safetensors      what measures the videos, on drawn clips
+    toy_text.py  ──> gemma, projection, connector ─┐
+    toy_vae.py   ──> VAE ──────────────────────────┴─> start.safetensors
+    train.py     ──> the DiT, from nothing, flow loss                        (configs/tiny.toml)
+    train.py     ──> the DiT, with identity losses ──> assets/tiny.safetensors
+
+    python tiny.py                     # what is there already is kept: run it again to continue
+    python tiny.py --parts video,identity --out runs/mine
+
+Each part is one of the repository's own commands, shown as it runs. Afterwards it says how long each took.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoint import write_modules
+from errors import Parser, UserError, one_line_errors, whole_file
+from model import LTXVideo
+from text import TextConnector
+from toy_text import TRANSFORMER
+from toy_vae import CONFIG, FPS, FRAMES, SIZE
+from vae import VideoVAE
+
+HERE = Path(__file__).parent
+DEFAULTS = {"height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "steps": 30, "s_text": 2.0, "s_ref": 3.0}
+PARTS = ("faces", "judge", "text", "vae", "video", "identity")
+
+
+def assemble(vae: Path, text: Path, out: Path) -> None:
+    """One checkpoint in the released layout of the trained VAE and text path; its DiT is random."""
+    config = json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
+    config["vae"] |= CONFIG
+    config["transformer"] |= TRANSFORMER
+    torch.manual_seed(0)
+    modules = [
+        LTXVideo(config["transformer"]),
+        TextConnector.from_checkpoint(text),
+        VideoVAE.from_checkpoint(vae),
+    ]
+    write_modules(out, modules, config, {"weights": "random", "defaults": DEFAULTS})
+
+
+def commands(part: str, out: Path, processes: int) -> list[list[str]]:
+    """What makes a part, each the words behind `python`."""
+    train = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(HERE / "train.py")]
+
+    def stage(name: str, start: Path, **changes: object) -> list[list[str]]:
+        changes |= {"run.out": out / name, "model.ckpt": start, "model.gemma": out / "gemma"}
+        changes |= {"faces.pack": out / "faces"} if name == "identity" else {}
+        changes |= {"data.cache": out / "cache"}
+        options = [str(HERE / "configs" / "tiny.toml"), *[f"--set={key}={value}" for key, value in changes.items()]]
+        return [[*train, *options], [str(HERE / "train.py"), *options, "--export", str(out / f"{name}.safetensors")]]
+
+    match part:
+        case "faces":
+            return [[str(HERE / "toy_faces.py"), "--out", str(out / "faces")]]
+        case "judge":
+            return [[str(HERE / "judge.py"), "--train", str(out / "judge.safetensors")]]
+        case "text":
+            return [[str(HERE / "toy_text.py"), "--gemma", str(out / "gemma"), "--out", str(out / "text.safetensors")]]
+        case "vae":
+            return [[str(HERE / "toy_vae.py"), "--out", str(out / "vae.safetensors")]]
+        case "video":
+            return stage("video", out / "start.safetensors")
+    identity = {"model.scratch": "false", "optim.steps": 400, "optim.lr": 2e-4, "optim.ema": 0.98, "optim.warmup": 20}
+    return stage("identity", out / "video.safetensors", **identity)
+
+
+def make(part: str, out: Path, processes: int) -> None:
+    """Make a part unless it is there, and keep note of the time."""
+    record = out / "seconds.json"
+    seconds = json.loads(record.read_text()) if record.is_file() else {}
+    if part in seconds:
+        return
+    begun = time.perf_counter()
+    if part == "video":
+        assemble(out / "vae.safetensors", out / "text.safetensors", out / "start.safetensors")
+    for command in commands(part, out, processes):
+        print(f"$ python {' '.join(command)}", flush=True)
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {})
+        code = subprocess.run([sys.executable, *command], env=environment).returncode
+        if code:
+            raise UserError(
+                f"{part}: the command above ended with code {code}: mend what it says above, run this again"
+            )
+    seconds[part] = round(time.perf_counter() - begun)
+    with whole_file(record) as temporary:
+        temporary.write_text(json.dumps(seconds, indent=1) + "\n")
+
+
+def publish(out: Path, assets: Path) -> None:
+    """Copy what was made to where sample.py and train.py look for it."""
+    last = next(
+        out / f"{name}.safetensors" for name in ("identity", "video") if (out / f"{name}.safetensors").is_file()
+    )
+    shutil.copyfile(last, assets / "tiny.safetensors")
+    for name in ("faces", "gemma"):
+        shutil.copytree(out / name, assets / name, dirs_exist_ok=True)
+    shutil.copyfile(out / "judge.safetensors", assets / "judge.safetensors")
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/tiny", help="working folder (%(default)s)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="those to make (%(default)s)")
+    parser.add_argument("--publish", action="store_true", help="then replace what is in assets/")
+    options = parser.parse_args()
+    parts, out = options.parts.split(","), Path(options.out)
+    if unknown := set(parts) - set(PARTS):
+        raise UserError(f"--parts has {', '.join(sorted(unknown))}: it takes {', '.join(PARTS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    cores = 2 ** min(3, (os.cpu_count() or 1).bit_length() - 1)  # the batch of 32 is shared out evenly
+    for part in PARTS:
+        if part in parts:
+            make(part, out, torch.cuda.device_count() or cores)
+    if options.publish:
+        publish(out, HERE / "assets")
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    for part, seconds in json.loads((out / "seconds.json").read_text()).items():
+        print(f"{part:10}{seconds / 60:6.1f} min on {where}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
