@@ -9,6 +9,7 @@ counted. Videos of people, references and prompts that were never trained on are
 
     python judge.py                                       # the tiny model of assets/, 64 people
     python judge.py --ckpt FILE --no-reference --shuffle  # two controls more: without, and with somebody else's, photo
+    python judge.py --write out/toy                       # the cases, for sample.py --batch and eval.py
     python judge.py --train assets/judge.safetensors      # the network of eye.py, in an hour on one core
 
 Letters: N videos, F frames each, H W their size.
@@ -339,6 +340,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--det-size", type=int, default=128, help="side the detector sees (%(default)s)")
     parser.add_argument("--eye", default=str(ASSETS / "judge.safetensors"), help="the network (%(default)s)")
     parser.add_argument("--out", default="out/judge", help="folder for the table, the rows, the sheet (%(default)s)")
+    parser.add_argument("--write", metavar="FOLDER", help="write the cases for sample.py --batch; nothing else")
     parser.add_argument("--train", metavar="FILE", help="learn the network and write it; nothing else")
     parser.add_argument("--minutes", type=float, default=60, help="for --train (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -356,6 +358,8 @@ def main() -> None:
     if options.train:
         return train(options, device)
     path, out = options.ckpt or ASSETS / "tiny.safetensors", Path(options.out)
+    if options.write:
+        return write_cases(Path(options.write), options, settings_of(path))
     look = Eye.from_file(options.eye, device)
     settings = settings_of(path, s_text=options.s_text, s_ref=options.s_ref, steps=options.steps)
     size = {"frames": settings["frames"], "fps": settings["fps"], "size": settings["height"]}
@@ -386,6 +390,20 @@ def main() -> None:
     with whole_file(out / "rows.json") as temporary:
         temporary.write_text(json.dumps(rows))
     print(f"{text}\nwrote summary.md, rows.json and sheet.png into {out}")
+
+
+def write_cases(folder: Path, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Portraits and cases.jsonl, which sample.py --batch and eval.py read, of the same people, prompts and seeds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told, lines = cases(options.seed, options.count, *(settings[key] for key in ("frames", "fps", "height"))), []
+    for k, case in enumerate(told):
+        with whole_file(folder / f"{k:03}.png") as temporary:
+            Image.fromarray(case["reference"]).save(temporary)
+        given = {"id": f"{k:03}", "reference": f"{k:03}.png", "prompt": case["caption"]}
+        lines.append(json.dumps(given | {"seed": options.seed * options.count + k}))
+    with whole_file(folder / "cases.jsonl") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    print(f"wrote {len(lines)} portraits and {folder / 'cases.jsonl'}")
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:

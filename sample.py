@@ -35,6 +35,7 @@ from fp8 import store_in_fp8
 from guidance import DISTILLED_SIGMAS, generate, needed_streams
 from lora import REFERENCE, LoRA, describe, merge_lora, parse_lora, told_by, wanted_by
 from media import contact_sheet, read_image, to_tensor, to_uint8, write_video
+from metrics import FaceReader, face_sim
 from model import LTXVideo
 from offload import offload
 from parallel import join_processes
@@ -80,6 +81,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     parser.add_argument("--preset", choices=list(PRESETS), help="what a LoRA without our metadata was trained with")
     parser.add_argument("--prompt-prefix", help="what the prompt is made to begin with (default: nothing)")
+    parser.add_argument(
+        "--faces", help="model pack that says how like the photo the faces are (default: the tiny model's own, or none)"
+    )
     parser.add_argument("--samples", type=int, default=1, help="videos to make, with seeds SEED, SEED+1, ...")
     parser.add_argument("--seed", type=int, default=0, help="one seed is one video, on every device")
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has the GPU of its number
@@ -144,6 +148,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
         return batch.finish(cases)
     if checkpoint.ours.get("weights") == "random":
         print(f"note: the weights in {path} are random, not trained: the video will be noise")
+    reader = read_faces(options, device) if any(case.reference for case in sound) and not ranks[0] else None
 
     # ---- prompts to contexts; Gemma is gone when this is done
     encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), device, dtype)
@@ -174,7 +179,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
                 **settings,
             )
             if video is not None:
-                write_sample(jobs[case], case, photo, to_uint8(video), told)
+                write_sample(jobs[case], case, photo, to_uint8(video), told, reader)
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     if batch:
@@ -204,13 +209,33 @@ def begin_with(prefix: str, prompt: str) -> str:
     return prompt if prompt.startswith(prefix) else prefix + prompt
 
 
-def write_sample(out: Path, case: Case, photo: Image.Image | None, frames: np.ndarray, told: dict) -> None:
-    """The video, with all that it was made from in its metadata, then its contact sheet."""
+def read_faces(options: argparse.Namespace, device: torch.device) -> FaceReader | None:
+    """What compares the video's faces with the photo's, or None where nothing is to do that."""
+    pack = options.faces or (None if options.ckpt else ASSETS / "faces")
+    return FaceReader(pack, device=device, det_size=None if options.faces else 128) if pack else None
+
+
+def likeness(reader: FaceReader, photo: Image.Image, frames: np.ndarray) -> str:
+    """FaceSim of metrics.py over all frames, in words."""
+    reference, faces = reader.read(np.asarray(photo)[None]), reader.read(frames)
+    if not reference.found.any():
+        return "no face was found in the photo"
+    found = int(faces.found.sum())
+    score = face_sim(faces.arc, reference.arc[0], faces.found)
+    return f"similarity to the photo {score:.2f} (ArcFace), a face in {found} of {len(frames)} frames"
+
+
+def write_sample(
+    out: Path, case: Case, photo: Image.Image | None, frames: np.ndarray, told: dict, reader: FaceReader | None
+) -> None:
+    """The video, with all that it was made from in its metadata, then its contact sheet; how like the photo it is."""
     asked = begin_with(told["prompt_prefix"], case.prompt)
     used = told | {"prompt": asked, "seed": case.seed, "ref": str(case.reference) if case.reference else None}
     write_video(out, frames, told["fps"], json.dumps(used))
     contact_sheet(out.with_suffix(".png"), photo, frames)
     print(f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}")
+    if reader and photo:
+        print(likeness(reader, photo, frames))
 
 
 def resolve_loras(options: argparse.Namespace, checkpoint: Checkpoint) -> list[LoRA]:

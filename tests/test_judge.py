@@ -1,15 +1,24 @@
 """judge.py and eye.py: formulas against hand-made inputs, the committed network against what was drawn."""
 
+import csv
+import json
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 import eye
 import judge
+import sample
 import toy
+from cases import read_cases
+from checkpoint import Checkpoint
 from judge import SCENE, copied, moves, shares, shows_background
+from media import read_image
+from metrics import FaceReader
 
 COUNT = 24
 
@@ -298,9 +307,6 @@ def test_videos_are_those_of_sample_py(root, tmp_path, in_process):
 @pytest.mark.slow
 def test_the_committed_model_keeps_the_face_and_follows_the_prompt(root):
     """A smaller draw of what README reports; with the bounds of 64 people less what chance takes from 16."""
-    from checkpoint import Checkpoint
-    from metrics import FaceReader
-
     path, count = root / "assets" / "tiny.safetensors", 16
     if Checkpoint(path).ours.get("weights") == "random":
         pytest.skip("the checkpoint in assets/ is not trained")
@@ -319,3 +325,39 @@ def test_the_committed_model_keeps_the_face_and_follows_the_prompt(root):
     assert np.mean([row["retrieved"] for row in others]) <= 0.25  # chance 1 in 16
     assert np.mean([row["retrieved_permuted"] for row in others]) >= 0.7  # it is whoever is in the photo
     assert np.mean([row["retrieved"] for row in none]) <= 0.25
+
+
+def test_the_cases_are_written_as_they_are_judged(tmp_path, in_process):
+    code, _, errors = in_process(judge.main, "judge.py", "--write", tmp_path, "--count", 3, "--seed", 5)
+    assert code == 0, errors
+    told = judge.cases(5, 3)
+    for k, case in enumerate(read_cases(tmp_path / "cases.jsonl")):
+        assert np.array_equal(np.asarray(read_image(case.reference)), told[k]["reference"])
+        assert (case.prompt, case.seed) == (told[k]["caption"], 15 + k)
+    assert k == 2
+
+
+@pytest.mark.slow
+def test_own_photos_score_higher_than_foreign_ones_through_the_commands(root, tmp_path, in_process):
+    """sample.py --batch, then eval.py against each case's own photo, and against the next case's."""
+    if Checkpoint(root / "assets" / "tiny.safetensors").ours.get("weights") == "random":
+        pytest.skip("the checkpoint in assets/ is not trained")
+    begun, count = time.perf_counter(), 8
+    cases, videos = tmp_path / "cases.jsonl", tmp_path / "videos"
+    assert in_process(judge.main, "judge.py", "--write", tmp_path, "--count", count)[0] == 0
+    code, printed, errors = in_process(sample.main, "sample.py", "--batch", cases, "--out", videos)
+    assert code == 0 and printed.count("similarity to the photo") == count, errors
+    rows = [json.loads(line) for line in cases.read_text().splitlines()]
+    others = tmp_path / "others.jsonl"
+    moved = [row | {"reference": rows[(k + 1) % count]["reference"]} for k, row in enumerate(rows)]
+    others.write_text("".join(json.dumps(row) + "\n" for row in moved))
+    scores = []
+    for listed in (cases, others):
+        options = ["--faces", root / "assets" / "faces", "--det-size", 128, "--clip", "none"]
+        options += ["--videos", videos, "--cases", listed, "--out", tmp_path / listed.stem]
+        assert in_process(evaluation.main, "eval.py", *options)[0] == 0
+        with open(tmp_path / listed.stem / "scores.csv") as file:
+            scores.append([float(row["facesim_arc"]) for row in csv.DictReader(file)])
+    own, foreign = np.array(scores)
+    assert own.mean() > foreign.mean() + 0.25 and (own > foreign).mean() >= 0.75, (own, foreign)
+    assert time.perf_counter() - begun < 300
