@@ -1,9 +1,8 @@
-"""Make the embedded default: a tiny checkpoint in the LTX-2.3 layout, a tiny Gemma 3, an example face, and four clips
-to train on. The face models in assets/faces are made by toy_faces.py.
+"""Make the example face of the drawn world, and four clips of other drawings to prepare and to score.
 
     python assets/make.py
 
-The weights are random and say so in the checkpoint's metadata. Sizes are what differs from configs/ltx-2.3.json.
+The models in assets/ are made by tiny.py.
 """
 
 import json
@@ -11,109 +10,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from torch import nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from checkpoint import write_modules  # noqa: E402
 from media import write_video  # noqa: E402
-from model import LTXVideo  # noqa: E402
-from text import TextConnector  # noqa: E402
-from vae import VideoVAE  # noqa: E402
-
-HIDDEN, LAYERS, TOKENS = 64, 4, 64  # the tiny Gemma: width, depth, longest prompt
-
-TRANSFORMER = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "num_layers": 4,
-    "in_channels": 16,
-    "out_channels": 16,
-    "cross_attention_dim": 128,
-    "caption_channels": HIDDEN,
-    "positional_embedding_max_pos": [4, 128, 128],  # seconds, pixels, pixels: twice the default video and a margin
-    "connector_num_attention_heads": 4,
-    "connector_attention_head_dim": 32,
-    "connector_num_layers": 2,
-    "connector_positional_embedding_max_pos": [256],
-    "connector_num_learnable_registers": 16,
-}
-# One cell is 4 frames of 8x8 pixels: patches of 4, then space once and time twice by 2.
-ENCODER = [
-    ["res_x", {"num_layers": 1}],
-    ["compress_space_res", {"multiplier": 2}],
-    ["res_x", {"num_layers": 1}],
-    ["compress_time_res", {"multiplier": 1}],
-    ["compress_time_res", {"multiplier": 2}],
-    ["res_x", {"num_layers": 1}],
-]
-VAE = {
-    "latent_channels": 16,
-    "encoder_base_channels": 16,
-    "decoder_base_channels": 16,
-    "encoder_blocks": ENCODER,
-    "decoder_blocks": [[kind.removesuffix("_res"), options] for kind, options in ENCODER],
-}
-DEFAULTS = {"height": 64, "width": 64, "frames": 17, "fps": 12.0, "steps": 30}
-
-PROMPTS = [
-    "A young woman with red hair turns her head to the left and smiles in front of a blue wall.",
-    "An old man with a grey beard and glasses looks up, then nods slowly. The background is green.",
-    "A person with short black hair walks across the frame, blinking, in warm light from the right.",
-    "Close portrait of a bald man tilting his head; soft light, plain yellow background, calm face.",
-]
-
-
-def make_checkpoint(path: Path) -> None:
-    """Random modules of the sizes above, in the released layout."""
-    config = json.loads((HERE.parent / "configs" / "ltx-2.3.json").read_text())
-    config["transformer"] |= TRANSFORMER
-    config["vae"] |= VAE
-    modules = [
-        LTXVideo(config["transformer"]),
-        TextConnector(config["transformer"], LAYERS + 1),
-        VideoVAE(config["vae"]),
-    ]
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if name.endswith(("scale_shift_table", "learnable_registers")):
-                nn.init.normal_(parameter, std=0.5)
-    write_modules(path, modules, config, {"weights": "random", "defaults": DEFAULTS})
-
-
-def make_gemma(folder: Path) -> None:
-    """A Gemma 3 language model and a tokenizer of its kind, both of a few hundred entries."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import Gemma3TextConfig, Gemma3TextModel, GemmaTokenizer
-
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    letters = [chr(c) for c in range(33, 127)]
-    tokenizer.train_from_iterator([*PROMPTS, " ".join(letters)], trainer)
-    learned = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    GemmaTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TOKENS, add_bos_token=True).save_pretrained(
-        folder
-    )
-
-    config = Gemma3TextConfig(
-        vocab_size=len(learned["vocab"]),
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=32,
-        query_pre_attn_scalar=16,
-        max_position_embeddings=TOKENS,
-        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
-    )
-    Gemma3TextModel(config).to(torch.bfloat16).save_pretrained(folder)
+from toy import person, reference  # noqa: E402
 
 
 def draw_face(size: int, look: dict[str, str], turn: float = 0.0, smile: float = 0.5, x: float = 0.0) -> Image.Image:
@@ -151,6 +54,8 @@ def draw_face(size: int, look: dict[str, str], turn: float = 0.0, smile: float =
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
+FPS = 12.0
+WHO = 3  # of the test split, in face.png
 LOOKS = [
     {
         "skin": "#e8b794",
@@ -200,7 +105,7 @@ def make_clips(folder: Path, frames: int = 17, size: int = 64) -> None:
     for k, (look, (caption, start, end)) in enumerate(zip(LOOKS, CLIPS)):
         way = np.linspace(start, end, frames)
         clip = np.stack([np.asarray(draw_face(size, look, turn, smile, x)) for turn, smile, x in way])
-        write_video(folder / f"{k}.mp4", clip, DEFAULTS["fps"])
+        write_video(folder / f"{k}.mp4", clip, FPS)
         draw_face(128, look | {"background": "#9fb2cc"}).save(folder / f"{k}.png", optimize=True)
         lines.append(f'{k}.mp4,"{caption}",{k}.png')
         cases.append(json.dumps({"id": str(k), "reference": f"{k}.png", "prompt": caption, "seed": k}))
@@ -208,12 +113,14 @@ def make_clips(folder: Path, frames: int = 17, size: int = 64) -> None:
     (folder / "cases.jsonl").write_text("\n".join(cases) + "\n")
 
 
+def make_face(path: Path) -> None:
+    """The portrait of somebody the models were not trained on, larger than they see it."""
+    portrait, _ = reference(person(0, WHO, "test"), np.random.default_rng(WHO), 256)
+    Image.fromarray(portrait).save(path, optimize=True)
+
+
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    make_checkpoint(HERE / "tiny.safetensors")
-    make_gemma(HERE / "gemma")
-    draw_face(512, LOOKS[0]).save(HERE / "face.png", optimize=True)
+    make_face(HERE / "face.png")
     make_clips(HERE / "clips")
-    for made in sorted(HERE.rglob("*")):
-        if made.is_file():
-            print(f"{made.relative_to(HERE.parent)}  {made.stat().st_size:,} bytes")
+    for made in sorted([HERE / "face.png", *(HERE / "clips").iterdir()]):
+        print(f"{made.relative_to(HERE.parent)}  {made.stat().st_size:,} bytes")

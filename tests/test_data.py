@@ -709,7 +709,7 @@ def test_fingerprint_is_of_vae_and_projection(options, tmp_path):
 
 def test_sizes_that_the_vae_cannot_take(options, tmp_path):
     for change, said in [
-        ({"height": 60}, r"--height 60 is not a multiple of 8: the nearest are 56 and 64"),
+        ({"height": 60}, r"--height 60 is not a multiple of 16: the nearest are 48 and 64"),
         ({"frames": 16}, r"--frames 16 is not 4k\+1: the nearest are 13 and 17"),
         ({"width": 0}, "--width 0"),
         ({"fps": 0}, "--fps 0"),

@@ -102,13 +102,13 @@ def test_a_real_photograph_to_a_video(root, tmp_path):
 
 def test_all_options_arrive(command, face, tmp_path):
     out = tmp_path / "clip.mp4"
-    options = ["--frames", 9, "--height", 40, "--width", 56, "--fps", 8, "--steps", 2, "--s-text", 3, "--s-ref", 4]
+    options = ["--frames", 9, "--height", 48, "--width", 64, "--fps", 8, "--steps", 2, "--s-text", 3, "--s-ref", 4]
     options += ["--placement", "remote", "--seed", 11, "--negative", "blurry", "--dtype", "bfloat16", "--device", "cpu"]
     code, stdout, stderr = command("--ref", face, "--prompt", "A man.", "--out", out, *options)
     assert code == 0, stderr
     frames, fps, settings = read_video(out)
-    assert frames.shape == (9, 40, 56, 3) and fps == 8.0 and str(out) in stdout
-    want = {"frames": 9, "height": 40, "width": 56, "fps": 8.0, "steps": 2, "s_y": 3.0, "s_r": 4.0, "seed": 11}
+    assert frames.shape == (9, 48, 64, 3) and fps == 8.0 and str(out) in stdout
+    want = {"frames": 9, "height": 48, "width": 64, "fps": 8.0, "steps": 2, "s_y": 3.0, "s_r": 4.0, "seed": 11}
     want |= {"placement": "remote", "prompt": "A man.", "negative": "blurry", "ref": face}
     assert want.items() <= settings.items()
 
@@ -387,8 +387,8 @@ def test_check_reads_no_tensor(command, monkeypatch):
         (["--frames", "18"], ["--frames 18", "4k+1", "17 and 21"]),
         (["--frames", "0"], ["--frames 0", "1 and 5"]),
         (["--frames", "-7"], ["--frames -7", "1 and 5"]),
-        (["--height", "60"], ["--height 60", "multiple of 8", "56 and 64"]),
-        (["--width", "3"], ["--width 3", "8 and 16"]),
+        (["--height", "60"], ["--height 60", "multiple of 16", "48 and 64"]),
+        (["--width", "3"], ["--width 3", "16 and 32"]),
         (["--steps", "0"], ["--steps 0"]),
         (["--fps", "0"], ["--fps 0"]),
         (["--fps", "nan"], ["--fps nan"]),

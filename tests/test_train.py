@@ -34,7 +34,13 @@ from toy import toy_clip
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-QUICK = {
+QUICK = {  # the clips in assets/ instead of drawn ones, the weights in assets/, and the identity losses
+    "model.scratch": "false",
+    "data.toy": 0,
+    "faces.pack": "assets/faces",
+    "optim.ema": 0,
+    "optim.decay": "constant",
+    "optim.betas": [0.9, 0.999],
     "optim.batch": 4,
     "optim.warmup": 2,
     "optim.lr": 1e-4,
