@@ -231,9 +231,9 @@ def set_encoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
 def set_decoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
     """Step 3: residual blocks add nothing, and each other layer is the best that a linear map can be there."""
     device, decoder = vae.encoder.conv_in.conv.weight.device, vae.decoder
-    x = batched(vae.encode, video, device)
     nn.init.dirac_(decoder.conv_in.conv.weight)
     nn.init.zeros_(decoder.conv_in.conv.bias)
+    x = batched(lambda clip: decoder.conv_in(vae.encoder(clip)), video, device)
     time, side = CELL
     for block in decoder.up_blocks:
         if isinstance(block, ResStack):

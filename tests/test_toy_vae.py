@@ -99,6 +99,7 @@ def test_a_landmark_counts_most():
     assert weight[0, 10, 14] == pytest.approx(1 + toy_vae.FACE * math.exp(-0.5))
 
 
+@pytest.mark.slow
 def test_the_linear_start_decodes_about_what_components_can(monkeypatch):
     """Far fewer channels than the real one: what is lost is the components' loss and little more."""
     small = {"latent_channels": 24, "encoder_base_channels": 12, "decoder_base_channels": 24}
@@ -109,7 +110,7 @@ def test_the_linear_start_decodes_about_what_components_can(monkeypatch):
     toy_vae.set_encoder(vae, video, weight)
     toy_vae.set_statistics(vae, video)
     toy_vae.set_decoder(vae, video, weight)
-    shown = toy_vae.to_float(video[:20], CPU)
+    shown = toy_vae.to_float(toy_vae.draw_clips(0, 20, "test")[0], CPU)
     components = toy_vae.Components(video, weight, *toy_vae.CELL, 24, CPU)
     cells = toy_vae.cells(shown, *toy_vae.CELL)
     centered = cells - components.mean
@@ -127,12 +128,12 @@ def test_a_short_run_writes_what_is_loaded(tmp_path, in_process):
     assert code == 0, error
     vae = VideoVAE.from_checkpoint(out)
     assert vae.scale == (4, 16, 16)
-    video = toy_vae.to_float(toy_vae.draw_clips(0, 2, "test")[0], torch.device("cpu"))
+    video = toy_vae.to_float(toy_vae.draw_clips(0, 2)[0], CPU)  # two of the six
     with torch.no_grad():
         latents = vae.encode(video)
         error = (vae.decode(latents) - video).square().mean().item()
     assert latents.shape == (2, 128, 5, 4, 4)
     _, spread = vae.per_channel_statistics.mean_and_std()
     assert (spread == spread[0]).all()  # one for all channels
-    assert error < 2 * video.var().item()
+    assert error < 0.5 * video.var().item()  # rounded to bf16, and after three steps
     assert re.search(r"wrote .*vae.safetensors", printed) and out.with_suffix(".png").is_file()
