@@ -1,5 +1,6 @@
 # make sample   set up .venv and make a video with the embedded model
-# make train    set up and train the tiny model on the clips in assets/
+# make train    set up and begin to train the tiny model, on a few drawn clips
+# make tiny     set up and make all models in assets/ anew; hours on a CPU
 # make vbench   set up .venv-vbench for eval.py --vbench (PYTHON=python3.11 or older)
 # make test     set up and run the tests
 # make setup    only set up; PYTHON=python3.12 picks the interpreter, ORT=gpu|cpu the onnxruntime (found by nvidia-smi)
@@ -10,7 +11,7 @@ OTHER  := $(if $(filter gpu,$(ORT)),onnxruntime,onnxruntime-gpu)
 RUN    := .venv/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: setup sample train vbench test lint clean
+.PHONY: setup sample train tiny vbench test lint clean
 
 setup: .venv/ready-$(ORT)
 
@@ -26,11 +27,13 @@ setup: .venv/ready-$(ORT)
 	touch $@
 
 sample: setup
-	$(RUN) sample.py --ref assets/face.png --prompt "A woman with brown hair turns her head and smiles." --out out/sample.mp4
+	$(RUN) sample.py --ref assets/face.png --prompt "Someone turns the head to the left in front of a teal wall." --out out/sample.mp4
 
 train: setup
-	$(RUN) data.py prepare --manifest assets/clips/manifest.csv --out cache/tiny
-	$(RUN) train.py
+	$(RUN) train.py --set run.out=runs/try --set data.cache=cache/try --set data.toy=200 --set optim.steps=60 --set log.every=10 --set log.sample_every=60
+
+tiny: setup
+	$(RUN) tiny.py --publish
 
 # Not the environment of everything else: VBench pins numpy below 2 and a transformers of 2023.
 vbench: .venv-vbench/ready
@@ -50,4 +53,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf .venv .venv-vbench out cache/tiny runs/tiny
+	rm -rf .venv .venv-vbench out cache/try cache/clips runs/try runs/clips

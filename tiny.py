@@ -101,9 +101,10 @@ def make(part: str, out: Path, processes: int) -> None:
 
 def publish(out: Path, assets: Path) -> None:
     """Copy what was made to where sample.py and train.py look for it."""
-    last = next(
-        out / f"{name}.safetensors" for name in ("identity", "video") if (out / f"{name}.safetensors").is_file()
-    )
+    made = [out / f"{name}.safetensors" for name in ("identity", "video")]
+    last = next((path for path in made if path.is_file()), None)
+    if last is None:
+        raise UserError(f"{made[-1]} is not there: make the part video first")
     shutil.copyfile(last, assets / "tiny.safetensors")
     for name in ("faces", "gemma"):
         shutil.copytree(out / name, assets / name, dirs_exist_ok=True)
