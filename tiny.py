@@ -5,7 +5,8 @@
     toy_text.py  ──> gemma, projection, connector ─┐
     toy_vae.py   ──> VAE ──────────────────────────┴─> start.safetensors
     train.py     ──> the DiT, from nothing, flow loss                        (configs/tiny.toml)
-    train.py     ──> the DiT, with identity losses ──> assets/tiny.safetensors
+    train.py     ──> adapters to it, with the identity losses (lora.py)
+    lora.py      ──> both merged ──> assets/tiny.safetensors
 
     python tiny.py                     # what is there already is kept: run it again to continue
     python tiny.py --parts video,identity --out runs/mine
@@ -34,6 +35,16 @@ from vae import VideoVAE
 
 HERE = Path(__file__).parent
 DEFAULTS = {"height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "steps": 30, "s_text": 2.0, "s_ref": 3.0}
+IDENTITY = {  # what the last part changes in configs/tiny.toml
+    "model.scratch": "false",
+    "lora.rank": 32,
+    "faces.window": 1,
+    "faces.lambda_id": 0.5,
+    "optim.steps": 300,
+    "optim.lr": 1e-3,
+    "optim.warmup": 20,
+    "optim.ema": 0,
+}
 PARTS = ("faces", "judge", "text", "vae", "video", "identity")
 
 
@@ -55,10 +66,9 @@ def commands(part: str, out: Path, processes: int) -> list[list[str]]:
     """What makes a part, each the words behind `python`."""
     train = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(HERE / "train.py")]
 
-    def stage(name: str, start: Path, **changes: object) -> list[list[str]]:
-        changes |= {"run.out": out / name, "model.ckpt": start, "model.gemma": out / "gemma"}
-        changes |= {"faces.pack": out / "faces"} if name == "identity" else {}
-        changes |= {"data.cache": out / "cache"}
+    def stage(name: str, start: str, **changes: object) -> list[list[str]]:
+        paths = {"run.out": out / name, "model.ckpt": out / start, "model.gemma": out / "gemma"}
+        changes |= paths | {"data.cache": out / "cache"}
         options = [str(HERE / "configs" / "tiny.toml"), *[f"--set={key}={value}" for key, value in changes.items()]]
         return [[*train, *options], [str(HERE / "train.py"), *options, "--export", str(out / f"{name}.safetensors")]]
 
@@ -72,9 +82,12 @@ def commands(part: str, out: Path, processes: int) -> list[list[str]]:
         case "vae":
             return [[str(HERE / "toy_vae.py"), "--out", str(out / "vae.safetensors")]]
         case "video":
-            return stage("video", out / "start.safetensors")
-    identity = {"model.scratch": "false", "optim.steps": 400, "optim.lr": 2e-4, "optim.ema": 0.98, "optim.warmup": 20}
-    return stage("identity", out / "video.safetensors", **identity)
+            return stage("video", "start.safetensors")
+    video, identity, merged = (str(out / f"{name}.safetensors") for name in ("video", "identity", "tiny"))
+    return [
+        *stage("identity", "video.safetensors", **IDENTITY, **{"faces.pack": out / "faces"}),
+        [str(HERE / "lora.py"), "--ckpt", video, "--lora", identity, "--out", merged],
+    ]
 
 
 def make(part: str, out: Path, processes: int) -> None:
@@ -101,7 +114,7 @@ def make(part: str, out: Path, processes: int) -> None:
 
 def publish(out: Path, assets: Path) -> None:
     """Copy what was made to where sample.py and train.py look for it."""
-    made = [out / f"{name}.safetensors" for name in ("identity", "video")]
+    made = [out / f"{name}.safetensors" for name in ("tiny", "video")]
     last = next((path for path in made if path.is_file()), None)
     if last is None:
         raise UserError(f"{made[-1]} is not there: make the part video first")

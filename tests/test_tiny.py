@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import judge
+import lora
 import sample
 import tiny
 import toy_faces
@@ -60,14 +61,15 @@ def test_every_command_is_one_that_its_program_takes(tmp_path, monkeypatch):
                     assert bool(config["faces"]["pack"]) == (part == "identity")
                     assert options.export or config["optim"]["batch"] % 2 == 0
             else:
-                program = {"toy_faces.py": toy_faces, "toy_text.py": toy_text, "toy_vae.py": toy_vae}[name]
-                monkeypatch.setattr(program, "Path", lambda *_: 1 / 0)  # behind the options
-                monkeypatch.setattr(torch, "device", lambda *_: 1 / 0)
+                program = {program.__name__: program for program in (toy_faces, toy_text, toy_vae, lora)}[name[:-3]]
+                for behind_the_options in ("Path", "Checkpoint"):
+                    if hasattr(program, behind_the_options):
+                        monkeypatch.setattr(program, behind_the_options, lambda *_: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     program.main()
                 monkeypatch.undo()
             seen.append(name)
-    assert seen == ["toy_faces.py", "judge.py", "toy_text.py", "toy_vae.py", *["train.py"] * 4]
+    assert seen == ["toy_faces.py", "judge.py", "toy_text.py", "toy_vae.py", *["train.py"] * 4, "lora.py"]
 
 
 def test_what_is_made_is_not_made_again(tmp_path, monkeypatch):
@@ -96,7 +98,7 @@ def test_what_was_made_last_is_published(tmp_path):
     with pytest.raises(UserError, match="make the part video first"):
         tiny.publish(out, assets)
     (out / "judge.safetensors").write_text("judge")
-    for name in ("video", "identity"):
+    for name in ("video", "tiny"):
         (out / f"{name}.safetensors").write_text(name)
         tiny.publish(out, assets)
         assert (assets / "tiny.safetensors").read_text() == name
