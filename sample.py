@@ -217,7 +217,7 @@ def read_faces(options: argparse.Namespace, device: torch.device) -> FaceReader 
 
 def likeness(reader: FaceReader, photo: Image.Image, frames: np.ndarray) -> str:
     """FaceSim of metrics.py over all frames, in words."""
-    reference, faces = reader.read(np.asarray(photo)[None]), reader.read(frames)
+    reference, faces = reader.read(np.array(photo)[None]), reader.read(frames)
     if not reference.found.any():
         return "no face was found in the photo"
     found = int(faces.found.sum())

@@ -58,6 +58,60 @@ def golden():
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Path of a random checkpoint in the released layout, of other sizes than assets/: cells of 4 frames of 8 x 8."""
+    from checkpoint import write_modules
+    from model import LTXVideo
+    from text import TextConnector
+    from vae import VideoVAE
+
+    encoder = [
+        ["res_x", {"num_layers": 1}],
+        ["compress_space_res", {"multiplier": 2}],
+        ["res_x", {"num_layers": 1}],
+        ["compress_time_res", {"multiplier": 1}],
+        ["compress_time_res", {"multiplier": 2}],
+        ["res_x", {"num_layers": 1}],
+    ]
+    config = json.loads((ROOT / "configs" / "ltx-2.3.json").read_text())
+    config["transformer"] |= {
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "num_layers": 4,
+        "in_channels": 16,
+        "out_channels": 16,
+        "cross_attention_dim": 128,
+        "caption_channels": 64,
+        "positional_embedding_max_pos": [4, 128, 128],
+        "connector_num_attention_heads": 4,
+        "connector_attention_head_dim": 32,
+        "connector_num_layers": 2,
+        "connector_positional_embedding_max_pos": [256],
+        "connector_num_learnable_registers": 16,
+    }
+    config["vae"] |= {
+        "latent_channels": 16,
+        "encoder_base_channels": 16,
+        "decoder_base_channels": 16,
+        "encoder_blocks": encoder,
+        "decoder_blocks": [[kind.removesuffix("_res"), options] for kind, options in encoder],
+    }
+    before = torch.get_rng_state()
+    torch.manual_seed(0)
+    dit, connector = LTXVideo(config["transformer"]), TextConnector(config["transformer"], 5)
+    modules = [dit, connector, VideoVAE(config["vae"])]
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if name.endswith(("scale_shift_table", "learnable_registers")):
+                torch.nn.init.normal_(parameter, std=0.5)
+    torch.set_rng_state(before)
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    defaults = {"height": 64, "width": 64, "frames": 17, "fps": 12.0, "steps": 30}
+    write_modules(path, modules, config, {"weights": "random", "defaults": defaults})
+    return path
+
+
+@pytest.fixture(scope="session")
 def released():
     """The released model: its `config`, and the shapes of the `needed` and `ignored` tensors by name."""
     layout = json.loads((ROOT / "tests" / "data" / "ltx-2.3-tensors.json").read_text())

@@ -20,10 +20,10 @@ def command(in_process):
     return partial(in_process, bench.main, "bench.py")
 
 
-def test_stated_operations_are_the_counted_ones(root, monkeypatch):
+def test_stated_operations_are_the_counted_ones(small, monkeypatch):
     """Every row but the optimizer's; blocks that run again in the backward pass do no useful work."""
     monkeypatch.setattr(bench, "set_recompute", lambda model, on: None)
-    ltx = Checkpoint(root / "assets" / "tiny.safetensors").config
+    ltx = Checkpoint(small).config
     options = {"fp8": False, "compile": False, "steps": 2, "text_tokens": 64}
     options |= {"device": torch.device("cpu"), "dtype": torch.float32}
     seen = []
@@ -36,11 +36,11 @@ def test_stated_operations_are_the_counted_ones(root, monkeypatch):
     assert len(seen) == len(set(seen)) == 9
 
 
-def test_the_table(command, root, tmp_path):
+def test_the_table(command, small, tmp_path):
     out = tmp_path / "new" / "cpu.md"
     words = [
         "--ckpt",
-        root / "assets" / "tiny.safetensors",
+        small,
         "--size",
         "32x32x5",
         "--device",
@@ -63,15 +63,15 @@ def test_the_table(command, root, tmp_path):
 
 
 @pytest.mark.parametrize("size", ["480x832", "0x32x1", "36x32x5", "32x32x6", "big"])
-def test_a_size_that_does_not_fit_is_one_line(size, command, root, tmp_path):
+def test_a_size_that_does_not_fit_is_one_line(size, command, small, tmp_path):
     out = tmp_path / "x.md"
-    code, _, stderr = command("--ckpt", root / "assets" / "tiny.safetensors", "--size", size, "--out", out)
+    code, _, stderr = command("--ckpt", small, "--size", size, "--out", out)
     assert code == 2 and stderr.startswith(f"error: --size {size}: write HEIGHTxWIDTHxFRAMES") and not out.exists()
 
 
-def test_against_diffusers_without_diffusers_is_one_line(command, root, monkeypatch, tmp_path):
+def test_against_diffusers_without_diffusers_is_one_line(command, small, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    ckpt, out = root / "assets" / "tiny.safetensors", tmp_path / "x.md"
+    ckpt, out = small, tmp_path / "x.md"
     code, _, stderr = command(
         "--ckpt", ckpt, "--against", "diffusers", "--device", "cpu", "--size", "32x32x1", "--out", out
     )

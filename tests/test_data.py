@@ -452,10 +452,10 @@ SHARD_GB = 4e-3 / 4  # 3 rows a shard
 
 
 @pytest.fixture(scope="module")
-def options(root, world):
+def options(small, world):
     return {
         "manifest": world / "clips.jsonl",
-        "ckpt": root / "assets" / "tiny.safetensors",
+        "ckpt": small,
         "gemma": world / "gemma",
         "faces": world / "pack",
         "height": SIZE,
@@ -517,7 +517,7 @@ def test_contents_are_what_the_parts_compute(made, options, world):
     detector, arcface = FaceDetector(world / "pack"), ArcFace.from_onnx(recognition_file(world / "pack"))
     assert clips.latent_shape == (16, 5, 8, 8) and len(clips) == 7
     assert {key: clips.settings[key] for key in ("height", "width", "frames", "fps", "max_tokens")} == {
-        "height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "max_tokens": 64
+        "height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "max_tokens": 48
     }  # fmt: skip
     assert torch.equal(clips.null_features, encoder.features([""])[0].bfloat16()) and len(clips.null_features) == 1
     for i, name in enumerate(clips.names):
@@ -709,7 +709,7 @@ def test_fingerprint_is_of_vae_and_projection(options, tmp_path):
 
 def test_sizes_that_the_vae_cannot_take(options, tmp_path):
     for change, said in [
-        ({"height": 60}, r"--height 60 is not a multiple of 16: the nearest are 48 and 64"),
+        ({"height": 60}, r"--height 60 is not a multiple of 8: the nearest are 56 and 64"),
         ({"frames": 16}, r"--frames 16 is not 4k\+1: the nearest are 13 and 17"),
         ({"width": 0}, "--width 0"),
         ({"fps": 0}, "--fps 0"),

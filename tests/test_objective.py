@@ -55,8 +55,8 @@ class Spy(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def ckpt(root):
-    return root / "assets" / "tiny.safetensors"
+def ckpt(small):
+    return small
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,9 @@ def same_gradients(got, want, tolerance=1e-5):
 # the gradient of the identity losses
 
 
-def double_parts(build, dit, pack, **options):
+def double_parts(build, dit, ckpt, pack, **options):
     """Everything in float64 with only the identity losses left, and those large."""
-    vae = VideoVAE.from_checkpoint(pack.parent / "tiny.safetensors").requires_grad_(False).double()
+    vae = VideoVAE.from_checkpoint(ckpt).requires_grad_(False).double()
     arcface = ArcFace.from_onnx(recognition_file(pack)).double()
     options = {"vae": vae, "arcface": arcface, "dtype": torch.float64, "lambda_id": 1.0, "lambda_tic": 0.5} | options
     objective, model = build(**options), dit.double()
@@ -165,7 +165,7 @@ def central_difference(function, weights, directions, step):
 
 @pytest.mark.parametrize("lambdas", [(1.0, 0.0), (0.0, 1.0)], ids=["id", "tic"])
 @pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "prelu"])
-def test_identity_gradient_reaches_the_first_block_and_is_right(build, dit, pack, lambdas, smooth, monkeypatch):
+def test_identity_gradient_reaches_the_first_block_and_is_right(build, dit, ckpt, pack, lambdas, smooth, monkeypatch):
     """Through ArcFace, alignment, decoder, Eq. 6 and all four blocks, against central differences in float64.
 
     PReLU has half a million kinks here, of which a step may cross one: the best of three steps counts. With a softplus
@@ -174,7 +174,7 @@ def test_identity_gradient_reaches_the_first_block_and_is_right(build, dit, pack
     if smooth:
         activation = lambda a, x, slope: slope * x + (1 - slope) * nn.functional.softplus(x)  # noqa: E731
         monkeypatch.setitem(face.OPERATORS, "PRelu", activation)
-    model, identity = double_parts(build, dit, pack, lambda_id=lambdas[0], lambda_tic=lambdas[1])
+    model, identity = double_parts(build, dit, ckpt, pack, lambda_id=lambdas[0], lambda_tic=lambdas[1])
     named = dict(model.transformer_blocks[0].named_parameters())
     loss = identity()
     assert loss.dtype == torch.float64

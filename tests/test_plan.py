@@ -28,8 +28,8 @@ PAPER = (121, 480, 832)
 
 
 @pytest.fixture(scope="module")
-def tiny(root):
-    return root / "assets" / "tiny.safetensors"
+def tiny(small):
+    return small
 
 
 @pytest.fixture(scope="module")

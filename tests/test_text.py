@@ -13,7 +13,7 @@ import text
 from errors import UserError
 from text import TextConnector, TextEncoder, load_gemma, pad_features
 
-HIDDEN, LAYERS, SLOTS = 24, 3, 64  # what tiny_a's projection takes; SLOTS is the tokenizer's own maximum
+HIDDEN, LAYERS, SLOTS = 24, 3, 48  # what tiny_a's projection takes; SLOTS is the tokenizer's own maximum
 PROMPTS = ["A young woman smiles.", "An old man with a grey beard looks up, then nods.", "blue wall", ""]
 LONG = " ".join(PROMPTS) * 20
 
@@ -22,7 +22,7 @@ def text_config(**changes):
     from transformers import Gemma3TextConfig
 
     sizes = {
-        "vocab_size": 400,
+        "vocab_size": 800,  # more than the tokenizer of assets/gemma has
         "hidden_size": HIDDEN,
         "intermediate_size": 32,
         "num_hidden_layers": LAYERS,
