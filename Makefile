@@ -27,7 +27,7 @@ setup: .venv/ready-$(ORT)
 	touch $@
 
 sample: setup
-	$(RUN) sample.py --ref assets/face.png --prompt "Someone turns the head to the left in front of a teal wall." --out out/sample.mp4
+	$(RUN) sample.py --ref assets/face.png --prompt "A person walks by to the left in front of a teal wall." --out out/sample.mp4
 
 train: setup
 	$(RUN) train.py --set run.out=runs/try --set data.cache=cache/try --set data.toy=200 --set optim.steps=60 --set log.every=10 --set log.sample_every=60

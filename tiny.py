@@ -40,7 +40,7 @@ IDENTITY = {  # what the last part changes in configs/tiny.toml
     "lora.rank": 32,
     "faces.window": 1,
     "faces.lambda_id": 0.5,
-    "optim.steps": 300,
+    "optim.steps": 160,
     "optim.lr": 1e-3,
     "optim.warmup": 20,
     "optim.ema": 0,

@@ -55,7 +55,7 @@ def draw_face(size: int, look: dict[str, str], turn: float = 0.0, smile: float =
 
 
 FPS = 12.0
-WHO = 3  # of the test split, in face.png
+WHO = 7  # of the test split, in face.png
 LOOKS = [
     {
         "skin": "#e8b794",

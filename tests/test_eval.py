@@ -858,7 +858,8 @@ def test_the_commands_of_readme_run(tmp_path):
         name: re.search(r"FaceSim-Arc \| 4 \| (\S+)", (tmp_path / "out" / name / "summary.md").read_text())[1]
         for name in ("scores", "drawn")
     }
-    assert float(mean["scores"]) == 0 and float(mean["drawn"]) == pytest.approx(0.90, abs=0.01)  # as README says
+    assert float(mean["scores"]) == pytest.approx(0.52, abs=0.05)  # as README says
+    assert float(mean["drawn"]) == pytest.approx(0.90, abs=0.01)
 
 
 def test_the_hours_in_the_docs_are_what_their_code_prints():
@@ -871,7 +872,7 @@ def test_the_hours_in_the_docs_are_what_their_code_prints():
 def test_the_docs_name_options_that_exist(monkeypatch):
     text = (ROOT / "docs" / "table1.md").read_text() + (ROOT / "README.md").read_text().split("## Evaluate")[1]
     commands = [line for line in text.replace("\\\n", " ").splitlines() if re.match(r"\S*python eval\.py ", line)]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for line in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True)[1:])
         assert evaluation.parse_arguments().videos
