@@ -1,5 +1,6 @@
 # make sample   set up .venv and make a video with the embedded model
 # make train    set up and begin to train the tiny model, on a few drawn clips
+# make row      set up and measure the tiny model for the last row of docs/table1.md
 # make tiny     set up and make all models in assets/ anew; hours on a CPU
 # make vbench   set up .venv-vbench for eval.py --vbench (PYTHON=python3.11 or older)
 # make test     set up and run the tests
@@ -11,7 +12,7 @@ OTHER  := $(if $(filter gpu,$(ORT)),onnxruntime,onnxruntime-gpu)
 RUN    := .venv/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: setup sample train tiny vbench test lint clean
+.PHONY: setup sample train row tiny vbench test lint clean
 
 setup: .venv/ready-$(ORT)
 
@@ -31,6 +32,12 @@ sample: setup
 
 train: setup
 	$(RUN) train.py --set run.out=runs/try --set data.cache=cache/try --set data.toy=200 --set optim.steps=60 --set log.every=10 --set log.sample_every=60
+
+row: setup
+	$(RUN) judge.py --write out/toy
+	$(RUN) sample.py --batch out/toy/cases.jsonl --out out/toy/videos
+	$(RUN) eval.py --videos out/toy/videos --cases out/toy/cases.jsonl --faces assets/faces --det-size 128 --clip none \
+	    --out out/toy/scores --name "ours (tiny world)"
 
 tiny: setup
 	$(RUN) tiny.py --publish
