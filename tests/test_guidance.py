@@ -262,6 +262,8 @@ for world in (2, 3):  # for two the third process has nothing to do
         results[f"{world}{reference}"] = sample_latents(model, **part, ranks=(rank, world))
         results[f"streams{world}{reference}"] = torch.tensor(streams)
 save_file(results, out)
+dist.barrier()
+dist.destroy_process_group()  # a process that ends with gloo's threads alive may abort
 """
 
 

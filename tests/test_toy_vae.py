@@ -123,7 +123,8 @@ def test_the_linear_start_decodes_about_what_components_can(monkeypatch):
 @pytest.mark.slow
 def test_a_short_run_writes_what_is_loaded(tmp_path, in_process):
     out = tmp_path / "vae.safetensors"
-    options = ["--out", out, "--clips", 6, "--batch", 2, "--fitted", 6, "--steps", 3, "--device", "cpu"]
+    few = ["--clips", 6, "--fitted", 6, "--batch", 2, "--steps", 3]
+    options = ["--out", out, *few, "--lr", 1e-6, "--device", "cpu"]  # three steps of Adam at full speed undo the start
     code, printed, error = in_process(toy_vae.main, "toy_vae.py", *options)
     assert code == 0, error
     vae = VideoVAE.from_checkpoint(out)
@@ -135,5 +136,5 @@ def test_a_short_run_writes_what_is_loaded(tmp_path, in_process):
     assert latents.shape == (2, 128, 5, 4, 4)
     _, spread = vae.per_channel_statistics.mean_and_std()
     assert (spread == spread[0]).all()  # one for all channels
-    assert error < 0.5 * video.var().item()  # rounded to bf16, and after three steps
+    assert error < 0.5 * video.var().item()  # rounded to bf16
     assert re.search(r"wrote .*vae.safetensors", printed) and out.with_suffix(".png").is_file()
