@@ -34,6 +34,7 @@ train: setup
 	$(RUN) train.py --set run.out=runs/try --set data.cache=cache/try --set data.toy=200 --set optim.steps=60 --set log.every=10 --set log.sample_every=60
 
 row: setup
+	rm -rf out/toy
 	$(RUN) judge.py --write out/toy
 	$(RUN) sample.py --batch out/toy/cases.jsonl --out out/toy/videos
 	$(RUN) eval.py --videos out/toy/videos --cases out/toy/cases.jsonl --faces assets/faces --det-size 128 --clip none \

@@ -5,6 +5,7 @@
     toy_text.py  ──> gemma, projection, connector ─┐
     toy_vae.py   ──> VAE ──────────────────────────┴─> start.safetensors
     train.py     ──> the DiT, from nothing, flow loss                        (configs/tiny.toml)
+    train.py     ──> the same from there, with other noise and the rate of learning raised again
     train.py     ──> adapters to it, with the identity losses (lora.py)
     lora.py      ──> both merged ──> assets/tiny.safetensors
 
@@ -35,17 +36,18 @@ from vae import VideoVAE
 
 HERE = Path(__file__).parent
 DEFAULTS = {"height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "steps": 30, "s_text": 2.0, "s_ref": 3.0}
+MORE = {"model.scratch": "false", "optim.steps": 4400, "optim.lr": 1e-3, "optim.warmup": 100, "run.seed": 1}
 IDENTITY = {  # what the last part changes in configs/tiny.toml
     "model.scratch": "false",
     "lora.rank": 32,
     "faces.window": 1,
     "faces.lambda_id": 0.5,
-    "optim.steps": 160,
+    "optim.steps": 240,
     "optim.lr": 1e-3,
     "optim.warmup": 20,
     "optim.ema": 0,
 }
-PARTS = ("faces", "judge", "text", "vae", "video", "identity")
+PARTS = ("faces", "judge", "text", "vae", "video", "more", "identity")
 
 
 def assemble(vae: Path, text: Path, out: Path) -> None:
@@ -83,10 +85,12 @@ def commands(part: str, out: Path, processes: int) -> list[list[str]]:
             return [[str(HERE / "toy_vae.py"), "--out", str(out / "vae.safetensors")]]
         case "video":
             return stage("video", "start.safetensors")
-    video, identity, merged = (str(out / f"{name}.safetensors") for name in ("video", "identity", "tiny"))
+        case "more":
+            return stage("more", "video.safetensors", **MORE)
+    base, identity, merged = (str(out / f"{name}.safetensors") for name in ("more", "identity", "tiny"))
     return [
-        *stage("identity", "video.safetensors", **IDENTITY, **{"faces.pack": out / "faces"}),
-        [str(HERE / "lora.py"), "--ckpt", video, "--lora", identity, "--out", merged],
+        *stage("identity", "more.safetensors", **IDENTITY, **{"faces.pack": out / "faces"}),
+        [str(HERE / "lora.py"), "--ckpt", base, "--lora", identity, "--out", merged],
     ]
 
 
@@ -114,7 +118,7 @@ def make(part: str, out: Path, processes: int) -> None:
 
 def publish(out: Path, assets: Path) -> None:
     """Copy what was made to where sample.py and train.py look for it."""
-    made = [out / f"{name}.safetensors" for name in ("tiny", "video")]
+    made = [out / f"{name}.safetensors" for name in ("tiny", "more", "video")]
     last = next((path for path in made if path.is_file()), None)
     if last is None:
         raise UserError(f"{made[-1]} is not there: make the part video first")
