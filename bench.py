@@ -34,11 +34,12 @@ from guidance import DECODED_AT_ONCE, sample_latents, sigma_schedule
 from losses import flow_loss, predict_x0
 from model import LTXVideo
 from objective import decode_window
+from offload import offload
 from optim import AdamWBF16
 from parallel import set_recompute
 from plan import GIB, dit_flops, vae_flops
 from rope import reference_positions, video_positions
-from sample import DTYPES, resolve_device
+from sample import DTYPES, free, resolve_device
 from vae import VideoVAE, from_tokens, latent_scale
 
 HERE = Path(__file__).parent
@@ -61,10 +62,11 @@ class Measured(NamedTuple):
     peak: int | None  # bytes on the device, weights included; None where nobody counts
 
 
-def measure(run: Callable[[], Any], device: torch.device, repeat: int) -> Measured:
-    """The median time of a call, after one to warm up."""
+def measure(run: Callable[[], Any], device: torch.device, repeat: int, warm: bool = False) -> Measured:
+    """The median time of a call, after one to warm up unless it is `warm` already."""
     cuda = device.type == "cuda"
-    run()
+    if not warm:
+        run()
     times = []
     if cuda:
         torch.cuda.synchronize(device)
@@ -116,9 +118,12 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
     model = drawn(model, device, dtype)
     if options.fp8:
         store_in_fp8(model)
+    weights = sum(p.nbytes for p in model.parameters())
+    if options.offload:
+        model = offload(model.cpu(), device)
+        free(device)
     if options.compile:
         model.compile_blocks()
-    weights = sum(p.nbytes for p in model.parameters())
     z, ref = (torch.randn(1, k, channels, device=device) for k in (n, r))
     context, null = (torch.randn(1, s, model.dim, device=device, dtype=dtype) for _ in range(2))
     places, ref_places = (f(*grid, FPS, scale)[None].to(device) for f in (video_positions, reference_positions))
@@ -152,7 +157,7 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
         yield Row("VAE decode, in pieces", decode, parts[1], lambda: vae.decode(latents, chunk))
         yield Row("VAE decode, at once", decode, parts[1], lambda: vae.decode(latents))
 
-    if options.fp8:
+    if options.fp8 or options.offload:
         return
     model.train().requires_grad_(True)
     set_recompute(model, True)
@@ -240,7 +245,8 @@ def table(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Nam
         floor = 1000 * max(row.flops / best[0], row.weights / best[1])
         start = f"| {row.name} |"
         try:
-            got = measure(row.run, options.device, 1 if "guided steps" in row.name else options.repeat)
+            long = "guided steps" in row.name  # the row before it has warmed up all that it calls
+            got = measure(row.run, options.device, 1 if long else options.repeat, warm=long)
         except torch.OutOfMemoryError:
             lines.append(f"{start} out of memory | {row.flops / 1e12:,.2f} | | | {floor:,.1f} | |")
             return
@@ -285,6 +291,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="calls of which the median is taken")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits; no training then")
+    parser.add_argument("--offload", action="store_true", help="DiT blocks in host memory, streamed; no training then")
     parser.add_argument("--against", choices=["diffusers"], help="time its transformer too, if it is installed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
@@ -315,7 +322,7 @@ def main() -> None:
     if options.against:
         diffusers_row(ltx, (32, 32, 1), argparse.Namespace(**vars(options) | {"device": torch.device("meta")}))
     name, driver = device_name(options.device)
-    how = " ".join(word for word in ("compile", "fp8") if getattr(options, word)) or "plain"
+    how = " ".join(word for word in ("compile", "fp8", "offload") if getattr(options, word)) or "plain"
     best = ceilings(options.device, options.dtype, options.repeat)
     lines = [
         f"# {name}\n",

@@ -143,7 +143,7 @@ class CachedClips(torch.utils.data.Dataset):
 
     settings: its cache.json, and max_tokens, the slots of the text context. latent_shape: (C, f, h, w) of every clip.
     null_features: (tokens, D), the empty prompt's. names: of all clips. report: what became of the other rows.
-    Holds names and places only and opens a shard for each item, so it can be forked and pickled freely.
+    Holds names and places only, and each process opens a shard once, when it needs it: so it can be pickled freely.
     """
 
     def __init__(self, folder: str | Path):
@@ -176,19 +176,24 @@ class CachedClips(torch.utils.data.Dataset):
         self.settings: dict[str, Any] = settings | {"max_tokens": null["max_tokens"]}
         self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
         self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit
+        self.opened: dict[int, Any] = {}  # shard -> its file; to open one takes longer than to read a small clip
         with safe_open(self.folder / NULL, framework="pt") as file:
             self.null_features = file.get_tensor("features")
 
     def __len__(self) -> int:
         return len(self.places)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"opened": {}}
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         """name, latents (C, f, h, w) bf16, features (tokens, D) bf16, image (PIL, unaugmented), e_ref (E,), caption."""
         if not 0 <= i < len(self):
             raise IndexError(f"clip {i} of {len(self)}")
         shard, row = self.places[i]
-        with safe_open(self.folder / shard_file(shard), framework="pt") as file:
-            item = {part: file.get_tensor(f"{row:07d}.{part}") for part in PARTS}
+        if shard not in self.opened:
+            self.opened[shard] = safe_open(self.folder / shard_file(shard), framework="pt")
+        item = {part: self.opened[shard].get_tensor(f"{row:07d}.{part}") for part in PARTS}
         image = Image.open(io.BytesIO(item["image"].numpy().tobytes())).convert("RGB")
         caption = item["caption"].numpy().tobytes().decode()
         return item | {"name": self.names[i], "image": image, "caption": caption}

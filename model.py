@@ -243,7 +243,12 @@ class LTXVideo(nn.Module):
         return Constants(rotary, token_row, examples)
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> "LTXVideo":
-        """torch.compile of one block, whose code all blocks run: one graph per shape of a stream, none per step."""
+        """torch.compile of one block, whose code all blocks run: one graph per shape of a stream, none per step.
+
+        Under DDP too: left to itself, PyTorch would cut the graph where a bucket of gradients is full, and a block's
+        gradients are on their way as soon as its backward pass is done anyhow.
+        """
+        torch._dynamo.config.optimize_ddp = False
         for block in self.transformer_blocks.children():
             block.run = torch.compile(block.run, dynamic=False, backend=backend)
         return self

@@ -137,7 +137,8 @@ class Objective:
         """Text features through the frozen connector, the empty prompt's where the text is dropped: (B, slots, D)"""
         weight = self.connector.connector.learnable_registers  # the projection is only for making a cache
         features = [self.null_features if d.drop_text else f for f, d in zip(batch["features"], dice)]
-        padded, mask = pad_features([f.to(weight.device, weight.dtype) for f in features], self.slots)
+        padded, mask = pad_features(features, self.slots)
+        padded, mask = padded.to(weight.device, weight.dtype), mask.to(weight.device)
         return self.connector.connector(padded, mask).to(self.dtype)
 
     def velocity(

@@ -8,6 +8,9 @@ bf16 has 8 significant bits, and an update of 1e-5 of a weight would be rounded 
 keeps it on average: a number between two bf16 neighbours becomes the upper one as often as it is near it, so the mean
 of what is stored is what float32 would have stored. The same holds for the moments, whose decay of 1 - 0.999 a step is
 below half a bf16 digit too.
+
+A step reads and writes 14 bytes a parameter. On a GPU it is compiled into one kernel that does no more than that, so
+the bits for the rounding are a hash of the number's place rather than drawn into memory.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,19 +20,49 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-PIECE = 2**24  # numbers of a weight that are in float32 at a time
+PIECE = 2**24  # numbers of a weight that are in float32 at a time, where the step is not one kernel
+MIX_1, MIX_2 = 0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32  # MurmurHash3's, as int32
 
 
-def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bf16 with mean x: the 16 bits that are cut off carry into the rest as often as they are large."""
-    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
+def hash_bits(x: Tensor) -> Tensor:
+    """32 bits that look random for each int32: MurmurHash3's last mixing, a bijection. `>>` alone would copy signs."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * MIX_1
+    x = (x ^ (x >> 13 & 0x7FFFF)) * MIX_2
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 to bf16 with mean x: the 16 bits that are cut off carry into the rest as often as they are large.
+
+    Of each int32 in `bits` the lower 16 are used.
+    """
+    return ((x.view(torch.int32) + (bits & 0xFFFF)) & -(2**16)).view(torch.float32).bfloat16()
+
+
+def adamw(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, seed: Tensor, factors: Tensor, betas: tuple[float, float], eps: float
+) -> None:
+    """One step of AdamW for flat pieces of a weight, its gradient and its moments, in place.
+
+    seed (): int32, another one for each piece and step. factors (3,): 1 - lr decay, lr / (1 - beta_1^step),
+    1 / (1 - beta_2^step); a tensor, because a compiled function would be compiled again for other numbers.
+    """
+    bits = hash_bits(torch.arange(w.numel(), dtype=torch.int32, device=w.device) + seed)
+    keep, rate, correction = factors.unbind()
+    g = g.float()
+    m_new = betas[0] * m.float() + (1 - betas[0]) * g
+    v_new = betas[1] * v.float() + (1 - betas[1]) * g * g
+    w_new = w.float() * keep - rate * m_new / ((v_new * correction).sqrt() + eps)
+    w.copy_(round_stochastically(w_new, bits))
+    m.copy_(round_stochastically(m_new, bits >> 16))
+    v.copy_(round_stochastically(v_new, hash_bits(bits)))
 
 
 class AdamWBF16(torch.optim.Optimizer):
     """torch.optim.AdamW's formula in float32, between bf16 weights and moments. Shards of FSDP2 are taken as they are.
 
-    The draws follow from `seed` and the step, so that the replicas of DDP stay alike and a continued run is the same.
+    The bits follow from `seed` and the step, so that the replicas of DDP stay alike and a continued run is the same.
+    `compiled`: the step as one kernel for each weight; None for where that helps, on GPUs.
     """
 
     def __init__(
@@ -40,38 +73,36 @@ class AdamWBF16(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         eps: float = 1e-8,
         seed: int = 0,
+        compiled: bool | None = None,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
         self.seed = seed
+        on_gpu = self.param_groups[0]["params"][0].device.type == "cuda"
+        self.compiled = on_gpu if compiled is None else compiled
+        self.update = torch.compile(adamw, dynamic=True) if self.compiled else adamw
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
-        for group in self.param_groups:
-            for k, weight in enumerate(group["params"]):
-                if weight.grad is None:
-                    continue
+        for number, group in enumerate(self.param_groups):
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            for weight in weights:
                 state = self.state[weight]
                 if not state:
                     state["step"] = torch.zeros(())
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
                 state["step"] += 1
-                step = int(state["step"].item())
-                draw = np.random.SeedSequence([self.seed, step, k]).generate_state(1, np.uint64)[0]
-                generator = torch.Generator(weight.device).manual_seed(int(draw) >> 1)
-                whole = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
-                local = (t.to_local() if isinstance(t, DTensor) else t for t in whole)
-                for pieces in zip(*(t.view(-1).split(PIECE) for t in local)):
-                    adamw(*pieces, step, group, generator)
-
-
-def adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, generator: torch.Generator) -> None:
-    """One step for flat pieces of a weight, its gradient and moments, in place."""
-    (beta_1, beta_2), lr, decay, eps = group["betas"], group["lr"], group["weight_decay"], group["eps"]
-    g = g.float()
-    m_new = m.float().lerp_(g, 1 - beta_1)
-    v_new = v.float().mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
-    m.copy_(round_stochastically(m_new, generator))
-    v.copy_(round_stochastically(v_new, generator))
-    scale = v_new.div_(1 - beta_2**step).sqrt_().add_(eps)
-    w_new = w.float().mul_(1 - lr * decay).addcdiv_(m_new, scale, value=-lr / (1 - beta_1**step))
-    w.copy_(round_stochastically(w_new, generator))
+            step = int(self.state[weights[0]]["step"].item())  # the same for all
+            (beta_1, beta_2), lr = group["betas"], group["lr"]
+            factors = [1 - lr * group["weight_decay"], lr / (1 - beta_1**step), 1 / (1 - beta_2**step)]
+            device = weights[0].device
+            factors = torch.tensor(factors, device=device)
+            seeds = np.random.SeedSequence([self.seed, step, number]).generate_state(len(weights)).astype(np.int32)
+            seeds = torch.from_numpy(seeds).to(device)
+            for weight, seed in zip(weights, seeds.unbind()):
+                whole = (weight, weight.grad, *(self.state[weight][key] for key in ("exp_avg", "exp_avg_sq")))
+                flat = [(t.to_local() if isinstance(t, DTensor) else t).view(-1) for t in whole]
+                size = len(flat[0]) if self.compiled else PIECE
+                for k, pieces in enumerate(zip(*(t.split(max(1, size)) for t in flat))):
+                    self.update(*pieces, seed + k * size, factors, group["betas"], group["eps"])

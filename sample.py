@@ -92,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile a block: a slow start, faster steps")
     parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits: half the memory")
     parser.add_argument("--offload", action="store_true", help="DiT weights in host memory, streamed block by block")
+    parser.add_argument("--text-on-cpu", action="store_true", help="Gemma in host memory: slower, no GPU memory")
     parser.add_argument("--check", action="store_true", help="only say whether the checkpoint is whole, and its sizes")
     options = parser.parse_args()
     options.out = options.out or ("out/batch" if options.batch else "out/sample.mp4")
@@ -151,7 +152,8 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
     reader = read_faces(options, device) if any(case.reference for case in sound) and not ranks[0] else None
 
     # ---- prompts to contexts; Gemma is gone when this is done
-    encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), device, dtype)
+    reads_on = torch.device("cpu") if options.text_on_cpu else device
+    encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), reads_on, dtype)
     contexts = {}  # on the CPU: 8 MB each at full size
     for prompt in tqdm(dict.fromkeys(case.prompt for case in sound), "prompts", disable=len(sound) == 1):
         asked = begin_with(prefix, prompt)

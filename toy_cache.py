@@ -17,7 +17,7 @@ from face import FaceDetector
 from manifest import Clip, with_face
 from toy import toy_clip, toy_words
 
-SHARD_GB = 0.1  # some hundred clips: small, because a shard's header is read again for each of them
+SHARD_GB = 0.1  # some hundred clips: small, so that there is one for each of many processes
 
 
 def prepare_toy(
@@ -41,7 +41,9 @@ def prepare_toy(
         raise UserError(f"{ckpt} makes {settings['height']}x{settings['width']}, and the drawn world is square")
     settings |= {"seed": seed, "manifest": "toy", "toy": count}
     settings = made_with(settings, checkpoint, gemma, faces, dtype, count, SHARD_GB)
-    clips = [Clip(k + 1, Path("toy"), toy_words(seed, k, settings["frames"], settings["fps"])) for k in range(count)]
+    size = settings["frames"], settings["fps"]
+    mine = [k // settings["rows_per_shard"] % world == rank for k in range(count)]  # the other captions cost time
+    clips = [Clip(k + 1, Path("toy"), toy_words(seed, k, *size) if own else "") for k, own in enumerate(mine)]
     fill(Path(out), clips, settings, load_toy, ckpt, gemma, faces, device, dtype, workers, rank, world)
 
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,20 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import state
 from average import Average
 from checkpoint import Checkpoint
 from config import Config, read_config, require_same_run
-from data import FITS, CachedClips, TrainingClips, collate
+from data import FITS, CachedClips
 from errors import Parser, UserError, one_line_errors, whole_file
 from face import ArcFace, FaceDetector, recognition_file
 from guidance import generate
+from loader import training_batches
 from logbook import Log
 from lora import save_lora, seed_dropout
 from media import contact_sheet, read_image, to_tensor, to_uint8
-from objective import Dice, Objective, roll
+from objective import Objective
 from optim import AdamWBF16
 from parallel import StopSignal, build_model, gather_rows, join_processes, reshard
 from plan import Plan
@@ -91,7 +90,7 @@ def main() -> None:
     # ---- steps
     stop = StopSignal()
     steps = first + 1 if options.dry_run else config["optim"]["steps"]
-    batches = iter(training_batches(config, clips, first, steps))
+    batches = training_batches(config, clips, first, steps)
     for step in range(first, steps):
         begin = time.perf_counter()
         micro_batches = [next(batches) for _ in range(math.ceil(batch // world / micro_batch))]
@@ -103,7 +102,7 @@ def main() -> None:
             # DDP adds up gradients locally and exchanges them once. FSDP cannot: it would have to keep them whole.
             wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
             with wait:
-                out = objective(model, micro, [throw(config, clips, count) for count in micro["counts"]])
+                out = objective(model, micro, micro["dice"])
                 (out["loss"].sum() * world / batch).backward()  # both DDP and FSDP average over ranks
             rows.append(torch.stack([out[key].detach().float() for key in Log.COLUMNS], dim=1))
             names += micro["names"]
@@ -240,44 +239,6 @@ def learning_rate(config: Config, step: int) -> float:
     optim = config["optim"]
     fall = (optim["steps"] - step) / max(1, optim["steps"] - optim["warmup"]) if optim["decay"] == "linear" else 1.0
     return optim["lr"] * min(1.0, (step + 1) / max(1, optim["warmup"]), fall)
-
-
-def training_batches(config: Config, clips: CachedClips, first: int, steps: int) -> DataLoader:
-    """This rank's micro-batches of steps `first` to `steps`; sample j of a step goes to rank j modulo their number."""
-    batch, size = config["optim"]["batch"], config["parallel"]["micro_batch"]
-
-    def counts() -> Iterator[list[int]]:
-        for step in range(first, steps):
-            mine = list(range(step * batch + dist.get_rank(), (step + 1) * batch, dist.get_world_size()))
-            yield from (mine[k : k + size] for k in range(0, len(mine), size))
-
-    reference = config["reference"]
-    training = TrainingClips(clips, config["run"]["seed"], reference["augment"], reference["fit"])
-    workers = config["data"]["workers"]
-    return DataLoader(
-        training,
-        batch_sampler=counts(),
-        num_workers=workers,
-        collate_fn=collate,
-        multiprocessing_context="spawn" if workers else None,  # forking after threads have started can hang
-        persistent_workers=False,
-    )
-
-
-def throw(config: Config, clips: CachedClips, count: int) -> Dice:
-    """The dice of the run's sample number `count`."""
-    channels, frames, height, width = clips.latent_shape
-    windows = max(1, frames - config["faces"]["window"] + 1)
-    dropout = config["dropout"]
-    return roll(
-        config["run"]["seed"],
-        count,
-        frames * height * width,
-        channels,
-        windows,
-        dropout["text"],
-        dropout["reference"],
-    )
 
 
 def stop_on_bad_loss(step: int, names: list[str], rows: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 
 from model import LTXVideo, first_weight
@@ -219,6 +220,28 @@ def test_one_graph_for_each_shape_of_a_stream(tiny_a, inputs, tokens):
             now = stream | {"timesteps": step * stream["timesteps"], "sigma": step * stream["sigma"]}
             assert torch.equal(model(**now), plain(**now))
             assert counter.frame_count == (graphs if step == 1 else 2)
+
+
+def test_compiled_under_ddp_a_block_is_one_graph(tiny_a, inputs):
+    """Also where a bucket of gradients is smaller than a block, which would cut it in pieces by PyTorch's default."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, counter = LTXVideo.from_checkpoint(tiny_a), CompileCounter()
+        model.compile_blocks(counter)
+        plain = LTXVideo.from_checkpoint(tiny_a)
+        block = sum(p.nbytes for p in model.transformer_blocks[0].parameters())
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=block / 4 / 2**20)
+        for each in (wrapped, plain):
+            each(**inputs).square().mean().backward()
+    finally:
+        dist.destroy_process_group()
+    assert counter.frame_count == 1
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
 
 
 def test_first_weights_begin_as_the_identity(tiny_a):

@@ -678,3 +678,16 @@ def test_more_processes_than_streams_are_refused(command, face, monkeypatch, tmp
     for words, count in ((["--ref", face, "--s-text", "4", "--s-ref", "4"], 2), ([], 2), (["--s-text", "1"], 1)):
         code, _, stderr = command("--prompt", "A man.", *words, *SHORT, "--out", tmp_path / "clip.mp4")
         assert code == 2 and f"3 processes and {count} streams to share" in stderr
+
+
+@pytest.mark.parametrize("options, where", [((), "cuda"), (("--text-on-cpu",), "cpu")])
+def test_where_gemma_reads(options, where, in_process, monkeypatch, tmp_path):
+    """A card of 24 GB holds the model in 8 bits and not Gemma: then host memory does."""
+
+    def reads(path, gemma, device, dtype):
+        raise UserError(f"Gemma is on {device} in {dtype}")
+
+    monkeypatch.setattr(sample.TextEncoder, "from_checkpoint", reads)
+    monkeypatch.setattr(sample, "resolve_device", lambda options: (torch.device("cuda"), torch.bfloat16))
+    code, _, error = in_process(sample.main, "sample.py", "--prompt", "A man.", "--out", tmp_path / "a.mp4", *options)
+    assert code == 2 and f"Gemma is on {where} in torch.bfloat16" in error
