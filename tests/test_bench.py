@@ -24,7 +24,7 @@ def test_stated_operations_are_the_counted_ones(small, monkeypatch):
     """Every row but the optimizer's; blocks that run again in the backward pass do no useful work."""
     monkeypatch.setattr(bench, "set_recompute", lambda model, on: None)
     ltx = Checkpoint(small).config
-    options = {"fp8": False, "compile": False, "steps": 2, "text_tokens": 64}
+    options = {"fp8": False, "offload": False, "compile": False, "steps": 2, "text_tokens": 64}
     options |= {"device": torch.device("cpu"), "dtype": torch.float32}
     seen = []
     with sdpa_kernel(SDPBackend.MATH):
@@ -36,26 +36,21 @@ def test_stated_operations_are_the_counted_ones(small, monkeypatch):
     assert len(seen) == len(set(seen)) == 9
 
 
-def test_the_table(command, small, tmp_path):
+@pytest.mark.parametrize("more, count", [((), 9), (("--fp8", "--offload"), 7)])  # frozen weights are not trained
+def test_the_table(more, count, command, small, tmp_path):
     out = tmp_path / "new" / "cpu.md"
-    words = [
-        "--ckpt",
-        small,
-        "--size",
-        "32x32x5",
-        "--device",
-        "cpu",
-    ]
+    words = ["--ckpt", small, "--size", "32x32x5", "--device", "cpu"]
     words += ["--text-tokens", 16, "--repeat", 1, "--steps", 2, "--out", out]
-    code, stdout, stderr = command(*words)
+    code, stdout, stderr = command(*words, *more)
     assert code == 0, stderr
     text = out.read_text()
+    assert (", fp8 offload;" if more else ", plain;") in text
     assert f"wrote {out}" in stdout and "have not been measured" in text and torch.__version__ in text
     tables = text.split("\n## ")[1:]
     assert [part.split("\n")[0] for part in tables] == ["32x32, 5 frames"]
     for part in tables:
         body = [line.split("|")[1:-1] for line in part.splitlines() if line.startswith("|")][2:]
-        assert len(body) == 9
+        assert len(body) == count
         for name, ms, tflop, rate, share, floor, peak in body:
             ms, tflop, rate, floor = (float(cell.replace(",", "")) for cell in (ms, tflop, rate, floor))
             assert ms > 0 and tflop >= 0 and rate >= 0 and floor >= 0 and share.strip().endswith("%")
