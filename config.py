@@ -75,6 +75,7 @@ DEFAULTS: Config = {
         "betas": [0.9, 0.999],
         "weight_decay": 0.01,
         "clip": 1.0,  # largest norm of the whole gradient
+        "noise_tokens": 0,  # noise levels t are drawn as for a video of so many tokens; 0: as for the video's own
     },
     "parallel": {
         "mode": "ddp",  # "ddp": every GPU holds the model; "fsdp": its shards
@@ -158,8 +159,9 @@ def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
         raise UserError(f"optim.ema = {config['optim']['ema']} is not from 0 to below 1")
     if config["optim"]["ema"] and config["optim"]["kind"] == "adamw-bf16":
         raise UserError('optim.ema averages float32 weights: set it to 0 beside optim.kind = "adamw-bf16"')
-    if config["data"]["toy"] < 0:
-        raise UserError(f"data.toy = {config['data']['toy']} is below 0")
+    for section, key in (("data", "toy"), ("optim", "noise_tokens")):
+        if config[section][key] < 0:
+            raise UserError(f"{section}.{key} = {config[section][key]} is below 0")
     if lora["rank"] and config["model"]["scratch"]:
         raise UserError("model.scratch draws new weights and lora.rank above 0 freezes them: leave one out")
     if config["optim"]["kind"] == "adamw-bf16" and (lora["rank"] or config["parallel"]["precision"] != "bf16"):

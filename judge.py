@@ -5,7 +5,7 @@ counted. Videos of people, references and prompts that were never trained on are
 
     frames ──┬─> metrics.FaceReader ──> cosine with the own reference; is it the nearest of all? drift
              ├─> eye.py ──> pose, light, colors ──> did it move as the prompt said? does it follow the reference?
-             └─> colors at the border ──> is the background as the prompt said?
+             └─> asked.py ──> colors at the border ──> is the background as the prompt said?
 
     python judge.py                                       # the tiny model of assets/, 64 people
     python judge.py --ckpt FILE --no-reference --shuffle  # two controls more: without, and with somebody else's, photo
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import eye
 import toy
+from asked import moves, shows_background
 from checkpoint import Checkpoint
 from data import FITS
 from errors import Parser, UserError, one_line_errors, whole_file
@@ -38,11 +39,8 @@ from model import LTXVideo
 from report import bootstrap, draw_sheet
 from sample import ASSETS, DTYPES, PAPER, begin_with, free, resolve_device, resolve_settings
 from text import TextEncoder
-from traits import COLORS, Scene
 from vae import VideoVAE
 
-PART = 0.5  # of the least change that the renderer makes of a motion: what counts as that motion
-EDGE = 5  # pixels of the border in which the background is looked for
 GROUPS = {  # of the scene vector, for copy-paste
     "pose": ("yaw", "pitch", "roll", "x", "y", "scale"),
     "expression": ("smile", "open", "closed", "brows"),
@@ -121,59 +119,6 @@ def make_videos(
         made = generate_batch(model, vae, context, null_context, images, seeds=seeds[some], **settings)
         videos += [to_uint8(video) for video in made]
     return np.stack(videos)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the prompt asked for
-
-
-def track(scene: np.ndarray, name: str) -> np.ndarray:
-    """A pose of the scene vectors (F, 23), in the units of toy.POSE: (F,)."""
-    mean, _, _, most = toy.POSE[name]
-    return scene[:, SCENE.index(name)] * (most - mean) + mean
-
-
-def moves(scene: np.ndarray, motion: str) -> bool:
-    """Does a clip with these scene vectors (F, 23) show the motion?
-
-    With a, b the means of the pose's first two and last two frames and c the least change that the renderer makes,
-        "to"            sign(c) (b - a) >= PART |c|
-        swing, pulse    (largest - smallest) - |b - a| >= PART |c|, of a swing 2 |c|: there and back, not there only
-
-    Measured on 160 drawn clips with PART = 0.5: every turn, look, tilt, walk, nod, shake, blink and step is recognized,
-    9 of 10 smiles and open mouths, 3 of 4 frowns, but only 4 of 10 raised brows (hair hides them); at most 1.3 % of the
-    clips without a motion are said to show it. So a model's share of motions is to be read against the drawn clips'.
-    """
-    move, values = toy.MOVES[motion], track(scene, toy.MOVES[motion].track)
-    least = min(move.change, key=abs)
-    change = values[-2:].mean() - values[:2].mean()
-    if move.course == "to":
-        return bool(np.sign(least) * change >= PART * abs(least))
-    least = 2 * least if move.course == "swing" else least
-    return bool(np.ptp(values) - abs(change) >= PART * abs(least))
-
-
-def shares(frames: np.ndarray, corner: bool) -> dict[str, float]:
-    """Of the border's pixels (the top and the upper half of the sides), which share is nearest to each color's name.
-
-    corner: only the upper left, where both kinds of gradient begin. frames (F, H, W, 3) bytes.
-    """
-    height, width = frames.shape[1:3]
-    edge = round(EDGE * height / 64)
-    mask = np.zeros((height, width), bool)
-    if corner:
-        mask[: 2 * edge, : 2 * edge] = True
-    else:
-        mask[:edge] = mask[: height // 2, :edge] = mask[: height // 2, -edge:] = True
-    pixels = frames[:, mask].reshape(-1, 1, 3).astype(np.float32)
-    nearest = np.square(pixels - np.stack([*COLORS.values()]).astype(np.float32)).sum(-1).argmin(1)
-    return dict(zip(COLORS, np.bincount(nearest, minlength=len(COLORS)) / len(nearest)))
-
-
-def shows_background(frames: np.ndarray, scene: Scene) -> bool:
-    """Is the most frequent color of the border the one that the prompt names first?"""
-    found = shares(frames, corner=scene.background == "gradient")
-    return max(found, key=found.get) == scene.color
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -78,4 +78,5 @@ def throw(config: Config, latent_shape: tuple[int, ...], count: int) -> Dice:
         windows,
         dropout["text"],
         dropout["reference"],
+        config["optim"]["noise_tokens"],
     )

@@ -47,15 +47,25 @@ class Dice:
     window: int  # first latent frame that the identity losses look at
 
 
-def roll(seed: int, count: int, tokens: int, channels: int, windows: int, p_text: float, p_reference: float) -> Dice:
+def roll(
+    seed: int,
+    count: int,
+    tokens: int,
+    channels: int,
+    windows: int,
+    p_text: float,
+    p_reference: float,
+    noise_tokens: int = 0,
+) -> Dice:
     """The dice of the `count`-th sample of a run (Sec. 3.4: text and reference are dropped independently).
 
-    `windows` is how many window positions there are. Every draw is made whatever its use, so that switching one
-    component off in an ablation leaves the others' chances as they were.
+    `windows` is how many window positions there are. With noise_tokens above 0, t is drawn as for a video of so many
+    tokens, whatever this one has. Every draw is made whatever its use, so that switching one component off in an
+    ablation leaves the others' chances as they were.
     """
     state = np.random.SeedSequence([seed, count]).generate_state(1, np.uint64)
     generator = torch.Generator("cpu").manual_seed(int(state[0]) >> 1)
-    t = shifted_logit_normal(1, tokens, generator).item()
+    t = shifted_logit_normal(1, noise_tokens or tokens, generator).item()
     drop_text, drop_reference, where = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     eps = torch.randn(tokens, channels, generator=generator)
     return Dice(t, eps, drop_text < p_text, drop_reference < p_reference, min(int(where * windows), windows - 1))

@@ -116,7 +116,8 @@ class Plan:
         faces = self.config["faces"]
         if not faces["pack"]:
             return 0.0
-        t = shifted_logit_normal(100_000, self.tokens, torch.Generator().manual_seed(0))
+        tokens = self.config["optim"]["noise_tokens"] or self.tokens
+        t = shifted_logit_normal(100_000, tokens, torch.Generator().manual_seed(0))
         return (aux_weight(t, faces["gamma"]) >= faces["min_weight"]).float().mean().item()
 
     def memory(self, gpus: int) -> dict[str, float]:

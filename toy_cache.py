@@ -5,6 +5,7 @@
 Training then reads it as it reads any cache. `[data] toy = 20000` in a config makes it where it is missing.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -39,7 +40,9 @@ def prepare_toy(
     settings = PAPER | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in PAPER}
     if settings["height"] != settings["width"]:
         raise UserError(f"{ckpt} makes {settings['height']}x{settings['width']}, and the drawn world is square")
-    settings |= {"seed": seed, "manifest": "toy", "toy": count}
+    first = toy_clip(seed, 0, settings["frames"], settings["height"], settings["fps"])
+    drawn = hashlib.sha256(first["frames"].tobytes() + first["reference"].tobytes() + first["caption"].encode())
+    settings |= {"seed": seed, "manifest": "toy", "toy": count, "world": drawn.hexdigest()[:16]}
     settings = made_with(settings, checkpoint, gemma, faces, dtype, count, SHARD_GB)
     size = settings["frames"], settings["fps"]
     mine = [k // settings["rows_per_shard"] % world == rank for k in range(count)]  # the other captions cost time

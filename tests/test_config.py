@@ -327,6 +327,7 @@ def test_shipped_configs_survive_the_way_through_json():
     [
         (["optim.ema=1.0"], "optim.ema"),
         (["data.toy=-1"], "data.toy"),
+        (["optim.noise_tokens=-1"], "optim.noise_tokens"),
         (["model.scratch=true", "lora.rank=4", "parallel.mode=ddp"], "model.scratch"),
         (["optim.ema=0.9", "optim.kind=adamw-bf16"], "optim.ema"),
         (["optim.decay=cosine"], "optim.decay"),

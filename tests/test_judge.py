@@ -1,4 +1,4 @@
-"""judge.py and eye.py: formulas against hand-made inputs, the committed network against what was drawn."""
+"""judge.py, asked.py and eye.py: formulas against hand-made inputs, the committed network against what was drawn."""
 
 import csv
 import json
@@ -14,8 +14,9 @@ import eye
 import judge
 import sample
 import toy
+from asked import moves, shares, shows_background
 from cases import read_cases
-from judge import SCENE, copied, moves, shares, shows_background
+from judge import SCENE, copied
 from media import read_image
 from metrics import FaceReader
 

@@ -59,6 +59,13 @@ def test_batches_are_those_of_a_plain_loop(rank, world, clips, config, monkeypat
             assert (dice.drop_text, dice.drop_reference) == (same.drop_text, same.drop_reference)
 
 
+def test_noise_levels_are_those_the_config_asks_for(clips):
+    config = read_config(None, ["optim.noise_tokens=2048"])
+    channels, frames, height, width = clips.latent_shape
+    dice = roll(0, 7, frames * height * width, channels, frames - 1, 0.05, 0.2, 2048)
+    assert throw(config, clips.latent_shape, 7).t == dice.t
+
+
 @pytest.mark.slow
 def test_workers_change_nothing(clips, config, monkeypatch):
     monkeypatch.setattr(loader.dist, "get_rank", lambda: 0)

@@ -565,6 +565,18 @@ def test_windows_are_uniform_and_independent_of_what_is_dropped(many):
     assert {d.window for d in rolls(50, windows=1)} == {0}
 
 
+def test_noise_tokens_change_the_level_and_nothing_else():
+    """u = sigmoid(mu + n) is monotonous in n, so with mu of 2048 tokens the same dice are the levels of a video with
+    2048 tokens: mu = 0.95 + 1.1 (2048 - 1024) / 3072, 1.317, of one token 0.584."""
+    plain, shifted = rolls(200), [roll(0, k, 1, 1, 4, 0.05, 0.20, noise_tokens=2048) for k in range(200)]
+    large = [roll(0, k, 2048, 1, 4, 0.05, 0.20) for k in range(200)]
+    assert [d.t for d in shifted] == [d.t for d in large]
+    assert all(a.eps == b.eps and (a.window, a.drop_text) == (b.window, b.drop_text) for a, b in zip(plain, shifted))
+    odds = np.array([(d.t / (1 - d.t), e.t / (1 - e.t)) for d, e in zip(plain, shifted) if d.t > 0.2 and e.t < 0.97])
+    ratio = np.median(odds[:, 1] / odds[:, 0])  # a tenth of the draws is uniform, the stretch moves the rest a little
+    assert ratio == pytest.approx(math.exp(1.317 - 0.584), rel=0.1)
+
+
 def test_levels_and_noise_are_the_trainer_s(many):
     t = np.sort([d.t for d in many])
     other = np.sort(shifted_logit_normal(100_000, 1, torch.Generator().manual_seed(5)).numpy())

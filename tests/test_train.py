@@ -22,14 +22,16 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import sample
+import toy
 import train
 from checkpoint import OUR_METADATA, Checkpoint
 from data import CachedClips, epoch_order
-from errors import one_line_errors
+from errors import UserError, one_line_errors
 from lora import LoRA, find_targets
 from model import LTXVideo, first_weight
 from objective import roll
 from toy import toy_clip
+from toy_cache import prepare_toy
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
@@ -173,6 +175,14 @@ def test_from_nothing_on_drawn_clips(from_nothing):
         eps = roll(0, count, *z.shape, 4, 0.05, 0.2).eps.numpy()
         expected.append(np.square(eps - z).mean())
     assert losses(folder / "run")[0] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_clips_of_another_world_are_not_trained_on(from_nothing, monkeypatch):
+    """Drawn before toy.py changed, here how far a head is turned at rest."""
+    monkeypatch.setitem(toy.POSE, "yaw", (0, 9, -36, 36))
+    with pytest.raises(UserError, match="was made with world"):
+        prepare_toy(from_nothing[0] / "cache", 6, ASSETS / "tiny.safetensors", ASSETS / "gemma", ASSETS / "faces")
 
 
 @pytest.mark.slow
