@@ -566,15 +566,26 @@ def test_windows_are_uniform_and_independent_of_what_is_dropped(many):
 
 
 def test_noise_tokens_change_the_level_and_nothing_else():
-    """u = sigmoid(mu + n) is monotonous in n, so with mu of 2048 tokens the same dice are the levels of a video with
-    2048 tokens: mu = 0.95 + 1.1 (2048 - 1024) / 3072, 1.317, of one token 0.584."""
-    plain, shifted = rolls(200), [roll(0, k, 1, 1, 4, 0.05, 0.20, noise_tokens=2048) for k in range(200)]
-    large = [roll(0, k, 2048, 1, 4, 0.05, 0.20) for k in range(200)]
-    assert [d.t for d in shifted] == [d.t for d in large]
+    """mu is 0.584 for one token and 1.317 for 2048: 0.95 + 1.1 (N - 1024) / 3072. A level drawn with the one, turned
+    back into the normal number behind it, gives the level of the other; a tenth are uniform, and the same in both."""
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def ends(mu):  # the 0.5 and 99.9 percentiles, which become 0 and 1
+        return sigmoid(mu - 2.5758293), sigmoid(mu + 3.0902323)
+
+    plain, shifted = rolls(300), [roll(0, k, 1, 1, 4, 0.05, 0.20, noise_tokens=2048) for k in range(300)]
     assert all(a.eps == b.eps and (a.window, a.drop_text) == (b.window, b.drop_text) for a, b in zip(plain, shifted))
-    odds = np.array([(d.t / (1 - d.t), e.t / (1 - e.t)) for d, e in zip(plain, shifted) if d.t > 0.2 and e.t < 0.97])
-    ratio = np.median(odds[:, 1] / odds[:, 0])  # a tenth of the draws is uniform, the stretch moves the rest a little
-    assert ratio == pytest.approx(math.exp(1.317 - 0.584), rel=0.1)
+    few, many = (0.95 + 1.1 * (tokens - 1024) / 3072 for tokens in (1, 2048))
+    t, got = (np.array([d.t for d in dice]) for dice in (plain, shifted))
+    moved = (t != got) & (t > 0.01) & (t < 1) & (got < 1)  # no mirrored and no cut ones
+    assert 0.8 < moved.mean() < 0.95
+    low, high = ends(few)
+    u = low + t[moved] * (high - low)
+    low, high = ends(many)
+    want = (sigmoid(np.log(u / (1 - u)) - few + many) - low) / (high - low)
+    np.testing.assert_allclose(got[moved], want, atol=1e-4)
 
 
 def test_levels_and_noise_are_the_trainer_s(many):
