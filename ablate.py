@@ -10,7 +10,8 @@ are trained by train.py with configs/toy-ablation.toml and the changes below, an
 prompts and pairs of motion and color that were never trained on.
 
     python ablate.py --budget small                     # within an hour on two cores
-    python ablate.py --budget large --seeds 4           # the committed table
+    python ablate.py --budget medium                    # in about three hours there
+    python ablate.py --budget large --seeds 4           # for a GPU
     python ablate.py --rows base,reference,tass         # only these; the others can follow later
 
 Run the same command again to continue: what is trained is not trained again, what is measured not measured again.
@@ -59,9 +60,10 @@ ROWS = {
     "fixed": Row("TASS -> fixed", "tass", {"reference.placement": "fixed"}),
     "remote": Row("TASS -> remote", "tass", {"reference.placement": "remote"}),
 }
-BUDGETS = {  # steps of the base and of each further row, people a seed
-    "small": {"base": 900, "row": 300, "people": 32},
-    "large": {"base": 12_000, "row": 4_000, "people": 64},
+BUDGETS = {  # steps of the base and of each further row, drawn clips, people a seed
+    "small": {"base": 900, "row": 300, "clips": 4_000, "people": 32},
+    "medium": {"base": 3_000, "row": 1_200, "clips": 16_000, "people": 64},
+    "large": {"base": 12_000, "row": 4_000, "clips": 16_000, "people": 64},
 }
 FIGURES = {  # of an evaluation -> heading, digits, which way is better
     "similarity": ("similarity", 3, "↑"),
@@ -88,13 +90,15 @@ def changes(name: str) -> dict[str, Any]:
 
 def train_options(name: str, seed: int, budget: dict[str, int], out: Path) -> list[str]:
     """What train.py is given for a row: the config and its --set."""
-    options = changes(name)
+    config = HERE / "configs" / "toy-ablation.toml"
+    cache, clips = read_config(config)["data"]["cache"], budget["clips"]
+    options = changes(name) | {"data.toy": clips, "data.cache": f"{cache}-{clips}"}
     options |= {"run.out": str(out / f"{name}-{seed}"), "run.seed": seed}
     options["optim.steps"] = budget["base" if name == "base" else "row"]
     if name != "base":
         options["model.ckpt"] = str(weights("base", seed, out))
     shown = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in options.items()}
-    return [str(HERE / "configs" / "toy-ablation.toml"), *[f"--set={key}={value}" for key, value in shown.items()]]
+    return [str(config), *[f"--set={key}={value}" for key, value in shown.items()]]
 
 
 def weights(name: str, seed: int, out: Path) -> Path:

@@ -42,7 +42,7 @@ IDENTITY = {  # what the last part changes in configs/tiny.toml
     "lora.rank": 32,
     "faces.window": 1,
     "faces.lambda_id": 0.5,
-    "optim.steps": 240,
+    "optim.steps": 300,
     "optim.lr": 1e-3,
     "optim.warmup": 20,
     "optim.ema": 0,
