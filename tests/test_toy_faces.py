@@ -104,13 +104,17 @@ def test_faces_are_found_where_they_are(clips, detector):
 
 @pytest.mark.parametrize("side, width", [(128, 128), (48, 64), (256, 256)])
 def test_faces_in_frames_of_other_sizes(clips, detector, side, width):
-    """As drawn larger, or with bars left and right as a letterbox leaves them."""
-    for clip in clips[:4]:
+    """As drawn larger, or with bars left and right as a letterbox leaves them; errors in the units of 64 pixels."""
+    errors = []
+    for clip in clips:
         image = render(clip["identity"], clip["reference_scene"], side)
         pad = (width - side) // 2
         points, _, valid = detector.detect(to_frames(np.pad(image, ((0, 0), (0, 0), (pad, pad), (0, 0)))))
         true = (clip["reference_landmarks"] + 0.5) * side / 64 - 0.5 + [pad, 0]
-        assert valid.all() and np.linalg.norm(points[0].numpy() - true, axis=1).mean() < 1.5 * side / 64
+        assert valid.all()
+        errors.append(np.linalg.norm(points[0].numpy() - true, axis=1).mean() * 64 / side)
+    print(f"landmarks {np.mean(errors):.2f} pixels off, at most {max(errors):.2f}")
+    assert np.mean(errors) < 1.5 and max(errors) < 3
 
 
 def test_spoiled_faces_are_found_and_what_is_none_is_not(clips, detector):

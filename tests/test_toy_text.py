@@ -40,7 +40,7 @@ def test_answers_are_what_the_sentences_say():
 def test_a_few_steps_learn_and_are_loaded(tmp_path, in_process):
     out, gemma = tmp_path / "text.safetensors", tmp_path / "gemma"
     code, printed, error = in_process(
-        toy_text.main, "toy_text.py", "--out", out, "--gemma", gemma, "--steps", "150", "--batch", "48"
+        toy_text.main, "toy_text.py", "--out", out, "--gemma", gemma, "--steps", "200", "--batch", "48"
     )
     assert code == 0, error
     shares = dict(re.findall(r"(\w[\w ]*?) +right in ([\d.]+)%", printed))
