@@ -330,7 +330,7 @@ def test_the_committed_model_shows_who_is_in_the_photo(judged):
     The goal for 64 people is 0.8 each, of which chance may take 0.1 from 16. Only ten of them have a direction, and
     the share of 64 is 0.71: less twice its standard deviation for ten."""
     own, others, none = judged
-    assert own["retrieved"] >= 0.7 and own["background"] >= 0.7 and own["direction"] >= 0.71 - 0.29, own
+    assert own["retrieved"] >= 0.7 and own["background"] >= 0.75 and own["direction"] >= 0.71 - 0.29, own
     assert others["retrieved"] <= 0.25 and none["retrieved"] <= 0.25
     assert others["retrieved_permuted"] >= 0.5  # it is whoever is in the photo
 
