@@ -87,8 +87,9 @@ def test_whole_file_that_was_never_written_is_an_error_and_leaves_nothing(tmp_pa
 
 
 WRITE_SLOWLY = """
-import sys, time
+import signal, sys, time
 from errors import one_line_errors, whole_file
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
 with one_line_errors(), whole_file(sys.argv[1]) as temporary:
     temporary.write_text("half")
     print("ready", flush=True)
