@@ -13,6 +13,7 @@ prompts and pairs of motion and color that were never trained on.
     python ablate.py --budget medium                    # 3.8 times as many steps
     python ablate.py --budget large --seeds 4           # for a GPU
     python ablate.py --rows base,reference,tass         # only these; the others can follow later
+    python ablate.py --set parallel.compile=true        # faster, where there is a C++ compiler or a GPU
 
 Run the same command again to continue: what is trained is not trained again, what is measured not measured again.
 """
@@ -21,8 +22,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from eye import Eye
 from judge import GROUPS, cases, copied, make_videos, measure, settings_of
 from metrics import FaceReader
 from sample import ASSETS, resolve_device
+from tiny import run_command, torchrun
 
 HERE = Path(__file__).parent
 
@@ -88,45 +88,38 @@ def changes(name: str) -> dict[str, Any]:
 # One row
 
 
-def train_options(name: str, seed: int, budget: dict[str, int], out: Path) -> list[str]:
-    """What train.py is given for a row: the config and its --set."""
+def train_options(name: str, seed: int, budget: dict[str, int], out: Path, common: list[str]) -> list[str]:
+    """What train.py is given for a row: the config and its --set, with what all rows have in `common` first."""
     config = HERE / "configs" / "toy-ablation.toml"
-    cache, clips = read_config(config)["data"]["cache"], budget["clips"]
+    cache, clips = read_config(config, common)["data"]["cache"], budget["clips"]
     options = changes(name) | {"data.toy": clips, "data.cache": f"{cache}-{clips}"}
     options |= {"run.out": str(out / f"{name}-{seed}"), "run.seed": seed}
     options["optim.steps"] = budget["base" if name == "base" else "row"]
     if name != "base":
         options["model.ckpt"] = str(weights("base", seed, out))
     shown = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in options.items()}
-    return [str(config), *[f"--set={key}={value}" for key, value in shown.items()]]
+    return [str(config), *[f"--set={change}" for change in (*common, *map("=".join, shown.items()))]]
 
 
 def weights(name: str, seed: int, out: Path) -> Path:
     return out / f"{name}-{seed}.safetensors"
 
 
-def train_row(name: str, seed: int, budget: dict[str, int], out: Path) -> None:
+def train_row(name: str, seed: int, budget: dict[str, int], out: Path, common: list[str]) -> None:
     """Train a row and export it, unless that is done. The row whose weights it shares must be there."""
     if weights(name, seed, out).is_file():
         return
-    row, begun = ROWS[name], time.perf_counter()
+    row, begun, train = ROWS[name], time.perf_counter(), str(HERE / "train.py")
     if row.shares:  # the same weights with other defaults
-        options = [*train_options(row.shares, seed, budget, out)]
+        options = [*train_options(row.shares, seed, budget, out, common)]
         options += [f"--set={key}={value}" for key, value in row.change.items()]
     else:
-        options = train_options(name, seed, budget, out)
+        options = train_options(name, seed, budget, out, common)
         read_config(options[0], [o.removeprefix("--set=") for o in options[1:]])  # a mistake is said before the work
-        run_command("train.py", *options)
-    run_command("train.py", *options, "--export", str(weights(name, seed, out)))
+        run_command([*torchrun(), train, *options])
+    run_command([train, *options, "--export", str(weights(name, seed, out))])
     with whole_file(out / f"{name}-{seed}.seconds") as temporary:
         temporary.write_text(f"{time.perf_counter() - begun:.0f}\n")
-
-
-def run_command(*command: str) -> None:
-    print(f"$ python {' '.join(command)}", flush=True)
-    code = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], cwd=Path.cwd()).returncode
-    if code:
-        raise UserError(f"{command[0]} ended with code {code}: mend what it says above and run this again")
 
 
 def judge_row(name: str, train_seed: int, seed: int, people: int, out: Path, tools: dict[str, Any]) -> None:
@@ -244,16 +237,17 @@ def hardware(device: torch.device) -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {cpu}, PyTorch {torch.__version__}"
 
 
-def report(out: Path, budget: str, device: torch.device, figure: str) -> str:
+def report(out: Path, budget: str, common: list[str], device: torch.device, figure: str) -> str:
     """The page: the table and how it came about."""
     results, steps = read_results(out), BUDGETS[budget]
     records = [record.stem.split("-") for record in sorted((out / "results").glob("*.json"))]
     seconds = {path.stem: int(path.read_text()) for path in sorted(out.glob("*.seconds"))}
     seeds = {kind: len({record[k] for record in records}) for k, kind in ((1, "training"), (2, "evaluation"))}
     times = ", ".join(f"{name} {passed / 60:.0f}" for name, passed in seconds.items())
+    given = " ".join([f"--budget {budget}", *[f"--set {change}" for change in common]])
     return (
         "# The ablation in the tiny world\n\n"
-        f"Written by `python ablate.py --budget {budget}`: {steps['base']} steps for the base, {steps['row']} for each "
+        f"Written by `python ablate.py {given}`: {steps['base']} steps for the base, {steps['row']} for each "
         f"further row from the base's weights, the same seed and clips; {steps['people']} people a seed who, like "
         f"their prompts, were never trained on. Mean ± standard deviation over {seeds['training']} training and "
         f"{seeds['evaluation']} evaluation seeds; chance for the nearest reference is 1 in {steps['people']}.\n\n"
@@ -282,6 +276,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default=",".join(ROWS), help="which, by comma (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="evaluation seeds (%(default)s)")
     parser.add_argument("--training-seeds", type=int, default=1, help="each trains all rows anew (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for train.py, in all rows")
     parser.add_argument("--out", help="folder of runs and results (default: runs/ablation-BUDGET)")
     parser.add_argument("--page", default="docs/ablation.md", help="the table (%(default)s)")
     parser.add_argument("--figure", default="assets/ablation.png", help="the picture (%(default)s)")
@@ -308,19 +303,20 @@ def main() -> None:
     device, dtype = resolve_device(options)
     out, budget = options.out, BUDGETS[options.budget]
     out.mkdir(parents=True, exist_ok=True)
-    same_settings(out, {"budget": budget, "config": read_config(HERE / "configs" / "toy-ablation.toml")})
+    config = read_config(HERE / "configs" / "toy-ablation.toml", options.set)
+    same_settings(out, {"budget": budget, "config": config})
     reader = FaceReader(ASSETS / "faces", device=device, det_size=128)
     tools = {"device": device, "dtype": dtype, "reader": reader}
     tools["look"] = Eye.from_file(ASSETS / "judge.safetensors", device)
     for train_seed in range(options.training_seeds):
         for name in needed(options.rows):
-            train_row(name, train_seed, budget, out)
+            train_row(name, train_seed, budget, out, options.set)
             if name in options.rows:
                 for seed in range(options.seeds):
                     judge_row(name, train_seed, seed, budget["people"], out, tools)
     page, figure = Path(options.page), Path(options.figure)
     draw(figure, read_results(out))
-    write_page(page, report(out, options.budget, device, os.path.relpath(figure, page.parent)))
+    write_page(page, report(out, options.budget, options.set, device, os.path.relpath(figure, page.parent)))
     print(f"{table(read_results(out))}\nwrote {page} and {figure}")
 
 
@@ -329,7 +325,7 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
     record = out / "settings.json"
     if record.is_file():
         if json.loads(record.read_text()) != json.loads(json.dumps(settings)):
-            raise UserError(f"{out} was begun with other settings than configs/toy-ablation.toml: give another --out")
+            raise UserError(f"{out} was begun with other settings (toy-ablation.toml, --set): give another --out")
         return
     with whole_file(record) as temporary:
         temporary.write_text(json.dumps(settings, indent=1))

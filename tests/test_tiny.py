@@ -49,7 +49,7 @@ def test_every_command_is_one_that_its_program_takes(tmp_path, monkeypatch):
     parsers = {"judge.py": judge.parse_arguments, "train.py": train.parse_arguments}
     seen = []
     for part in tiny.PARTS:
-        for command in tiny.commands(part, tmp_path, 2):
+        for command in tiny.commands(part, tmp_path):
             at = next(k for k, word in enumerate(command) if word.endswith(".py"))
             name = command[at].rsplit("/", 1)[1]
             monkeypatch.setattr("sys.argv", command[at:])
@@ -78,14 +78,14 @@ def test_what_is_made_is_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tiny.subprocess, "run", lambda command, env: ran.append(command) or SimpleNamespace(returncode=code)
     )
-    tiny.make("text", tmp_path, 2)
-    tiny.make("text", tmp_path, 2)
+    tiny.make("text", tmp_path)
+    tiny.make("text", tmp_path)
     assert len(ran) == 1 and json.loads((tmp_path / "seconds.json").read_text()).keys() == {"text"}
-    tiny.make("video", tmp_path, 2)
+    tiny.make("video", tmp_path)
     assert ran[1] == "assembled" and len(ran) == 4
     code = 2
     with pytest.raises(UserError, match="faces: the command above ended with code 2"):
-        tiny.make("faces", tmp_path, 2)
+        tiny.make("faces", tmp_path)
     assert json.loads((tmp_path / "seconds.json").read_text()).keys() == {"text", "video"}
 
 
