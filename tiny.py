@@ -6,6 +6,7 @@
     toy_vae.py   ──> VAE ──────────────────────────┴─> start.safetensors
     train.py     ──> the DiT, from nothing, flow loss                        (configs/tiny.toml)
     train.py     ──> the same from there, with other noise and the rate of learning raised again
+    train.py     ──> once more, with batches of 256
     train.py     ──> adapters to it, with the identity losses (lora.py)
     lora.py      ──> both merged ──> assets/tiny.safetensors
 
@@ -37,6 +38,8 @@ from vae import VideoVAE
 HERE = Path(__file__).parent
 DEFAULTS = {"height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "steps": 30, "s_text": 2.0, "s_ref": 3.0}
 MORE = {"model.scratch": "false", "optim.steps": 10_500, "optim.lr": 1.2e-3, "optim.warmup": 100, "run.seed": 1}
+LARGE = {"model.scratch": "false", "optim.steps": 2_620, "optim.batch": 256, "optim.lr": 2.5e-3, "run.seed": 2}
+ON_GPU = {"parallel.micro_batch": 256, "parallel.precision": "bf16", "data.workers": 4}  # a step in one piece
 IDENTITY = {  # what the last part changes in configs/tiny.toml
     "model.scratch": "false",
     "lora.rank": 32,
@@ -48,7 +51,7 @@ IDENTITY = {  # what the last part changes in configs/tiny.toml
     "optim.ema": 0,
     "optim.noise_tokens": 0,  # the identity losses look where there is little noise
 }
-PARTS = ("faces", "judge", "text", "vae", "video", "more", "identity")
+PARTS = ("faces", "judge", "text", "vae", "video", "more", "large", "identity")
 
 
 def assemble(vae: Path, text: Path, out: Path) -> None:
@@ -104,9 +107,11 @@ def commands(part: str, out: Path) -> list[list[str]]:
             return stage("video", "start.safetensors")
         case "more":
             return stage("more", "video.safetensors", **MORE)
-    base, identity, merged = (str(out / f"{name}.safetensors") for name in ("more", "identity", "tiny"))
+        case "large":
+            return stage("large", "more.safetensors", **LARGE, **(ON_GPU if torch.cuda.is_available() else {}))
+    base, identity, merged = (str(out / f"{name}.safetensors") for name in ("large", "identity", "tiny"))
     return [
-        *stage("identity", "more.safetensors", **IDENTITY, **{"faces.pack": out / "faces"}),
+        *stage("identity", "large.safetensors", **IDENTITY, **{"faces.pack": out / "faces"}),
         [str(HERE / "lora.py"), "--ckpt", base, "--lora", identity, "--out", merged],
     ]
 
@@ -129,7 +134,7 @@ def make(part: str, out: Path) -> None:
 
 def publish(out: Path, assets: Path) -> None:
     """Copy what was made to where sample.py and train.py look for it."""
-    made = [out / f"{name}.safetensors" for name in ("tiny", "more", "video")]
+    made = [out / f"{name}.safetensors" for name in ("tiny", "large", "more", "video")]
     last = next((path for path in made if path.is_file()), None)
     if last is None:
         raise UserError(f"{made[-1]} is not there: make the part video first")

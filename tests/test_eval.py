@@ -858,7 +858,7 @@ def test_the_commands_of_readme_run(tmp_path):
         name: re.search(r"FaceSim-Arc \| 4 \| (\S+)", (tmp_path / "out" / name / "summary.md").read_text())[1]
         for name in ("scores", "drawn")
     }
-    assert float(mean["scores"]) == pytest.approx(0.52, abs=0.05)  # as README says
+    assert float(mean["scores"]) == pytest.approx(0.51, abs=0.05)  # as README says
     assert float(mean["drawn"]) == pytest.approx(0.90, abs=0.01)
 
 

@@ -69,7 +69,7 @@ def test_every_command_is_one_that_its_program_takes(tmp_path, monkeypatch):
                     program.main()
                 monkeypatch.undo()
             seen.append(name)
-    assert seen == ["toy_faces.py", "judge.py", "toy_text.py", "toy_vae.py", *["train.py"] * 6, "lora.py"]
+    assert seen == ["toy_faces.py", "judge.py", "toy_text.py", "toy_vae.py", *["train.py"] * 8, "lora.py"]
 
 
 def test_what_is_made_is_not_made_again(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_what_was_made_last_is_published(tmp_path):
     with pytest.raises(UserError, match="make the part video first"):
         tiny.publish(out, assets)
     (out / "judge.safetensors").write_text("judge")
-    for name in ("video", "more", "tiny"):
+    for name in ("video", "more", "large", "tiny"):
         (out / f"{name}.safetensors").write_text(name)
         tiny.publish(out, assets)
         assert (assets / "tiny.safetensors").read_text() == name
