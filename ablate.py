@@ -218,7 +218,7 @@ def draw(path: Path, results: dict[str, list[dict[str, float | None]]]) -> None:
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set_xlim(min(0, ax.get_xlim()[0]), max(1, ax.get_xlim()[1]))
         if len(keys) > 1:
-            ax.legend(fontsize=8, loc="lower right")
+            ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=len(keys), frameon=False)
     axes[0].set_yticks(at, [ROWS[name].title for name in results])
     axes[0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
