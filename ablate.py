@@ -11,7 +11,7 @@ prompts and pairs of motion and color that were never trained on.
 
     python ablate.py --budget small                     # about an hour on two cores
     python ablate.py --budget medium                    # 3.8 times as many steps
-    python ablate.py --budget large --seeds 4           # for a GPU
+    python ablate.py --budget large                     # for a GPU: batches of 256
     python ablate.py --rows base,reference,tass         # only these; the others can follow later
     python ablate.py --set parallel.compile=true        # 1.2 times as fast on two cores; it wants a C++ compiler
 
@@ -36,7 +36,7 @@ from eye import Eye
 from judge import GROUPS, cases, copied, make_videos, measure, settings_of
 from metrics import FaceReader
 from sample import ASSETS, resolve_device
-from tiny import run_command, torchrun
+from tiny import ON_GPU, run_command, torchrun
 
 HERE = Path(__file__).parent
 
@@ -60,10 +60,13 @@ ROWS = {
     "fixed": Row("TASS -> fixed", "tass", {"reference.placement": "fixed"}),
     "remote": Row("TASS -> remote", "tass", {"reference.placement": "remote"}),
 }
-BUDGETS = {  # steps of the base and of each further row, drawn clips, people a seed
-    "small": {"base": 900, "row": 300, "clips": 4_000, "people": 32},
-    "medium": {"base": 3_000, "row": 1_200, "clips": 16_000, "people": 64},
-    "large": {"base": 12_000, "row": 4_000, "clips": 16_000, "people": 64},
+BUDGETS = {  # steps of the base and of each further row, drawn clips, people a seed, options of train.py
+    "small": {"base": 900, "row": 300, "clips": 4_000, "people": 32, "change": {}},
+    "medium": {"base": 3_000, "row": 1_200, "clips": 16_000, "people": 64, "change": {}},
+    "large": {
+        **{"base": 2_200, "row": 800, "clips": 16_000, "people": 64},
+        "change": {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.3},
+    },
 }
 FIGURES = {  # of an evaluation -> heading, digits, which way is better
     "similarity": ("similarity", 3, "↑"),
@@ -88,24 +91,34 @@ def changes(name: str) -> dict[str, Any]:
 # One row
 
 
-def train_options(name: str, seed: int, budget: dict[str, int], out: Path, common: list[str]) -> list[str]:
-    """What train.py is given for a row: the config and its --set, with what all rows have in `common` first."""
+def train_options(name: str, seed: int, budget: dict[str, Any], out: Path, common: list[str]) -> list[str]:
+    """What train.py is given for a row: the config and its --set, what all rows have in common first: of the budget,
+    of the device, and of the user, who may overrule both."""
     config = HERE / "configs" / "toy-ablation.toml"
+    start = budget["change"] | (ON_GPU if torch.cuda.is_available() else {})
     cache, clips = read_config(config, common)["data"]["cache"], budget["clips"]
     options = changes(name) | {"data.toy": clips, "data.cache": f"{cache}-{clips}"}
     options |= {"run.out": str(out / f"{name}-{seed}"), "run.seed": seed}
     options["optim.steps"] = budget["base" if name == "base" else "row"]
     if name != "base":
         options["model.ckpt"] = str(weights("base", seed, out))
-    shown = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in options.items()}
-    return [str(config), *[f"--set={change}" for change in (*common, *map("=".join, shown.items()))]]
+
+    def shown(options: dict[str, Any]) -> list[str]:
+        return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
+
+    return [str(config), *[f"--set={change}" for change in (*shown(start), *common, *shown(options))]]
+
+
+def split(options: list[str]) -> tuple[str, list[str]]:
+    """Of the words for train.py the config's path and the changes, as read_config takes them."""
+    return options[0], [option.removeprefix("--set=") for option in options[1:]]
 
 
 def weights(name: str, seed: int, out: Path) -> Path:
     return out / f"{name}-{seed}.safetensors"
 
 
-def train_row(name: str, seed: int, budget: dict[str, int], out: Path, common: list[str]) -> None:
+def train_row(name: str, seed: int, budget: dict[str, Any], out: Path, common: list[str]) -> None:
     """Train a row and export it, unless that is done. The row whose weights it shares must be there."""
     if weights(name, seed, out).is_file():
         return
@@ -115,11 +128,11 @@ def train_row(name: str, seed: int, budget: dict[str, int], out: Path, common: l
         options += [f"--set={key}={value}" for key, value in row.change.items()]
     else:
         options = train_options(name, seed, budget, out, common)
-        read_config(options[0], [o.removeprefix("--set=") for o in options[1:]])  # a mistake is said before the work
+        read_config(*split(options))  # a mistake is said before the work
         run_command([*torchrun(), train, *options])
     run_command([train, *options, "--export", str(weights(name, seed, out))])
     with whole_file(out / f"{name}-{seed}.seconds") as temporary:
-        temporary.write_text(f"{time.perf_counter() - begun:.0f}\n")
+        temporary.write_text(f"{time.perf_counter() - begun:.0f} {hardware()}\n")
 
 
 def judge_row(name: str, train_seed: int, seed: int, people: int, out: Path, tools: dict[str, Any]) -> None:
@@ -227,9 +240,10 @@ def draw(path: Path, results: dict[str, list[dict[str, float | None]]]) -> None:
     plt.close(figure)
 
 
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+def hardware() -> str:
+    """What train.py runs on here."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -237,24 +251,26 @@ def hardware(device: torch.device) -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {cpu}, PyTorch {torch.__version__}"
 
 
-def report(out: Path, budget: str, common: list[str], device: torch.device, figure: str) -> str:
+def report(out: Path, budget: str, common: list[str], figure: str) -> str:
     """The page: the table and how it came about."""
     results, steps = read_results(out), BUDGETS[budget]
+    batch = read_config(*split(train_options("base", 0, steps, out, common)))["optim"]["batch"]
     records = [record.stem.split("-") for record in sorted((out / "results").glob("*.json"))]
-    seconds = {path.stem: int(path.read_text()) for path in sorted(out.glob("*.seconds"))}
+    trained = {path.stem: path.read_text().strip().partition(" ") for path in sorted(out.glob("*.seconds"))}
     seeds = {kind: len({record[k] for record in records}) for k, kind in ((1, "training"), (2, "evaluation"))}
-    times = ", ".join(f"{name} {passed / 60:.0f}" for name, passed in seconds.items())
+    times = ", ".join(f"{name} {int(seconds) / 60:.0f}" for name, (seconds, _, _) in trained.items())
+    where = "; ".join(sorted({place for _, _, place in trained.values()}))
     given = " ".join([f"--budget {budget}", *[f"--set {change}" for change in common]])
     return (
         "# The ablation in the tiny world\n\n"
         f"Written by `python ablate.py {given}`: {steps['base']} steps for the base, {steps['row']} for each "
-        f"further row from the base's weights, the same seed and clips; {steps['people']} people a seed who, like "
-        f"their prompts, were never trained on. Mean ± standard deviation over {seeds['training']} training and "
+        f"further row from the base's weights, {batch} clips a step, the same seed and clips; "
+        f"{steps['people']} people a seed who, like their prompts, were never trained on. Mean ± standard deviation over {seeds['training']} training and "
         f"{seeds['evaluation']} evaluation seeds; chance for the nearest reference is 1 in {steps['people']}.\n\n"
         f"{table(results)}\n![The same as bars]({figure})\n\n"
         "What each column means stands in `judge.py`. *Copied* is a regression slope: 0, the video does not follow the "
         "reference's pose, light or colors; 1, it repeats them.\n\n"
-        f"On {hardware(device)}. Minutes of training: {times}.\n\n"
+        f"Trained on {where}. Minutes of training: {times}.\n\n"
     )
 
 
@@ -316,7 +332,7 @@ def main() -> None:
                     judge_row(name, train_seed, seed, budget["people"], out, tools)
     page, figure = Path(options.page), Path(options.figure)
     draw(figure, read_results(out))
-    write_page(page, report(out, options.budget, options.set, device, os.path.relpath(figure, page.parent)))
+    write_page(page, report(out, options.budget, options.set, os.path.relpath(figure, page.parent)))
     print(f"{table(read_results(out))}\nwrote {page} and {figure}")
 
 

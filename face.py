@@ -94,9 +94,12 @@ class FaceDetector:
         if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             index = torch.cuda.current_device() if device.index is None else device.index
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
+        sessions = onnxruntime.SessionOptions()
+        sessions.intra_op_num_threads = torch.get_num_threads()  # its own default, all cores, is too many for each rank
+        options = {"providers": providers, "sess_options": sessions}
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # some versions list every model they find
-                self.app = FaceAnalysis(name=str(folder), allowed_modules=["detection"], providers=providers)
+                self.app = FaceAnalysis(name=str(folder), allowed_modules=["detection"], **options)
                 self.app.prepare(ctx_id=0, det_thresh=det_thresh, **({"det_size": det_size} if det_size else {}))
         except Exception as error:  # an assertion, or anything onnxruntime says about a file
             cause = str(error) or "no file is a detector"

@@ -133,12 +133,13 @@ class Objective:
         out |= {key: torch.zeros_like(flow) for key in ("id", "tic", "faces", "looked")}
         if self.detector is not None:
             z_0_hat = from_tokens(predict_x0(z_t, v, t), grid)  # (B, C, T, h, w)
-            rows = {key: list(out[key]) for key in ("id", "tic", "faces", "looked")}
-            for k in torch.nonzero(out["w_aux"] >= self.min_weight).flatten().tolist():
-                values = self.face_losses(z_0_hat[k : k + 1], dice[k].window, batch["e_ref"][k], has_reference[k])
-                for key, value in zip(rows, values):
-                    rows[key][k] = value.to(flow)
-            out |= {key: torch.stack(row) for key, row in rows.items()}
+            weighty = (out["w_aux"] >= self.min_weight).tolist()
+            for window in sorted({d.window for d, use in zip(dice, weighty) if use}):  # those of a window go together
+                at = [k for k, (d, use) in enumerate(zip(dice, weighty)) if use and d.window == window]
+                e_ref = torch.stack([batch["e_ref"][k] for k in at])
+                at = torch.tensor(at, device=device)
+                for key, value in self.face_losses(z_0_hat[at], window, e_ref, has_reference[at]).items():
+                    out[key] = out[key].index_put((at,), value.to(flow))
         out["loss"] = total_loss(flow, out["id"], out["tic"], t, self.lambda_id, self.lambda_tic, self.gamma)
         return out
 
@@ -189,20 +190,23 @@ class Objective:
         with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.autocast):
             return model(z_t.to(self.dtype), timesteps, t, context, positions, mask, **extra)[:, :tokens]
 
-    def face_losses(
-        self, z_0_hat: Tensor, window: int, e_ref: Tensor, has_reference: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Eq. 7 to 10 for one sample's clean estimate (1, C, T, h, w): L_id, L_tic, faces found, frames looked at.
+    def face_losses(self, z_0_hat: Tensor, window: int, e_ref: Tensor, has_reference: Tensor) -> dict[str, Tensor]:
+        """Eq. 7 to 10 for clean estimates (n, C, T, h, w) looked at in the same window, each (n,): id is L_id, tic
+        L_tic, faces how many frames had one, looked how many there were. e_ref (n, E), has_reference (n,).
 
         Where the reference was dropped, nothing says whose face it should be: L_id is left out, L_tic stays.
         """
         length = min(self.window, z_0_hat.shape[2])
         weight = self.vae.decoder.conv_in.conv.weight
         video = decode_window(self.vae, z_0_hat.to(weight.dtype), window, length, self.window_context)
-        frames = video[0].transpose(0, 1)  # (F, 3, H, W)
+        size = (video.shape[0], video.shape[2])  # (n, F)
+        frames = video.transpose(1, 2).flatten(0, 1)  # (n F, 3, H, W)
         landmarks, _, valid = self.detector.detect(frames)
-        e = embed(frames, landmarks, self.arcface)[None]  # (1, F, E)
-        valid = valid.to(e.device)[None]
-        l_id = identity_loss(e, e_ref.to(e.device)[None], valid & has_reference)
-        l_tic = temporal_identity_loss(e, valid)
-        return l_id[0], l_tic[0], valid.sum(), torch.tensor(len(frames))
+        e = embed(frames, landmarks, self.arcface).unflatten(0, size)  # (n, F, E)
+        valid = valid.to(e.device).unflatten(0, size)
+        return {
+            "id": identity_loss(e, e_ref.to(e.device), valid & has_reference[:, None]),
+            "tic": temporal_identity_loss(e, valid),
+            "faces": valid.sum(1),
+            "looked": torch.full_like(valid.sum(1), size[1]),
+        }

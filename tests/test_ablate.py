@@ -14,12 +14,13 @@ def test_each_row_is_the_one_before_plus_one_component(tmp_path):
     """Table 1's order, as train.py's own reader of configs understands it."""
 
     def config(name):
-        first, *rest = ablate.train_options(name, 0, {"base": 7, "row": 3, "clips": 5}, tmp_path, ["optim.batch=6"])
-        return read_config(first, [change.removeprefix("--set=") for change in rest])
+        budget = {"base": 7, "row": 3, "clips": 5, "change": {"optim.batch": 8, "optim.lr": 0.5}}
+        return read_config(*ablate.split(ablate.train_options(name, 0, budget, tmp_path, ["optim.batch=6"])))
 
     base, reference, tass, augmentation, identity = map(config, list(ablate.ROWS)[:5])
     assert not augmentation["faces"]["pack"] and identity["faces"]["pack"].endswith("assets/faces")
     assert base["optim"]["batch"] == identity["optim"]["batch"] == 6
+    assert base["optim"]["lr"] == identity["optim"]["lr"] == 0.5  # the budget's, where the user says nothing
     assert base["data"]["toy"] == 5 and base["data"]["cache"].endswith("-5")
     assert (base["reference"]["use"], base["model"]["scratch"], base["optim"]["steps"]) == (False, True, 7)
     assert (reference["reference"]["use"], reference["reference"]["placement"]) == (True, "overlap")
@@ -70,7 +71,7 @@ def test_a_small_run_and_its_continuation(root, tmp_path, in_process, monkeypatc
     config = config.replace("batch = 32", "batch = 8").replace("steps = 30", "steps = 2")
     (here / "configs" / "toy-ablation.toml").write_text(config)
     monkeypatch.setattr(ablate, "HERE", here)
-    monkeypatch.setitem(ablate.BUDGETS, "small", {"base": 2, "row": 2, "clips": 8, "people": 2})
+    monkeypatch.setitem(ablate.BUDGETS, "small", {"base": 2, "row": 2, "clips": 8, "people": 2, "change": {}})
     page, figure = tmp_path / "docs" / "ablation.md", tmp_path / "pictures" / "ablation.png"
     options = ["--rows", "tass,base", "--seeds", 2, "--out", tmp_path / "out", "--page", page, "--figure", figure]
     code, _, error = in_process(ablate.main, "ablate.py", *options)

@@ -337,15 +337,22 @@ def test_how_many_frames_are_looked_at(build, dit, frames, window, starts):
 
 @torch.no_grad()
 def test_each_sample_s_own_window_is_looked_at(build, dit):
-    objective, batch, spy = build(), make_batch(3), Spy(dit)
-    dice = [throw(0.1, seed=k, window=start) for k, start in enumerate((3, 0, 2))]
-    objective(spy, batch, dice)
-    for k, seen in enumerate(objective.detector.seen):
+    """Samples of one window are decoded together; each still gets its own frames, embedding and losses."""
+    objective, batch, spy = build(), make_batch(4), Spy(dit)
+    dice = [throw(0.1, seed=k, window=start) for k, start in enumerate((3, 0, 2, 0))]
+    out = objective(spy, batch, dice)
+    assert [len(seen) for seen in objective.detector.seen] == [5 + 5, 8, 8]  # windows 0, 2 and 3
+    seen = dict(zip((1, 3, 2, 0), torch.cat(objective.detector.seen).split([5, 5, 8, 8])))
+    for k in range(4):
         t = np.float32(dice[k].t)
         z_t = (1 - t) * batch["latents"][k].permute(1, 2, 3, 0).reshape(TOKENS, CHANNELS) + t * dice[k].eps
         estimate = (z_t - t * spy.calls[0]["v"][k, :TOKENS]).reshape(*GRID, CHANNELS).permute(3, 0, 1, 2)[None]
         want = decode_window(objective.vae, estimate, dice[k].window, 2)[0].transpose(0, 1)
-        torch.testing.assert_close(seen, want, atol=1e-4, rtol=0)
+        torch.testing.assert_close(seen[k], want, atol=1e-4, rtol=0)
+        landmarks, _, _ = objective.detector.detect(want)
+        e = embed(want, landmarks, objective.arcface).numpy()
+        want_id = np.mean([1 - cosine(frame, batch["e_ref"][k].numpy()) for frame in e])
+        assert out["id"][k].item() == pytest.approx(want_id, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,7 +475,7 @@ def test_no_face_in_any_frame_is_the_flow_loss_alone(build, dit):
     objective, batch = build(detector=Faces(lambda f: False), lambda_id=10.0, lambda_tic=10.0), make_batch(2)
     dice = [throw(0.1), throw(0.4, 1, drop_reference=True)]
     out = objective(dit, batch, dice)
-    assert objective.detector.calls == 2 and out["looked"].tolist() == [5, 5]
+    assert objective.detector.calls == 1 and out["looked"].tolist() == [5, 5]
     assert not out["id"].any() and not out["tic"].any() and not out["faces"].any()
     assert torch.equal(out["loss"], out["flow"])
     plain = build(detector=None)(dit, batch, dice)
