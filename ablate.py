@@ -64,8 +64,8 @@ BUDGETS = {  # steps of the base and of each further row, drawn clips, people a 
     "small": {"base": 900, "row": 300, "clips": 4_000, "people": 32, "change": {}},
     "medium": {"base": 3_000, "row": 1_200, "clips": 16_000, "people": 64, "change": {}},
     "large": {
-        **{"base": 2_200, "row": 800, "clips": 16_000, "people": 64},
-        "change": {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.3},
+        **{"base": 1_800, "row": 600, "clips": 16_000, "people": 64},
+        "change": {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5},
     },
 }
 FIGURES = {  # of an evaluation -> heading, digits, which way is better
