@@ -29,9 +29,13 @@ from model import LTXVideo, first_weight
 
 
 def join_processes() -> torch.device:
-    """Join torchrun's ranks, or be a group of one without it. Returns this rank's device."""
+    """Join torchrun's ranks, or be a group of one without it. Returns this rank's device. UserError: no GPU for it."""
     gpu = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
+    if gpu and local >= (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"torchrun started a process number {local + 1} here, for {gpus} GPU(s): --nproc-per-node={gpus}"
+        )
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
