@@ -13,6 +13,7 @@ A sample's dice depend on the seed and on how many samples came before it, not o
 So one process and many compute the same thing, and a resumed run continues as if it had not stopped.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,14 @@ def decode_window(vae: VideoVAE, z_0: Tensor, start: int, length: int, context: 
     return video[:, :, first_pixel_frame(start - low) : first_pixel_frame(start + length - low)]
 
 
+def windows_at_once(scale: tuple[int, int, int], grid: tuple[int, int, int], length: int) -> int:
+    """How many samples' windows of so many latent frames are decoded together: as many as have four million pixels
+    between them, but one at least. So small videos do not go one by one, and large ones need no more memory than one.
+    """
+    pixels = math.prod(scale) * min(length, grid[0]) * grid[1] * grid[2]
+    return max(1, 2**22 // pixels)
+
+
 @dataclass
 class Objective:
     """Eq. 11 over frozen parts. Call it with the DiT, a batch of data.collate, and one `Dice` per sample."""
@@ -134,12 +143,13 @@ class Objective:
         if self.detector is not None:
             z_0_hat = from_tokens(predict_x0(z_t, v, t), grid)  # (B, C, T, h, w)
             weighty = (out["w_aux"] >= self.min_weight).tolist()
-            for window in sorted({d.window for d, use in zip(dice, weighty) if use}):  # those of a window go together
-                at = [k for k, (d, use) in enumerate(zip(dice, weighty)) if use and d.window == window]
-                e_ref = torch.stack([batch["e_ref"][k] for k in at])
-                at = torch.tensor(at, device=device)
-                for key, value in self.face_losses(z_0_hat[at], window, e_ref, has_reference[at]).items():
-                    out[key] = out[key].index_put((at,), value.to(flow))
+            most = windows_at_once(self.vae.scale, grid, self.window + 2 * self.window_context)
+            for window in sorted({d.window for d, use in zip(dice, weighty) if use}):
+                alike = [k for k, (d, use) in enumerate(zip(dice, weighty)) if use and d.window == window]
+                for some in (alike[k : k + most] for k in range(0, len(alike), most)):
+                    e_ref, at = torch.stack([batch["e_ref"][k] for k in some]), torch.tensor(some, device=device)
+                    for key, value in self.face_losses(z_0_hat[at], window, e_ref, has_reference[at]).items():
+                        out[key] = out[key].index_put((at,), value.to(flow))
         out["loss"] = total_loss(flow, out["id"], out["tic"], t, self.lambda_id, self.lambda_tic, self.gamma)
         return out
 

@@ -22,6 +22,7 @@ from errors import UserError
 from lora import find_targets
 from losses import aux_weight, shifted_logit_normal
 from model import LTXVideo
+from objective import windows_at_once
 from text import TextConnector
 from vae import VideoVAE, latent_scale
 
@@ -173,7 +174,7 @@ class Plan:
 
     def decoder_activations(self) -> float:
         """Numbers kept by the recomputed decoder: what goes between blocks, of a window per sample of the micro-batch,
-        and the largest block, of one window."""
+        and the largest block, of as many windows as are decoded together."""
         between, inside = [0], [0]
 
         def count(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -200,7 +201,9 @@ class Plan:
             self.vae.decode(torch.empty(1, self.ltx["vae"]["latent_channels"], window, *self.grid[1:]))
         for hook in hooks:
             hook.remove()
-        return self.config["parallel"]["micro_batch"] * between[0] + max(inside)
+        samples = self.config["parallel"]["micro_batch"]
+        together = min(samples, windows_at_once(self.vae.scale, self.grid, window))
+        return samples * between[0] + together * max(inside)
 
     def report(self, gpus: int, mfu: float) -> str:
         """The plan as Markdown: memory per GPU by part, which cards hold it, and days for the whole run."""

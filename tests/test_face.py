@@ -547,6 +547,18 @@ def test_detector_default_size_suits_small_and_large_frames(tmp_path):
         torch.testing.assert_close(inside, torch.from_numpy(POINTS).float(), atol=1e-4, rtol=0)
 
 
+def test_detector_takes_no_more_threads_than_torch(root):
+    """Under torchrun, which gives each rank one, onnxruntime's own default would be all cores for every rank."""
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            session = FaceDetector(root / "assets" / "faces").app.det_model.session
+            assert session.get_session_options().intra_op_num_threads == count
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_detector_threshold(tmp_path):
     build_detector(tmp_path / "det.onnx")
     frames = torch.full((1, 3, 64, 64), -1.0)

@@ -18,7 +18,7 @@ from face import ARCFACE_TEMPLATE, ArcFace, embed, recognition_file
 from losses import shifted_logit_normal
 from media import read_image, read_video, to_tensor
 from model import LTXVideo
-from objective import Dice, Objective, decode_window, roll
+from objective import Dice, Objective, decode_window, roll, windows_at_once
 from text import TextConnector, TextEncoder
 from vae import VideoVAE
 
@@ -335,13 +335,21 @@ def test_how_many_frames_are_looked_at(build, dit, frames, window, starts):
     assert out["looked"].tolist() == list(starts.values()) == out["faces"].tolist()
 
 
+def test_windows_at_once():
+    assert windows_at_once((8, 32, 32), (16, 15, 26), 4) == 1  # 480x832: 13 million pixels each
+    assert windows_at_once((4, 16, 16), (5, 4, 4), 3) == 85  # 64x64: 49,152
+    assert windows_at_once((4, 16, 16), (2, 4, 4), 3) == 128  # a clip shorter than the window
+
+
 @torch.no_grad()
-def test_each_sample_s_own_window_is_looked_at(build, dit):
+@pytest.mark.parametrize(("most", "lengths"), [(9, [5 + 5, 8, 8]), (1, [5, 5, 8, 8])])
+def test_each_sample_s_own_window_is_looked_at(build, dit, most, lengths, monkeypatch):
     """Samples of one window are decoded together; each still gets its own frames, embedding and losses."""
+    monkeypatch.setattr("objective.windows_at_once", lambda *_: most)
     objective, batch, spy = build(), make_batch(4), Spy(dit)
     dice = [throw(0.1, seed=k, window=start) for k, start in enumerate((3, 0, 2, 0))]
     out = objective(spy, batch, dice)
-    assert [len(seen) for seen in objective.detector.seen] == [5 + 5, 8, 8]  # windows 0, 2 and 3
+    assert [len(seen) for seen in objective.detector.seen] == lengths  # windows 0, 2 and 3
     seen = dict(zip((1, 3, 2, 0), torch.cat(objective.detector.seen).split([5, 5, 8, 8])))
     for k in range(4):
         t = np.float32(dice[k].t)
