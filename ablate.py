@@ -61,7 +61,7 @@ ROWS = {
     "remote": Row("TASS -> remote", "tass", {"reference.placement": "remote"}),
 }
 BUDGETS = {  # steps of the base and of each further row, drawn clips, people a seed, options of train.py
-    "small": {"base": 900, "row": 300, "clips": 4_000, "people": 32, "change": {}},
+    "small": {"base": 800, "row": 250, "clips": 4_000, "people": 32, "change": {"faces.min_weight": 0.2}},
     "medium": {"base": 3_000, "row": 1_200, "clips": 16_000, "people": 64, "change": {}},
     "large": {
         **{"base": 1_800, "row": 600, "clips": 16_000, "people": 64},
