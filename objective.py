@@ -14,6 +14,7 @@ So one process and many compute the same thing, and a resumed run continues as i
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,13 @@ def windows_at_once(scale: tuple[int, int, int], grid: tuple[int, int, int], len
     return max(1, 2**22 // pixels)
 
 
+def same_window(dice: list[Dice], numbers: list[int], most: int) -> Iterator[tuple[int, list[int]]]:
+    """The samples of these numbers in groups of at most `most` that look at the same window, and which that is."""
+    for window in sorted({dice[k].window for k in numbers}):
+        alike = [k for k in numbers if dice[k].window == window]
+        yield from ((window, alike[at : at + most]) for at in range(0, len(alike), most))
+
+
 @dataclass
 class Objective:
     """Eq. 11 over frozen parts. Call it with the DiT, a batch of data.collate, and one `Dice` per sample."""
@@ -142,14 +150,12 @@ class Objective:
         out |= {key: torch.zeros_like(flow) for key in ("id", "tic", "faces", "looked")}
         if self.detector is not None:
             z_0_hat = from_tokens(predict_x0(z_t, v, t), grid)  # (B, C, T, h, w)
-            weighty = (out["w_aux"] >= self.min_weight).tolist()
+            looked_at = torch.nonzero(out["w_aux"] >= self.min_weight).flatten().tolist()
             most = windows_at_once(self.vae.scale, grid, self.window + 2 * self.window_context)
-            for window in sorted({d.window for d, use in zip(dice, weighty) if use}):
-                alike = [k for k, (d, use) in enumerate(zip(dice, weighty)) if use and d.window == window]
-                for some in (alike[k : k + most] for k in range(0, len(alike), most)):
-                    e_ref, at = torch.stack([batch["e_ref"][k] for k in some]), torch.tensor(some, device=device)
-                    for key, value in self.face_losses(z_0_hat[at], window, e_ref, has_reference[at]).items():
-                        out[key] = out[key].index_put((at,), value.to(flow))
+            for window, some in same_window(dice, looked_at, most):
+                e_ref, at = torch.stack([batch["e_ref"][k] for k in some]), torch.tensor(some, device=device)
+                for key, value in self.face_losses(z_0_hat[at], window, e_ref, has_reference[at]).items():
+                    out[key] = out[key].index_put((at,), value.to(flow))
         out["loss"] = total_loss(flow, out["id"], out["tic"], t, self.lambda_id, self.lambda_tic, self.gamma)
         return out
 

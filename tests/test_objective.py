@@ -18,7 +18,7 @@ from face import ARCFACE_TEMPLATE, ArcFace, embed, recognition_file
 from losses import shifted_logit_normal
 from media import read_image, read_video, to_tensor
 from model import LTXVideo
-from objective import Dice, Objective, decode_window, roll, windows_at_once
+from objective import Dice, Objective, decode_window, roll, same_window, windows_at_once
 from text import TextConnector, TextEncoder
 from vae import VideoVAE
 
@@ -339,6 +339,12 @@ def test_windows_at_once():
     assert windows_at_once((8, 32, 32), (16, 15, 26), 4) == 1  # 480x832: 13 million pixels each
     assert windows_at_once((4, 16, 16), (5, 4, 4), 3) == 85  # 64x64: 49,152
     assert windows_at_once((4, 16, 16), (2, 4, 4), 3) == 128  # a clip shorter than the window
+
+
+def test_same_window():
+    dice = [Dice(0.5, torch.zeros(1), False, False, window) for window in (2, 0, 2, 1, 2, 0)]
+    assert list(same_window(dice, [0, 1, 2, 4, 5], 2)) == [(0, [1, 5]), (2, [0, 2]), (2, [4])]
+    assert list(same_window(dice, [], 2)) == []
 
 
 @torch.no_grad()
