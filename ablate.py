@@ -9,8 +9,8 @@ seed, same steps, same clips. Decoupled guidance is inference only and shares th
 are trained by train.py with configs/toy-ablation.toml and the changes below, and measured by judge.py on people,
 prompts and pairs of motion and color that were never trained on.
 
-    python ablate.py --budget small                     # about an hour on two cores
-    python ablate.py --budget medium                    # 3.8 times as many steps
+    python ablate.py --budget small                     # three quarters of an hour on two cores
+    python ablate.py --budget medium                    # four times as many steps
     python ablate.py --budget large                     # for a GPU: batches of 256
     python ablate.py --rows base,reference,tass         # only these; the others can follow later
     python ablate.py --set parallel.compile=true        # 1.2 times as fast on two cores; it wants a C++ compiler
