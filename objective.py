@@ -91,10 +91,16 @@ def decode_window(vae: VideoVAE, z_0: Tensor, start: int, length: int, context: 
     return video[:, :, first_pixel_frame(start - low) : first_pixel_frame(start + length - low)]
 
 
-def windows_at_once(scale: tuple[int, int, int], grid: tuple[int, int, int], length: int) -> int:
+def windows_at_once(
+    scale: tuple[int, int, int], grid: tuple[int, int, int], length: int, device: torch.device | None = None
+) -> int:
     """How many samples' windows of so many latent frames are decoded together: as many as have four million pixels
     between them, but one at least. So small videos do not go one by one, and large ones need no more memory than one.
+
+    On a CPU it is one: its sums then come in the same order, to the bit, whichever samples a process has beside.
     """
+    if device is not None and device.type == "cpu":
+        return 1
     pixels = math.prod(scale) * min(length, grid[0]) * grid[1] * grid[2]
     return max(1, 2**22 // pixels)
 
@@ -151,7 +157,7 @@ class Objective:
         if self.detector is not None:
             z_0_hat = from_tokens(predict_x0(z_t, v, t), grid)  # (B, C, T, h, w)
             looked_at = torch.nonzero(out["w_aux"] >= self.min_weight).flatten().tolist()
-            most = windows_at_once(self.vae.scale, grid, self.window + 2 * self.window_context)
+            most = windows_at_once(self.vae.scale, grid, self.window + 2 * self.window_context, device)
             for window, some in same_window(dice, looked_at, most):
                 e_ref, at = torch.stack([batch["e_ref"][k] for k in some]), torch.tensor(some, device=device)
                 for key, value in self.face_losses(z_0_hat[at], window, e_ref, has_reference[at]).items():

@@ -339,6 +339,8 @@ def test_windows_at_once():
     assert windows_at_once((8, 32, 32), (16, 15, 26), 4) == 1  # 480x832: 13 million pixels each
     assert windows_at_once((4, 16, 16), (5, 4, 4), 3) == 85  # 64x64: 49,152
     assert windows_at_once((4, 16, 16), (2, 4, 4), 3) == 128  # a clip shorter than the window
+    assert windows_at_once((4, 16, 16), (5, 4, 4), 3, torch.device("cuda", 0)) == 85
+    assert windows_at_once((4, 16, 16), (5, 4, 4), 3, torch.device("cpu")) == 1
 
 
 def test_same_window():
@@ -489,7 +491,7 @@ def test_no_face_in_any_frame_is_the_flow_loss_alone(build, dit):
     objective, batch = build(detector=Faces(lambda f: False), lambda_id=10.0, lambda_tic=10.0), make_batch(2)
     dice = [throw(0.1), throw(0.4, 1, drop_reference=True)]
     out = objective(dit, batch, dice)
-    assert objective.detector.calls == 1 and out["looked"].tolist() == [5, 5]
+    assert objective.detector.calls == 2 and out["looked"].tolist() == [5, 5]
     assert not out["id"].any() and not out["tic"].any() and not out["faces"].any()
     assert torch.equal(out["loss"], out["flow"])
     plain = build(detector=None)(dit, batch, dice)
