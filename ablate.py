@@ -254,18 +254,19 @@ def hardware() -> str:
 def report(out: Path, budget: str, common: list[str], figure: str) -> str:
     """The page: the table and how it came about."""
     results, steps = read_results(out), BUDGETS[budget]
-    batch = read_config(*split(train_options("base", 0, steps, out, common)))["optim"]["batch"]
+    config = read_config(*split(train_options("base", 0, steps, out, common)))  # where the user overrules the budget
     records = [record.stem.split("-") for record in sorted((out / "results").glob("*.json"))]
     trained = {path.stem: path.read_text().strip().partition(" ") for path in sorted(out.glob("*.seconds"))}
     seeds = {kind: len({record[k] for record in records}) for k, kind in ((1, "training"), (2, "evaluation"))}
     times = ", ".join(f"{name} {int(seconds) / 60:.0f}" for name, (seconds, _, _) in trained.items())
     where = "; ".join(sorted({place for _, _, place in trained.values()}))
-    options = "".join(f", {key} = {value}" for key, value in steps["change"].items() if key != "optim.batch")
+    named = [key.split(".") for key in ("optim.batch", "optim.lr", "faces.min_weight")]
+    options = ", ".join(f"{section}.{key} = {config[section][key]}" for section, key in named)
     given = " ".join([f"--budget {budget}", *[f"--set {change}" for change in common]])
     return (
         "# The ablation in the tiny world\n\n"
         f"Written by `python ablate.py {given}`: {steps['base']} steps for the base, {steps['row']} for each "
-        f"further row from the base's weights, {batch} clips a step{options}, the same seed and clips; "
+        f"further row from the base's weights, {options}, the same seed and clips; "
         f"{steps['people']} people a seed who, like their prompts, were never trained on. Mean ± standard deviation "
         f"over {seeds['training']} training and {seeds['evaluation']} evaluation seeds; chance for the nearest "
         f"reference is 1 in {steps['people']}.\n\n"

@@ -256,7 +256,7 @@ def test_killed_and_continued(clips, one_process, tmp_path):
     ours, theirs = weights(run, 3), weights(one_process, 3)
     for name, tensor in ours.items():
         off = (tensor - theirs[name]).abs()
-        assert off.max() <= 1e-6 if fixed else (off > 1e-5).float().mean() < 0.01, name
+        assert off.max() <= (1e-6 if fixed else QUICK["optim.lr"]) and (off > 1e-5).float().mean() < 0.01, name
     assert not list(run.glob(".*")), "a temporary folder was left"
 
 
