@@ -35,13 +35,13 @@ train: setup
 
 row: setup
 	rm -rf out/toy
-	$(RUN) judge.py --write out/toy
+	$(RUN) -m toy.judge --write out/toy
 	$(RUN) sample.py --batch out/toy/cases.jsonl --out out/toy/videos
 	$(RUN) eval.py --videos out/toy/videos --cases out/toy/cases.jsonl --faces assets/faces --det-size 128 --clip none \
 	    --out out/toy/scores --name "ours (tiny world)"
 
 tiny: setup
-	$(RUN) tiny.py --publish
+	$(RUN) -m toy.make --publish
 
 # Not the environment of everything else: VBench pins numpy below 2 and a transformers of 2023.
 vbench: .venv-vbench/ready

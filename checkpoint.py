@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from errors import UserError, whole_file
+from common.errors import UserError, whole_file
 
 DTYPES = {
     "BF16": torch.bfloat16,

@@ -9,8 +9,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from data import FITS
-from errors import UserError
 from rope import PLACEMENTS
 
 try:

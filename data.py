@@ -26,10 +26,10 @@ from PIL import Image, ImageEnhance
 from safetensors import safe_open
 from torch import Tensor
 
-from cache import NULL, PARTS, prepare, read_metadata, read_settings, shard_file
-from errors import Parser, UserError, one_line_errors, whole_file
-from manifest import vip200k
-from media import cover, to_tensor
+from clips.cache import NULL, PARTS, prepare, read_metadata, read_settings, shard_file
+from clips.manifest import vip200k
+from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.media import cover, to_tensor
 from text import GEMMA
 
 ASSETS = Path(__file__).parent / "assets"  # what is embedded: the default where no checkpoint is named

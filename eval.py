@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cases import Case, read_cases
-from errors import Parser, UserError, one_line_errors, whole_file
+from clips.manifest import VIDEO_SUFFIXES
+from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.media import count_frames, read_frames, read_image
+from evaluation.cases import Case, read_cases
+from evaluation.metrics import PROTOCOLS, ClipScore, FaceReader, clip_frames, measure, spaced_frames
+from evaluation.report import draw_sheet, extremes, markdown, write_csv
+from evaluation.vbench import DIMENSIONS, read_vbench, run_vbench
 from face import recognition_file
-from manifest import VIDEO_SUFFIXES
-from media import count_frames, read_frames, read_image
-from metrics import PROTOCOLS, ClipScore, FaceReader, clip_frames, measure, spaced_frames
-from quality import DIMENSIONS, read_vbench, run_vbench
-from report import draw_sheet, extremes, markdown, write_csv
 
 CLIP = "openai/clip-vit-base-patch32"
 

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
-from onnx_operators import OPERATORS, REFUSED
+from common.errors import UserError
+from common.onnx_operators import OPERATORS, REFUSED
 
 RELEASES = "https://github.com/deepinsight/insightface/releases/tag/model-zoo"
 CROP = 112  # side of ArcFace's input, pixels

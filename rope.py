@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from errors import one_line_errors
+from common.errors import one_line_errors
 
 # Where the reference's cell (i, j) goes, as (time, height, width) in latent cells; T, H, W is the video's grid.
 # Only "tass" is the paper's method; the next four are what Sec. 3.2 rejects, kept so that its argument can be run.

@@ -26,19 +26,19 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from batch import Batch
-from cases import Case, read_cases
 from checkpoint import Checkpoint, distilled_sign, file_name
+from common.errors import Parser, UserError, one_line_errors
+from common.media import contact_sheet, read_image, to_tensor, to_uint8, write_video
 from data import FITS
-from errors import Parser, UserError, one_line_errors
-from fp8 import store_in_fp8
+from engine.fp8 import store_in_fp8
+from engine.lora import REFERENCE, LoRA, describe, merge_lora, parse_lora, told_by, wanted_by
+from engine.offload import offload
+from engine.parallel import join_processes
+from evaluation.batch import Batch
+from evaluation.cases import Case, read_cases
+from evaluation.metrics import FaceReader, face_sim
 from guidance import DISTILLED_SIGMAS, generate, needed_streams
-from lora import REFERENCE, LoRA, describe, merge_lora, parse_lora, told_by, wanted_by
-from media import contact_sheet, read_image, to_tensor, to_uint8, write_video
-from metrics import FaceReader, face_sim
 from model import LTXVideo
-from offload import offload
-from parallel import join_processes
 from rope import PLACEMENTS
 from text import GEMMA, TextConnector, TextEncoder
 from vae import VideoVAE, latent_scale

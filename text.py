@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
-from errors import UserError
+from common.errors import UserError
 from model import Attention, FeedForward, rms
 from rope import rope_cos_sin
 

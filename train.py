@@ -24,24 +24,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import state
-from average import Average
 from checkpoint import Checkpoint
+from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.media import contact_sheet, read_image, to_tensor, to_uint8
 from config import Config, read_config, require_same_run
 from data import FITS, CachedClips
-from errors import Parser, UserError, one_line_errors, whole_file
+from engine import state
+from engine.average import Average
+from engine.loader import training_batches
+from engine.logbook import Log
+from engine.lora import save_lora, seed_dropout
+from engine.optim import AdamWBF16
+from engine.parallel import StopSignal, build_model, gather_rows, join_processes, reshard
+from engine.plan import Plan
 from face import ArcFace, FaceDetector, recognition_file
 from guidance import generate
-from loader import training_batches
-from logbook import Log
-from lora import save_lora, seed_dropout
-from media import contact_sheet, read_image, to_tensor, to_uint8
 from objective import Objective
-from optim import AdamWBF16
-from parallel import StopSignal, build_model, gather_rows, join_processes, reshard
-from plan import Plan
 from text import GEMMA, TextConnector, TextEncoder
-from toy_cache import prepare_toy
+from toy.cache import prepare_toy
 from vae import VideoVAE
 
 HERE = Path(__file__).parent

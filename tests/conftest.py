@@ -26,7 +26,7 @@ AUDIO = ("audio_", "av_ca_", "video_to_audio_", "scale_shift_table_a2v_", "vocod
 @pytest.fixture
 def in_process(monkeypatch, capsys):
     """in_process(main, "sample.py", "--ref", ...) -> (exit code, stdout, stderr) of that command, in this process."""
-    from errors import one_line_errors
+    from common.errors import one_line_errors
 
     def run(main, program, *options):
         monkeypatch.setattr(sys, "argv", [program, *map(str, options)])

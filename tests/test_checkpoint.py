@@ -11,7 +11,7 @@ from conftest import is_audio, read_metadata, write_sparse
 from safetensors.torch import load_file, save_file
 
 from checkpoint import DTYPES, Checkpoint, file_name, write, write_modules
-from errors import UserError
+from common.errors import UserError
 from model import LTXVideo
 from text import TextConnector
 from vae import VideoVAE

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from config import ABOVE_ZERO, CHANGEABLE, CHOICES, DEFAULTS, read_config, require_same_run
-from errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

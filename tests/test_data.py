@@ -23,8 +23,11 @@ from PIL import Image
 from test_face import build_detector, build_iresnet
 from test_media import make_video
 
-import cache
-from cache import prepare
+from clips import cache
+from clips.cache import prepare
+from clips.manifest import crop_face, read_manifest, vip200k
+from common.errors import UserError
+from common.media import read_frame, read_image, read_video, to_tensor
 from data import (
     AUGMENT,
     CachedClips,
@@ -36,10 +39,7 @@ from data import (
     reference_tensor,
     sample_rng,
 )
-from errors import UserError
 from face import ArcFace, FaceDetector, align, recognition_file
-from manifest import crop_face, read_manifest, vip200k
-from media import read_frame, read_image, read_video, to_tensor
 from text import TextEncoder
 from vae import VideoVAE
 

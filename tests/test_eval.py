@@ -26,13 +26,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval as evaluation
-import metrics
-import quality
-import report
-from curricular import CurricularFace
-from errors import UserError
-from media import count_frames, read_frames, read_image, read_video, write_video
-from metrics import ClipScore, FaceReader
+from common.errors import UserError
+from common.media import count_frames, read_frames, read_image, read_video, write_video
+from evaluation import metrics, report
+from evaluation import vbench as quality
+from evaluation.curricular import CurricularFace
+from evaluation.metrics import ClipScore, FaceReader
 
 ROOT = Path(__file__).resolve().parent.parent
 FACES, CLIPS = ROOT / "assets" / "faces", ROOT / "assets" / "clips"

@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from skimage.transform import SimilarityTransform
 
-from errors import UserError
+from common.errors import UserError
 from face import ARCFACE_TEMPLATE, ArcFace, FaceDetector, align, embed, recognition_file, similarity_matrix
 
 torch.set_num_threads(2)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import face
+from common.media import read_image, read_video, to_tensor
 from data import letterbox
 from face import ARCFACE_TEMPLATE, ArcFace, embed, recognition_file
 from losses import shifted_logit_normal
-from media import read_image, read_video, to_tensor
 from model import LTXVideo
 from objective import Dice, Objective, decode_window, roll, same_window, windows_at_once
 from text import TextConnector, TextEncoder

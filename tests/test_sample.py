@@ -26,9 +26,9 @@ from torch._dynamo.testing import CompileCounter
 import sample
 import text
 from checkpoint import OUR_METADATA, SUPPORTED, Checkpoint
+from common.errors import UserError
 from data import letterbox
-from errors import UserError
-from metrics import FaceReader
+from evaluation.metrics import FaceReader
 from model import LTXVideo
 
 SHORT = ["--steps", "1", "--frames", "5", "--height", "32", "--width", "48"]

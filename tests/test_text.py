@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import text
-from errors import UserError
+from common.errors import UserError
 from text import TextConnector, TextEncoder, load_gemma, pad_features
 
 HIDDEN, LAYERS, SLOTS = 24, 3, 48  # what tiny_a's projection takes; SLOTS is the tokenizer's own maximum

@@ -22,17 +22,17 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import sample
-import toy
 import train
 from checkpoint import OUR_METADATA, Checkpoint
+from common.errors import UserError, one_line_errors
 from data import CachedClips, epoch_order
-from errors import UserError, one_line_errors
-from lora import LoRA, find_targets
+from engine.lora import LoRA, find_targets
+from engine.parallel import join_processes
 from model import LTXVideo, first_weight
 from objective import roll
-from parallel import join_processes
-from toy import toy_clip
-from toy_cache import prepare_toy
+from toy import world as toy
+from toy.cache import prepare_toy
+from toy.world import toy_clip
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"

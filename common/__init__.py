@@ -1,0 +1,1 @@
+"""What everything rests on: one-line errors, files to pixels and back, ONNX operators."""

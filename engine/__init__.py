@@ -1,0 +1,1 @@
+"""What runs a training: processes, state, optimizer, log, plan, adapters, memory."""

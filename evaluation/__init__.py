@@ -1,0 +1,1 @@
+"""What scores videos: cases, metrics, VBench, tables."""

@@ -1,0 +1,98 @@
+"""IR-101, the recognizer behind FaceSim-Cur: crops (n, 3, 112, 112), RGB in [-1, 1] -> embeddings (n, 512).
+
+The second opinion on identity. ArcFace is what the training looks at (Eq. 8-10); a model can learn to please it. This
+one was trained apart, with CurricularFace's loss on Glint360K, and is never trained against.
+
+    crop 112 -> conv, BN, PReLU (64) -> 3, 13, 30, 3 blocks of 64, 128, 256, 512 channels, each stage halving the side
+             -> (n, 512, 7, 7) -> BN -> linear -> BN -> (n, 512)
+    block:  x -> BN, conv 3x3, BN, PReLU, conv 3x3 (stride), BN -> + shortcut(x)
+
+The modules carry the names of the published file, glint360k_curricular_face_r101_backbone.bin, which the evaluation of
+ConsisID and OpenS2V loads (their backbone is TFace's recognition/torchkit/backbone/model_irse.py, IR_101).
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+STAGES = ((64, 3), (128, 13), (256, 30), (512, 3))  # channels, blocks
+WHERE = (
+    "hf download BestWishYsh/ConsisID-preview face_encoder/glint360k_curricular_face_r101_backbone.bin --local-dir ."
+)
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, out: int, stride: int):
+        super().__init__()
+        # Where the width stays, the shortcut takes every stride-th pixel: a max-pool over windows of one pixel.
+        self.shortcut_layer = (
+            nn.MaxPool2d(1, stride)
+            if channels == out
+            else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        )
+        self.res_layer = nn.Sequential(
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, out, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.PReLU(out),
+            nn.Conv2d(out, out, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.res_layer(x) + self.shortcut_layer(x)
+
+
+class CurricularFace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+        blocks, channels = [], 64
+        for out, count in STAGES:
+            blocks += [Block(channels, out, 2), *[Block(out, out, 1) for _ in range(count - 1)]]
+            channels = out
+        self.body = nn.Sequential(*blocks)
+        self.output_layer = nn.Sequential(
+            nn.BatchNorm2d(512),
+            nn.Dropout(0.4),
+            nn.Flatten(),
+            nn.Linear(512 * 7 * 7, 512),
+            nn.BatchNorm1d(512, affine=False),
+        )
+
+    def forward(self, crops: Tensor) -> Tensor:
+        return self.output_layer(self.body(self.input_layer(crops)))  # (n, 64, 112, 112) -> (n, 512, 7, 7) -> (n, 512)
+
+    @classmethod
+    def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "CurricularFace":
+        """Frozen, in float32. `path`: the published .bin, or the same tensors as .safetensors.
+
+        The .bin is a pickle, the one that this repository reads: by torch's weights-only reader, which builds tensors
+        and nothing else. UserError where the file is not there, is damaged, or is another network's.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"no CurricularFace backbone at {path}: {WHERE}")
+        try:
+            safe = Path(path).suffix == ".safetensors"
+            weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).strip().split("\n")[0] or "it is cut short"
+            raise UserError(f"{path} cannot be read as weights ({reason}): {WHERE}") from None
+        with torch.device("meta"):
+            model = cls()
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {k: tuple(v.shape) for k, v in weights.items()} if isinstance(weights, dict) else {}
+        if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
+            name = wrong[0]
+            raise UserError(
+                f"{path} is not CurricularFace's IR-101: {name} is {found.get(name, 'missing')}, expected "
+                f"{wanted.get(name, 'no such tensor')} ({len(wrong)} differ): {WHERE}"
+            )
+        model.load_state_dict(weights, assign=True)
+        return model.float().to(device).eval().requires_grad_(False)

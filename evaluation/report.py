@@ -1,0 +1,126 @@
+"""What people read of an evaluation: scores per video, means with intervals, Table 1's row, a sheet of pictures."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from common.errors import whole_file
+
+TABLE = {  # Table 1's columns in its order: heading, digits
+    "facesim_arc": ("FaceSim-Arc", 3),
+    "facesim_cur": ("FaceSim-Cur", 3),
+    "clip_score": ("CLIP-Score", 2),
+    "aq": ("AQ", 3),
+    "iq": ("IQ", 3),
+    "ms": ("MS", 3),
+    "dd": ("DD", 2),
+}
+OURS = {  # not in the paper
+    "face_rate": ("frames with a face", 3),
+    "background_copy": ("background copied (ours)", 3),
+    "pose_copy": ("pose copied (ours)", 3),
+    "identity_drift": ("identity drift (ours)", 3),
+}
+COLUMNS = ["id", "facesim_arc", "facesim_cur", "face_rate", "retried", "clip_score", "aq", "iq", "ms", "dd"]
+COLUMNS += ["background_copy", "pose_copy", "identity_drift", "video", "reference", "problem"]
+FILL = {  # how to fill a column that is empty
+    "facesim_cur": "give --curricular glint360k_curricular_face_r101_backbone.bin (README says from where)",
+    "clip_score": "give --clip openai/clip-vit-base-patch32",
+    **dict.fromkeys(("aq", "iq", "ms", "dd"), "run make vbench once, then add --vbench"),
+}
+RESAMPLES = 2000
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One line per case, scored or not; empty cells where nothing was measured."""
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def bootstrap(values: np.ndarray, groups: list[str], seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of the mean by resampling groups with replacement, percentiles 2.5 and 97.5.
+
+    A group is a reference: the videos of one face rise and fall together, and to draw them one by one would make the
+    interval too narrow. None with fewer than two groups.
+    """
+    sums, counts = defaultdict(float), defaultdict(int)
+    for value, group in zip(values, groups):
+        sums[group] += value
+        counts[group] += 1
+    if len(sums) < 2:
+        return None
+    s, n = np.array([sums[g] for g in sums]), np.array([counts[g] for g in sums])
+    drawn = np.random.default_rng(seed).integers(len(s), size=(RESAMPLES, len(s)))
+    low, high = np.percentile(s[drawn].sum(1) / n[drawn].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarize(rows: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
+    """videos, mean, spread (standard deviation over videos), interval of a column; None if it is empty."""
+    there = [row for row in rows if row.get(key) is not None]
+    if not there:
+        return None
+    values = np.array([row[key] for row in there], float)
+    spread = float(values.std(ddof=1)) if len(values) > 1 else None
+    interval = bootstrap(values, [str(row["reference"]) for row in there])
+    return {"videos": len(values), "mean": float(values.mean()), "spread": spread, "interval": interval}
+
+
+def markdown(name: str, rows: list[dict[str, Any]], cases: int, how: str) -> str:
+    """Table 1's row, then every column's mean, spread and interval, then what is empty and how to fill it."""
+    found = {key: summarize(rows, key) for key in TABLE | OURS}
+    cells = [f"{found[key]['mean']:.{digits}f}" if found[key] else "" for key, (_, digits) in TABLE.items()]
+    lines = [
+        f"| Method | {' | '.join(f'{title} ↑' for title, _ in TABLE.values())} |",
+        "|---|" + "---:|" * len(TABLE),
+        f"| {name} | {' | '.join(cells)} |",
+        "",
+        f"{len(rows)} of {cases} cases scored; {how}",
+        "",
+        "| | videos | mean | spread | 95 % interval |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for key, (title, digits) in (TABLE | OURS).items():
+        if s := found[key]:
+            spread = "" if s["spread"] is None else f"{s['spread']:.{digits}f}"
+            interval = "{:.{d}f} to {:.{d}f}".format(*s["interval"], d=digits) if s["interval"] else ""
+            lines.append(f"| {title} | {s['videos']} | {s['mean']:.{digits}f} | {spread} | {interval} |")
+    if faceless := sum(row["face_rate"] == 0 for row in rows):
+        lines += ["", f"{faceless} videos show no face in any frame; their FaceSim of 0 is in the means."]
+    empty = defaultdict(list)
+    for key, way in FILL.items():
+        if not found[key]:
+            empty[way].append(TABLE[key][0])
+    lines += ["", *[f"- {', '.join(titles)} empty: {way}." for way, titles in empty.items()]] if empty else []
+    return "\n".join(lines) + "\n"
+
+
+def extremes(rows: list[dict[str, Any]], count: int = 4) -> list[dict[str, Any]]:
+    """The best and the worst `count` by FaceSim-Arc, best first, none twice."""
+    ranked = sorted(rows, key=lambda row: -row["facesim_arc"])
+    return ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
+
+
+def draw_sheet(path: Path, pictures: list[tuple[str, Image.Image, np.ndarray]], cell: int = 160) -> None:
+    """A PNG with a line per video: its title, the reference, some frames (n, H, W, 3)."""
+    gap, text = 4, 18
+    columns = 1 + max(len(frames) for _, _, frames in pictures)
+    heights = [text + round(cell * frames.shape[1] / frames.shape[2]) + gap for _, _, frames in pictures]
+    sheet = Image.new("RGB", (columns * (cell + gap), sum(heights)), "white")
+    y = 0
+    for (title, reference, frames), height in zip(pictures, heights):
+        ImageDraw.Draw(sheet).text((2, y + 3), title, fill="black")
+        box = cell, height - text - gap
+        for k, image in enumerate([reference, *map(Image.fromarray, frames)]):
+            scale = min(box[0] / image.width, box[1] / image.height)
+            shown = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+            sheet.paste(shown, (k * (cell + gap) + (box[0] - shown.width) // 2, y + text))
+        y += height
+    with whole_file(path) as temporary:
+        sheet.save(temporary)

@@ -1,0 +1,166 @@
+"""Reading video: which frame is shown when, at which size, the right way up, and what is wrong with a file.
+
+The clips are written here with PyAV; each frame carries its number as eight bars, black or white, so what comes out
+says where it comes from whatever the codec does to it.
+"""
+
+import struct
+import wave
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.media import TooShort, probe_video, read_frame, read_video
+
+HEIGHT, WIDTH = 32, 64
+
+
+def bars(number: int) -> np.ndarray:
+    """(32, 64, 3): bit 7 of the number is the left bar."""
+    bits = [number >> (7 - k) & 1 for k in range(8)]
+    return np.broadcast_to(np.repeat(bits, 8)[None, :, None] * 255, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+
+
+def number_of(frame: np.ndarray) -> int:
+    return int("".join("1" if frame[8:-8, 8 * k + 2 : 8 * k + 6].mean() > 127 else "0" for k in range(8)), 2)
+
+
+def make_video(path, frames, rate=30, times=None, codec="libx264", key_every=12, **container):
+    """times: when each frame is shown, in milliseconds; without, at a constant rate."""
+    with av.open(str(path), "w", options=container) as file:
+        stream = file.add_stream(codec, rate=rate, options={"g": str(key_every)})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for k, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = int(times[k]), stream.codec_context.time_base
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm", "ts"])
+def test_frames_by_time_at_constant_rate(kind, tmp_path):
+    """30 fps read at 24, 12, 30 and 60, also from the middle, where a container must be sought into."""
+    codec = "libvpx-vp9" if kind == "webm" else "libx264"
+    path = make_video(tmp_path / f"a.{kind}", [bars(k) for k in range(120)], codec=codec)
+    for fps in (24, 12, 30, 60):
+        for start in (0.0, 0.5, 1.77, 3.1):
+            count = int((3.95 - start) * fps)
+            video = read_video(path, count, fps, HEIGHT, WIDTH, start)
+            assert video.shape == (count, HEIGHT, WIDTH, 3) and video.dtype == np.uint8
+            # frame j is stamped j / 30, in WebM and MKV rounded to a millisecond
+            truth = [int((start + k / fps) * 30 + 0.03) for k in range(count)]
+            assert [number_of(frame) for frame in video] == truth, (fps, start)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "mpg"])
+def test_frames_by_time_far_from_a_key_frame(kind, tmp_path):
+    """Key frames every 3 seconds. MPEG-PS has no index: sought to 3.1 or 3.2 it lands at 4.3, behind what is wanted.
+
+    And what FFmpeg makes of its time stamps after a seek is up to one frame off.
+    """
+    codec = "mpeg2video" if kind == "mpg" else "libx264"
+    path = make_video(tmp_path / f"a.{kind}", [bars(k) for k in range(150)], codec=codec, key_every=90)
+    for start in (1.5, 2.9, 4.1, 4.2):
+        truth = int(start * 30 + 0.03) + np.arange(5)
+        numbers = [number_of(frame) for frame in read_video(path, 5, 30, HEIGHT, WIDTH, start)]
+        assert np.abs(numbers - truth).max() <= (kind == "mpg"), (start, numbers)
+        assert abs(number_of(np.asarray(read_frame(path, start))) - truth[0]) <= (kind == "mpg")
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv"])
+def test_frames_by_time_at_variable_rate(kind, tmp_path):
+    """The last frame stamped at or before each time, with gaps from 3 ms to over a second."""
+    gaps = np.random.default_rng(0).choice([3, 10, 33, 41, 90, 400, 1100], 80)
+    times = np.concatenate([[0], np.cumsum(gaps)])
+    path = make_video(tmp_path / f"v.{kind}", [bars(k) for k in range(81)], times=times)
+    for fps in (24, 12):
+        for start in (0.0, 4.2):
+            count = int((times[-1] / 1000 - start) * fps)
+            truth = [np.flatnonzero(times <= (start + k / fps) * 1000 + 1)[-1] for k in range(count)]
+            video = read_video(path, count, fps, HEIGHT, WIDTH, start)
+            assert [number_of(frame) for frame in video] == truth
+    for time in (0.0, 2.0, 7.43):
+        truth = np.flatnonzero(times <= time * 1000 + 1)[-1]
+        assert number_of(np.asarray(read_frame(path, time))) == truth
+
+
+def test_scaled_to_cover_and_cut_around_the_centre(tmp_path):
+    ramp = np.broadcast_to(np.arange(128)[None, :, None] * 2, (64, 128, 3)).astype(np.uint8)  # value 2 x
+    wide = make_video(tmp_path / "wide.mp4", [ramp] * 12)
+    tall = make_video(tmp_path / "tall.mp4", [ramp.transpose(1, 0, 2)] * 12)
+    # 128 x 64 to 32 x 32: half the size, columns 32 to 95 remain; cell c of the result covers columns 32 + 2c, + 1
+    truth = 2 * (32 + 2 * np.arange(32) + 0.5)
+    inner = slice(2, -2)
+    found = read_video(wide, 1, 30, 32, 32)[0].astype(float)
+    assert np.abs(found - truth[None, :, None])[:, inner].max() < 4
+    found = read_video(tall, 1, 30, 32, 32)[0].astype(float)
+    assert np.abs(found - truth[:, None, None])[inner].max() < 4
+    # enlarged, and cut above and below: 128 x 64 to 256 x 64 doubles it, all columns and rows 16 to 47 remain
+    found = read_video(wide, 1, 30, 64, 256)[0].astype(float)
+    assert np.abs(found - 2 * (np.arange(256) - 0.5)[None, :, None] / 2)[:, 4:-4].max() < 4
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_turned_as_the_file_says(turn, tmp_path):
+    """The track's matrix says by how much a player turns the picture clockwise; phones film on their side."""
+    corner = np.full((64, 128, 3), 30, np.uint8)
+    corner[:16, :32] = 220  # upper left
+    path = make_video(tmp_path / "phone.mp4", [corner] * 6)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 4 + 5 * 4 + 8 + 8  # version, times, id and duration, reserved, layer to volume
+    assert struct.unpack(">9i", data[at : at + 36]) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[turn]  # (x, y) -> (x cos - y sin, x sin + y cos), y downwards
+    data[at : at + 36] = struct.pack(">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    truth = np.rot90(corner, -turn // 90)
+    assert np.abs(np.asarray(read_frame(path, 0)).astype(int) - truth).mean() < 6
+    height, width = truth.shape[:2]
+    assert np.abs(read_video(path, 3, 30, height, width)[2].astype(int) - truth).mean() < 6
+
+
+def test_length_and_too_short(tmp_path):
+    path = make_video(tmp_path / "short.mp4", [bars(k) for k in range(36)], rate=12)  # 3 seconds
+    assert probe_video(path) == pytest.approx(3, abs=0.01)
+    video = read_video(path, 36, 12, HEIGHT, WIDTH)
+    assert number_of(video[-1]) == 35  # every frame, the last one included
+    for frames, start, end in ((37, 0, None), (31, 0.5, None), (13, 1, 2.0), (2, 30, None)):
+        with pytest.raises(TooShort, match=rf"short\.mp4.*seconds from {start:g} s.*{frames} frames at 12 fps"):
+            read_video(path, frames, 12, HEIGHT, WIDTH, start, end)
+    assert len(read_video(path, 12, 12, HEIGHT, WIDTH, 1, 2.0)) == 12
+    assert len(read_video(path, 30, 12, HEIGHT, WIDTH, 0.5)) == 30
+    with pytest.raises(UserError, match=r"short\.mp4.*9 seconds"):
+        read_frame(path, 9)
+
+
+def test_what_is_no_video(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (8, 16, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(60)]
+    whole = make_video(tmp_path / "whole.mp4", noise, movflags="+faststart").read_bytes()
+    hurt = bytearray(whole)
+    hurt[len(whole) // 3 : len(whole) // 3 + 3000] = rng.integers(0, 256, 3000).astype(np.uint8).tobytes()
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+    files = {
+        "empty.mp4": b"",
+        "text.mp4": b"<html>404</html>\n" * 100,
+        "hurt.mp4": bytes(hurt),
+        "cut.mp4": whole[: len(whole) * 2 // 5],
+        "head.mp4": whole[:200],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.mp4").mkdir()
+    for name in [*files, "folder.mp4", "missing.mp4", "sound.wav"]:
+        with pytest.raises(UserError, match=name) as caught:
+            read_video(tmp_path / name, 45, 24, HEIGHT, WIDTH)
+        assert not isinstance(caught.value, TooShort), name  # cut.mp4 is broken, whatever is left of it
+    assert len(read_video(tmp_path / "cut.mp4", 10, 24, HEIGHT, WIDTH)) == 10  # what is there can be used
+    assert len(read_video(tmp_path / "whole.mp4", 45, 24, HEIGHT, WIDTH)) == 45

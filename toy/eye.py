@@ -1,0 +1,210 @@
+"""What a frame of the tiny world shows, read back from its pixels by a small convolutional network.
+
+A model's video comes without the renderer's parameters. To say how far its head turned, from where its light comes,
+which hair its person has, something must look. This network was shown drawn frames (people and scenes of the train
+split, made worse as a generative model makes them) and learned to say what they were drawn from:
+
+    frame (3, 64, 64) ──> 4 convolutions ──> 8x8 cells ──> linear, 80 ──┬─> scene  toy.scene_vector, 23 numbers
+                                                                        ├─> skin   the trait, 0 to 1
+                                                                        └─> hair, style, glasses, beard: classes
+
+    python -m toy.judge --train assets/judge.safetensors        # about an hour on one core
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from checkpoint import NAMES, write
+from common.errors import UserError
+from toy import world as toy
+from toy.portrait import landmarks, render
+from toy.traits import TRAITS, Identity
+
+SIZE = 64  # side of the frames that it knows
+SCENE = [*toy.POSE, "light x", "light y", "light strength", "light warmth"]  # toy.scene_vector's order
+SCENE += [f"{what} {part}" for what in ("background", "shirt") for part in ("red", "green", "blue")]
+SCENE += list(toy.BACKGROUNDS)[1:]
+CLASSES = {trait: list(TRAITS[trait]) for trait in ("hair", "style", "glasses", "beard")}
+MIRRORED = [SCENE.index(name) for name in ("yaw", "roll", "x", "light x")]  # change sign in a mirror
+NUMBERS = len(SCENE) + 1
+LR = 2.5e-3
+POOL = 1024  # clips of 8 frames that training draws from
+
+
+class Eye(nn.Module):
+    """Frames (n, 3, 64, 64) in [-1, 1] -> numbers (n, 24): scene vector and skin, in their own units; logits (n, 27) of
+    the classes; landmarks (n, 5, 2) from 0 to 1, which only its own training needs: they teach it where to look."""
+
+    def __init__(
+        self, channels: tuple[int, ...] = (24, 48, 64, 96), points: int = 32, cells: int = 16, hidden: int = 96
+    ):
+        super().__init__()
+        self.sizes = {"channels": list(channels), "points": points, "cells": cells, "hidden": hidden}
+        a, b, c, d = channels
+
+        def layer(before: int, after: int, kernel: int, stride: int) -> list[nn.Module]:
+            convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+            return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+
+        self.fine = nn.Sequential(*layer(3, a, 5, 2), *layer(a, b, 3, 2), *layer(b, c, 3, 1))  # (n, c, 16, 16)
+        self.maps = nn.Conv2d(c, points, 1)
+        coarse = [*layer(c, d, 3, 2), nn.Conv2d(d, cells, 1), nn.ReLU(), nn.Flatten()]  # (n, cells * 64)
+        self.coarse = nn.Sequential(*coarse)
+        self.landmarks = nn.Linear(2 * points, 10)
+        self.hidden = nn.Sequential(
+            nn.Linear(cells * 64 + 2 * points, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+        )
+        self.head = nn.Linear(hidden, NUMBERS + sum(map(len, CLASSES.values())))
+        self.register_buffer("mean", torch.zeros(NUMBERS))
+        self.register_buffer("deviation", torch.ones(NUMBERS))
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fine = self.fine(frames)
+        weight = self.maps(fine).flatten(2).softmax(2).unflatten(2, fine.shape[2:])  # (n, points, 16, 16)
+        line = torch.linspace(-2, 2, fine.shape[3], device=frames.device)
+        points = torch.cat([(weight.sum(2) * line).sum(2), (weight.sum(3) * line).sum(2)], 1)  # where each map is: x, y
+        out = self.head(self.hidden(torch.cat([self.coarse(fine), points], 1)))
+        return self.mean + self.deviation * out[:, :NUMBERS], out[:, NUMBERS:], self.landmarks(points).view(-1, 5, 2)
+
+    @torch.no_grad()
+    def read(self, frames: np.ndarray) -> dict[str, np.ndarray]:
+        """frames (n, H, W, 3) bytes -> "scene" (n, 23), "skin" (n,), and each of CLASSES as numbers in it (n,)."""
+        parts = []
+        for chunk in np.array_split(frames, max(1, len(frames) // 256)):
+            x = torch.from_numpy(chunk).to(self.mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            if x.shape[2:] != (SIZE, SIZE):
+                x = F.interpolate(x, (SIZE, SIZE), mode="area")
+            parts.append([part.cpu() for part in self(x)[:2]])
+        numbers, logits = (torch.cat(column) for column in zip(*parts))
+        told = {"scene": numbers[:, :-1].numpy(), "skin": numbers[:, -1].numpy()}
+        per_trait = logits.split([*map(len, CLASSES.values())], 1)
+        return told | {trait: part.argmax(1).numpy() for trait, part in zip(CLASSES, per_trait)}
+
+    @classmethod
+    def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "Eye":
+        try:
+            with safe_open(path, "pt") as file:
+                eye = cls(**json.loads((file.metadata() or {})["eye"]))
+                eye.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, strict=False)  # noqa: SIM118
+        except (SafetensorError, FileNotFoundError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{path} is no judge ({reason}): make it with python -m toy.judge --train {path}") from None
+        return eye.to(device).eval()
+
+    def save(self, path: str | Path) -> None:
+        tensors = {k: v for k, v in self.state_dict().items() if v.is_floating_point()}
+        entries = [(k, NAMES[torch.bfloat16], list(v.shape), lambda v=v: v) for k, v in tensors.items()]
+        write(path, entries, {"eye": json.dumps(self.sizes)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+def targets(who: Identity, scene: toy.Scene) -> tuple[np.ndarray, np.ndarray]:
+    """What the network should say of each frame: numbers (F, 24) and classes (F, 4)."""
+    vector = toy.scene_vector(scene)
+    numbers = np.concatenate([vector, np.full((len(vector), 1), who["skin"], np.float32)], 1)
+    return numbers, np.tile([choices.index(who[trait]) for trait, choices in CLASSES.items()], (len(vector), 1))
+
+
+def drawn(seed: int, split: str, frames: int = 8) -> Iterator[tuple[np.ndarray, ...]]:
+    """Endless frames (F, 64, 64, 3), numbers (F, 24), classes (F, 4), landmarks (F, 5, 2): each time someone new,
+    somewhere in a clip."""
+    number = 0
+    while True:
+        rng = np.random.default_rng((seed, number))
+        who, scene = toy.person(seed, number, split), toy.draw_scene(rng, 17, 12.0, split)
+        at = rng.choice(17, frames, replace=False)
+        scene = replace(scene, pose={track: values[at] for track, values in scene.pose.items()})
+        yield render(who, scene, SIZE), *targets(who, scene), landmarks(who, scene, SIZE) / SIZE
+        number += 1
+
+
+def worsen(x: Tensor) -> Tensor:
+    """Frames (n, 3, 64, 64) as a generative model might make them: a shift of color, seams of 16 pixels, softness,
+    noise, each of a strength of its own."""
+
+    def dice(*shape: int) -> Tensor:
+        return torch.randn(len(x), *shape, device=x.device)
+
+    strength = torch.rand(3, len(x), 1, 1, 1, device=x.device)
+    x = x * (1 + 0.05 * dice(3, 1, 1)) + 0.04 * dice(3, 1, 1)
+    x = x + 0.06 * strength[0] * F.interpolate(dice(3, 4, 4), scale_factor=16)
+    soft = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    softer = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+    x = torch.where(strength[1] < 0.4, x, torch.where(strength[1] < 0.75, soft, softer))
+    return (x + 0.1 * strength[2] ** 2 * dice(3, SIZE, SIZE)).clamp(-1, 1)
+
+
+def train(path: str | Path, seconds: float, seed: int, device: torch.device, batch: int = 64) -> Eye:
+    """Learn for so many seconds. The file is written every now and then and at the end, with the moving average of the
+    weights, so it can be used at any time. Frames come from a pool that is renewed all the time."""
+    torch.manual_seed(seed)
+    begun, rng, source = time.perf_counter(), np.random.default_rng(seed), drawn(seed, "train")
+    eye = Eye().to(device, memory_format=torch.channels_last)
+    pool = [np.concatenate(column) for column in zip(*[next(source) for _ in range(POOL)])]
+    eye.mean.copy_(torch.from_numpy(pool[1].mean(0)))
+    eye.deviation.copy_(torch.from_numpy(pool[1].std(0)).clamp(min=1e-3))  # a small pool may have one kind only
+    optimizer = torch.optim.AdamW(eye.parameters(), weight_decay=0.02)
+    average = AveragedModel(eye, multi_avg_fn=get_ema_multi_avg_fn(0.996), use_buffers=True)
+    sign, weight = torch.ones(2, NUMBERS, device=device)
+    sign[MIRRORED] = -1
+    weight[: len(toy.POSE)] = 2
+    step, at = 0, 0
+    while (passed := time.perf_counter() - begun) < seconds:
+        for _ in range(batch // 32):  # a quarter of a batch is new
+            for store, new in zip(pool, next(source)):
+                store[at : at + len(new)] = new
+            at = (at + 8) % len(pool[0])
+        pick = rng.integers(len(pool[0]), size=batch)
+        pixels, y, labels, points = (torch.from_numpy(store[pick]).to(device) for store in pool)
+        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        mirror = torch.rand(batch, 1, device=device) < 0.5
+        x = torch.where(mirror[..., None, None], x.flip(3), x)
+        y = torch.where(mirror, y * sign, y)
+        other = points[:, [1, 0, 2, 4, 3]] * points.new_tensor([-1, 1]) + points.new_tensor([1 - 1 / SIZE, 0])
+        points = torch.where(mirror[..., None], other, points)
+        numbers, logits, found = eye(worsen(x))
+        loss = (weight * ((numbers - y) / eye.deviation).square()).mean() + 50 * (found - points).square().mean()
+        for trait, part in enumerate(logits.split([*map(len, CLASSES.values())], 1)):
+            loss = loss + 0.1 * F.cross_entropy(part, labels[:, trait])
+        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 50)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        average.update_parameters(eye)
+        if step % 100 == 0:
+            off = SIZE * (found - points).square().sum(2).sqrt().mean().item()
+            print(f"step {step:5}  loss {loss.item():.3f}  landmarks {off:.1f} px  {passed:.0f} s", flush=True)
+        if step % 500 == 0:
+            average.module.save(path)
+    average.module.save(path)
+    return average.module.eval()
+
+
+def accuracy(eye: Eye, seed: int, clips: int, worse: bool) -> dict[str, float]:
+    """On people and scenes of the test split: R^2 of each number, share right of each class."""
+    source = drawn(seed, "test", 4)
+    columns = zip(*[next(source) for _ in range(clips)])
+    frames, numbers, classes, _ = (np.concatenate(column) for column in columns)
+    if worse:
+        torch.manual_seed(seed)
+        x = worsen(torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        frames = ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+    told = eye.read(frames)
+    read = np.concatenate([told["scene"], told["skin"][:, None]], 1)
+    rest = ((read - numbers) ** 2).mean(0) / numbers.var(0)
+    result = dict(zip([*SCENE, "skin"], (1 - rest).tolist()))
+    return result | {trait: float((told[trait] == classes[:, k]).mean()) for k, trait in enumerate(CLASSES)}

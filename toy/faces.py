@@ -1,0 +1,305 @@
+"""Face models of the drawn people: a detector and a recognizer of the world of toy.py, as an InsightFace pack.
+
+The identity losses (Eq. 8-10) ask a frozen ArcFace who is in the picture, where a frozen detector says the face is.
+The released ones were trained on photographs and know nothing of drawings. These two (facenets.py) have the same
+shapes, are trained the same way and written in the same format: face.py and insightface run them like any other pack.
+
+    frame 64x64 ──resize──> 128x128 ──> convolutions ──> 8, 16, 32 pixels a cell, two anchors in each:
+                                                         a score, a box, 5 landmarks                (SCRFD's outputs)
+    crop 112x112 ──> residual convolutions ──> 64 numbers      (ArcFace: cos(theta + m) must win among 1,200 people)
+
+    python -m toy.faces --out assets/faces     # det_toy.onnx, rec_toy.onnx, and how good they are on people held out
+
+All truth comes from the renderer: boxes, landmarks, who it is. A drawing that a half-trained video model spoils
+(blurred, noisy, pale, in patches) is still a face as long as one can see it, so such drawings are trained on too.
+Drawings are not photographs: these models find no real faces.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.errors import Parser, one_line_errors
+from face import CROP, ArcFace, FaceDetector, embed, recognition_file, similarity_matrix
+from toy.facenets import SIDE, WIDTH, Detector, Recognizer, anchor_grid, arc_loss, detector_loss
+from toy.portrait import boxes, landmarks, render
+from toy.traits import Identity
+from toy.world import draw_scene, person, toy_clip
+
+MARGIN = 0.4  # m of ArcFace
+STEPS = {"detector": 1800, "recognizer": 900}
+PEOPLE = {"detector": 800, "recognizer": 1200}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def spoil(frame: np.ndarray, rng: np.random.Generator, much: float = 1.0) -> np.ndarray:
+    """A frame (H, W, 3) as a half-trained model or a bad camera would have it; often nothing happens."""
+    x, side = frame.astype(np.float32), len(frame)
+    if rng.random() < 0.3 * much:
+        sigma = rng.uniform(0.3, 0.3 + 1.5 * much) * side / 64
+        x = cv2.GaussianBlur(x, (0, 0), sigma)
+    if rng.random() < 0.3 * much:
+        middle = x.mean((0, 1))
+        x = middle + (x - middle) * rng.uniform(1 - 0.7 * much, 1.2) + rng.uniform(-40, 40) * much
+    if rng.random() < 0.2 * much:
+        count = int(rng.choice([8, 16, 32]))
+        patches = rng.normal(0, rng.uniform(4, 35) * much, (count, count, 3)).astype(np.float32)
+        x = x + cv2.resize(patches, (side, side), interpolation=cv2.INTER_NEAREST)
+    if rng.random() < 0.35 * much:
+        x = x + rng.normal(0, rng.uniform(3, 45) * much, x.shape).astype(np.float32)
+    x = np.clip(x, 0, 255).astype(np.uint8)
+    if rng.random() < 0.15 * much:
+        x = cv2.imdecode(cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(20, 80))])[1], 1)
+    return x
+
+
+def faceless(rng: np.random.Generator, size: int = 64) -> np.ndarray:
+    """(size, size, 3): an empty background, someone's shoulders, noise as fine or coarse as may be, shuffled faces."""
+    kind = rng.choice(["empty", "shoulders", "noise", "shuffled"], p=[0.35, 0.1, 0.4, 0.15])
+    if kind == "noise":
+        coarse = int(rng.choice([2, 4, 8, 16, 32, size]))
+        x = rng.normal(rng.uniform(60, 200, 3), rng.uniform(5, 90), (coarse, coarse, 3)).astype(np.float32)
+        way = [cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC][rng.integers(3)]
+        return np.clip(cv2.resize(x, (size, size), interpolation=way), 0, 255).astype(np.uint8)
+    scene = draw_scene(rng, 1, moving=False)
+    if kind == "shuffled":
+        frame, n = render(person(int(rng.integers(1 << 30)), 0), scene, size)[0], int(rng.choice([4, 8]))
+        tiles = frame.reshape(n, size // n, n, size // n, 3).swapaxes(1, 2).reshape(n * n, size // n, size // n, 3)
+        tiles = tiles[rng.permutation(n * n)].reshape(n, n, size // n, size // n, 3)
+        return tiles.swapaxes(1, 2).reshape(size, size, 3)
+    x, y = (3.0, 0.0) if kind == "empty" else (0.0, rng.uniform(-1.2, -0.9))
+    scene = replace(scene, pose=scene.pose | {"x": np.full(1, x), "y": np.full(1, y)})
+    return render(person(int(rng.integers(1 << 30)), 0), scene, size)[0]
+
+
+def fit(frame: np.ndarray) -> tuple[np.ndarray, float]:
+    """(H, W, 3) -> (128, 128, 3) as insightface fits it in, black at right and bottom, and the scale."""
+    scale = SIDE / max(frame.shape[:2])
+    small = cv2.resize(frame, (round(frame.shape[1] * scale), round(frame.shape[0] * scale)))
+    return np.pad(small, ((0, SIDE - small.shape[0]), (0, SIDE - small.shape[1]), (0, 0))), scale
+
+
+def shots(seed: int, people: int, clips: int, frames: int, moving: float = 1.0) -> Iterator[tuple]:
+    """Frames of people, a clip at a time: (number, identity, frames, landmarks (F, 5, 2), boxes (F, 4))."""
+    for number in range(people):
+        who = person(seed, number)
+        rng = np.random.default_rng((seed, number, 77))
+        for _ in range(clips):
+            size = int(rng.choice([64, 64, 64, 64, 96]))
+            scene = draw_scene(rng, frames, moving=bool(rng.random() < moving))
+            yield number, who, render(who, scene, size), landmarks(who, scene, size), boxes(who, scene, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The detector
+
+
+def detector_batch(pool: list[tuple], junk: list[np.ndarray], count: int, rng: np.random.Generator) -> tuple:
+    """(count, 3, 128, 128), boxes (count, 4), landmarks (count, 5, 2), a quarter of them without a face."""
+    images = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    box, points = np.full((count, 4), np.nan, np.float32), np.full((count, 5, 2), np.nan, np.float32)
+    for k in range(count):
+        if k < count // 4:
+            images[k], _ = fit(spoil(junk[rng.integers(len(junk))], rng))
+            continue
+        frame, truth, around = pool[rng.integers(len(pool))]
+        frame, truth, around = spoil(frame, rng), truth, around.reshape(2, 2)
+        if rng.random() < 0.5:
+            last = len(frame) - 1
+            frame = frame[:, ::-1]
+            truth = (truth * [-1, 1] + [last, 0])[[1, 0, 2, 4, 3]]
+            around = np.stack([last - around[::-1, 0], around[:, 1]], 1)
+        if rng.random() < 0.25:  # smaller, with something else around it
+            side = int(len(frame) * rng.uniform(1, 2.2))
+            x, y = rng.integers(0, side - len(frame) + 1, 2) * (rng.random() < 0.6)
+            canvas = np.empty((side, side, 3), np.uint8)
+            canvas[:] = rng.integers(0, 256, 3) * (rng.random() < 0.6)
+            canvas[y : y + len(frame), x : x + len(frame)] = frame
+            frame, truth, around = canvas, truth + np.array([x, y]), around + np.array([x, y])
+        images[k], scale = fit(np.ascontiguousarray(frame))
+        points[k], box[k] = truth * scale, (around * scale).ravel()
+    return _input(images, 128.0), torch.from_numpy(box), torch.from_numpy(points)
+
+
+def _input(images: np.ndarray, deviation: float) -> Tensor:
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # channels_last in memory
+    return (x - 127.5) / deviation
+
+
+def train_detector(out: Path, seed: int, steps: int, people: int, device: str) -> list[float]:
+    """Writes out/det_toy.onnx; the loss of each step."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng((seed, 1))
+    made = tqdm(shots(seed, people, 1, 6), "detector: drawing", people, leave=False)
+    pool = [(f, p, b) for _, _, *shot in made for f, p, b in zip(*shot)]
+    junk = [faceless(rng) for _ in range(len(pool) // 4 + 1)]
+    net = Detector().to(device, memory_format=torch.channels_last).train()
+    grid = tuple(x.to(device) for x in anchor_grid())
+
+    def loss() -> Tensor:
+        x, box, points = (t.to(device) for t in detector_batch(pool, junk, 48, rng))
+        return detector_loss(net(x), box, points, grid)
+
+    losses = _descend("detector", list(net.parameters()), loss, steps, 3e-3)
+    told = {"what": "SCRFD-shaped face detector of drawn faces", "by": "toy_faces.py", "seed": str(seed)}
+    net.cpu().eval().save(out / "det_toy.onnx", told | {"people": str(people), "steps": str(steps)})
+    return losses
+
+
+def _descend(name: str, parameters: list, loss_of: object, steps: int, rate: float) -> list[float]:
+    """AdamW with a rate that rises for a tenth of the steps and falls to nothing; loss_of() is called each step."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.02)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(steps, 3), pct_start=0.1, cycle_momentum=False)
+    losses: list[float] = []
+    progress = tqdm(range(steps), f"{name}: training")
+    for _ in progress:
+        loss = loss_of()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        plan.step()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recognizer
+
+
+def one_sided(who: Identity) -> bool:
+    """Would a mirror show someone else?"""
+    return who["mark"] not in ("none", "freckles") or who["style"] == "side part"
+
+
+def crops_of(seed: int, people: int, clips: int = 3, frames: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Aligned crops (N, 112, 112, 3) bytes, whose they are (N,), may they be mirrored (N,)?"""
+    count = people * clips * frames
+    crops, label = np.empty((count, CROP, CROP, 3), np.uint8), np.arange(count) // (clips * frames)
+    mirror, rng = np.empty(count, bool), np.random.default_rng((seed, 2))
+    made = tqdm(shots(seed, people, clips, frames, 0.8), "recognizer: drawing", people * clips, leave=False)
+    for k, (_, who, images, points, _) in enumerate(made):
+        part = slice(k * frames, (k + 1) * frames)
+        images = np.stack([spoil(image, rng, 0.6) for image in images])
+        points = points + rng.normal(0, 0.008 * images.shape[1], points.shape).astype(np.float32)
+        warps = similarity_matrix(torch.from_numpy(points)).numpy()
+        crops[part] = [cv2.warpAffine(image, warp, (CROP, CROP)) for image, warp in zip(images, warps)]
+        mirror[part] = not one_sided(who)
+    return crops, label, mirror
+
+
+def train_recognizer(out: Path, seed: int, steps: int, people: int, device: str) -> list[float]:
+    """Writes out/rec_toy.onnx; the loss of each step."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng((seed, 3))
+    crops, labels, mirror = crops_of(seed, people)
+    net = Recognizer().to(device, memory_format=torch.channels_last).train()
+    centres = nn.Parameter(torch.randn(people, WIDTH, device=device) * 0.1)
+    order, done = rng.permutation(len(crops)), 0
+
+    def loss() -> Tensor:
+        nonlocal order, done
+        rows = order[(done * 64 + np.arange(64)) % len(order)]
+        done += 1
+        if done * 64 % len(order) < 64:
+            order = rng.permutation(len(crops))
+        images = crops[rows]
+        turned = mirror[rows] & (rng.random(len(rows)) < 0.5)
+        images[turned] = images[turned, :, ::-1]
+        x = _input(images, 127.5)
+        gain, more = (
+            torch.from_numpy(rng.uniform(*r, (len(rows), 1, 1, 1))).float() for r in ((0.85, 1.15), (-0.1, 0.1))
+        )
+        x = (x * gain + more).clamp(-1, 1).to(device, memory_format=torch.channels_last)
+        margin = MARGIN * min(1, 2 * done / steps)
+        return arc_loss(net(x), centres, torch.from_numpy(labels[rows]).to(device), margin)
+
+    losses = _descend("recognizer", [*net.parameters(), centres], loss, steps, 4e-3)
+    told = {"what": "ArcFace-shaped recognizer of drawn faces", "by": "toy_faces.py", "seed": str(seed)}
+    net.cpu().eval().save(out / "rec_toy.onnx", told | {"people": str(people), "steps": str(steps)})
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How good they are, on people held out
+
+
+def _frames(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def measure_detector(detector: FaceDetector, seed: int = 0, people: int = 100) -> dict[str, float]:
+    """Recall and landmark error (pixels of 64) on 3 frames of each person and on the same spoiled; false alarms."""
+    rng = np.random.default_rng((seed, 4))
+    clips = [toy_clip(seed, k, frames=3, split="test") for k in range(people)]
+    images, truth = (np.concatenate([c[key] for c in clips]) for key in ("frames", "landmarks"))
+    figures = {}
+    for name, shown in (("clean", images), ("spoiled", np.stack([spoil(image, rng) for image in images]))):
+        points, _, valid = detector.detect(_frames(shown))
+        error = np.linalg.norm(points.numpy() - truth, axis=2)[valid.numpy()]
+        figures[f"recall, {name}"] = valid.float().mean().item()
+        figures[f"landmark error, {name}"] = float(error.mean()) if len(error) else float("nan")
+    empty = np.stack([faceless(rng) for _ in range(3 * people)])
+    noise = rng.integers(0, 256, (people, 64, 64, 3)).astype(np.uint8)
+    for name, shown in (("faceless", empty), ("noise", noise)):
+        figures[f"false alarms, {name}"] = detector.detect(_frames(shown))[2].float().mean().item()
+    return figures
+
+
+def measure_recognizer(detector: FaceDetector, phi: ArcFace, seed: int = 0, people: int = 64) -> dict[str, float]:
+    """A portrait of each of `people` against 3 frames of another clip of each: is the same person the nearest?"""
+    clips = [toy_clip(seed, k, frames=3, split="test") for k in range(people)]
+    portraits = _frames(np.stack([c["reference"] for c in clips]))
+    frames = _frames(np.concatenate([c["frames"] for c in clips]))
+    e = []
+    with torch.no_grad():
+        for images in (portraits, frames):
+            e.append(F.normalize(embed(images, detector.detect(images)[0], phi)))
+    cosine = e[1] @ e[0].T  # (3 * people, people)
+    who = torch.arange(people).repeat_interleave(3)
+    same = cosine.gather(1, who[:, None])
+    others = (cosine.sum() - same.sum()) / (cosine.numel() - len(same))
+    top = (cosine.argmax(1) == who).float().mean()
+    return {"top-1": top.item(), "cosine, same": same.mean().item(), "cosine, others": others.item()}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out/faces", help="folder of the pack (%(default)s)")
+    parser.add_argument("--only", choices=list(STEPS), help="train this one; the other is there")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    options = parser.parse_args()
+    out, device = Path(options.out), "cuda" if torch.cuda.is_available() else "cpu"
+    out.mkdir(parents=True, exist_ok=True)
+    for part, train in (("detector", train_detector), ("recognizer", train_recognizer)):
+        if options.only in (None, part):
+            start = time.perf_counter()
+            steps, people = (20, 20) if options.quick else (STEPS[part], PEOPLE[part])
+            losses = train(out, options.seed, steps, people, device)
+            print(f"{part}: {time.perf_counter() - start:.0f} s, loss {losses[0]:.3f} -> {np.mean(losses[-10:]):.3f}")
+    detector, phi = FaceDetector(out), ArcFace.from_onnx(recognition_file(out))
+    people = (8, 8) if options.quick else (100, 64)
+    for figures in (
+        measure_detector(detector, options.seed, people[0]),
+        measure_recognizer(detector, phi, options.seed, people[1]),
+    ):
+        print("\n".join(f"{name:24}{value:.3f}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

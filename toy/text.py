@@ -1,0 +1,219 @@
+"""The tiny text path: a Gemma 3 of a few hundred words, the projection of its hidden states, and the connector.
+
+The DiT learns faster what a caption asks for when the context already says it. So all three parts are trained together
+to describe the scene that a caption of the drawn world was written for, and Gemma also to go on with the sentence, as
+a language model does:
+
+    caption ──> Gemma ──┬─> hidden states ──> projection ──> connector ──> context ──> mean ──> what moves, in what
+                        └─> next word                                       │                   order, before what
+                                                                            └──> the DiT, later
+
+The readout behind the mean is thrown away. What remains has the released layout: a Gemma folder that transformers
+loads, and a checkpoint's projection and connector.
+
+    python -m toy.text --gemma runs/toy/gemma --out runs/toy/text.safetensors
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import write_modules
+from common.errors import Parser, one_line_errors
+from text import TextConnector, pad_features
+from toy.traits import COLORS, STYLES
+from toy.world import BACKGROUNDS, BEHIND, MOVES, PERSON, TEMPLATES, caption, draw_scene
+
+HIDDEN, LAYERS, TOKENS = 64, 4, 48  # Gemma's width and depth; the longest caption has about 40 tokens
+TRANSFORMER = {  # of the tiny checkpoint: what differs from configs/ltx-2.3.json
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
+    "num_layers": 7,
+    "in_channels": 128,
+    "out_channels": 128,
+    "cross_attention_dim": 192,
+    "caption_channels": HIDDEN,
+    "positional_embedding_max_pos": [4, 128, 128],  # seconds, pixels, pixels: twice the default video and a margin
+    "connector_num_attention_heads": 6,
+    "connector_attention_head_dim": 32,
+    "connector_num_layers": 1,
+    "connector_positional_embedding_max_pos": [64],
+    "connector_num_learnable_registers": 16,
+}
+JOINED = ("", "and", "then")
+SLOTS = {  # what the readout says, and how many answers there are
+    "first": len(MOVES),
+    "second": len(MOVES) + 1,  # or nothing
+    "joined": len(JOINED),
+    "color": len(COLORS),
+    "other color": len(COLORS) + 1,  # of a gradient or of shapes; not said of a plain background
+    "background": len(BACKGROUNDS),
+}
+
+
+def sentences(count: int, seed: int, split: str = "train") -> tuple[list[str], Tensor]:
+    """Captions and what they say, in the order of SLOTS: (count, 6)."""
+    texts, answers = [], []
+    for k in range(count):
+        rng = np.random.default_rng((seed, ("train", "test").index(split), k))
+        scene = draw_scene(rng, 2, split=split)
+        texts.append(caption(scene, rng, split))
+        moves = [list(MOVES).index(motion) for motion in scene.motions] + [len(MOVES)]
+        plain = scene.background == "plain"
+        answers.append(
+            [
+                *moves[:2],
+                JOINED.index(scene.joined),
+                list(COLORS).index(scene.color),
+                len(COLORS) if plain else list(COLORS).index(scene.second),
+                list(BACKGROUNDS).index(scene.background),
+            ]
+        )
+    return texts, torch.tensor(answers)
+
+
+def make_tokenizer() -> Any:
+    """A tokenizer of Gemma's kind in which each word of the captions is one token; other words are spelled."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GemmaTokenizer
+
+    people = [caption(draw_scene(np.random.default_rng(k), 2), np.random.default_rng(k)) for k in range(3000)]
+    says = [text for move in MOVES.values() for text in move.says]
+    words = [
+        *PERSON,
+        *says,
+        *(t for kind in BEHIND.values() for t in kind),
+        *COLORS,
+        *STYLES,
+        *sum(TEMPLATES.values(), ()),
+    ]
+    letters = " ".join(chr(c) for c in range(33, 127))
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], show_progress=False
+    )
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.train_from_iterator([*people, *(word + " " for word in words), letters], trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    return GemmaTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TOKENS, add_bos_token=True)
+
+
+def make_gemma(vocabulary: int) -> nn.Module:
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    config = Gemma3TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=32,
+        query_pre_attn_scalar=16,
+        max_position_embeddings=TOKENS,
+        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    )
+    return Gemma3TextModel(config)
+
+
+class Reader(nn.Module):
+    """Gemma, connector and the readout that is thrown away."""
+
+    def __init__(self, tokenizer: Any, config: dict[str, Any]):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.gemma = make_gemma(len(tokenizer))
+        self.connector = TextConnector(config, LAYERS + 1)
+        nn.init.normal_(self.connector.connector.learnable_registers, std=0.5)
+        self.readout = nn.Linear(self.connector.connector.dim, sum(SLOTS.values()))
+
+    def forward(self, texts: list[str]) -> tuple[list[Tensor], Tensor]:
+        """The readout's logits for each of SLOTS, (B, answers) each, and the mean loss of the next word."""
+        device = self.readout.weight.device
+        batch = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(device)
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        out = self.gemma(input_ids=ids, attention_mask=batch["attention_mask"], output_hidden_states=True)
+        hidden = torch.stack(out.hidden_states, -1)  # (B, S, hidden, layers)
+        features = self.connector.project(hidden)
+        features, slots = pad_features([row[keep] for row, keep in zip(features, mask)], TOKENS)
+        context = self.connector.connector(features, slots)  # (B, TOKENS, D)
+        logits = self.readout(context.mean(1)).split(list(SLOTS.values()), -1)
+        words = F.linear(out.last_hidden_state[:, :-1], self.gemma.embed_tokens.weight)  # (B, S-1, vocabulary)
+        next_word = F.cross_entropy(words.transpose(1, 2), ids[:, 1:], reduction="none")
+        return logits, next_word[mask[:, 1:]].mean()
+
+
+def train(steps: int, batch: int, lr: float, seed: int, device: torch.device) -> Reader:
+    torch.manual_seed(seed)
+    config = (
+        json.loads((Path(__file__).parent.parent / "configs" / "ltx-2.3.json").read_text())["transformer"] | TRANSFORMER
+    )
+    reader = Reader(make_tokenizer(), config).to(device)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    texts, answers = sentences(20_000, seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    bar = tqdm(range(steps), "text", unit="step")
+    for step in bar:
+        chosen = torch.randint(len(texts), (batch,), generator=generator)
+        logits, next_word = reader([texts[k] for k in chosen])
+        truth = answers[chosen].to(device)
+        said = sum(F.cross_entropy(part, truth[:, k]) for k, part in enumerate(logits))
+        optimizer.zero_grad(set_to_none=True)
+        (said + 0.2 * next_word).backward()
+        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"description {said.item():.3f}, next word {next_word.item():.3f}")
+    return reader
+
+
+@torch.no_grad()
+def measure(reader: Reader, count: int = 500) -> dict[str, float]:
+    """How often each part of the description is right, on pairs and sentence forms never trained on."""
+    texts, answers = sentences(count, 1, "test")
+    parts = [reader(texts[k : k + 100])[0] for k in range(0, count, 100)]
+    right = {}
+    for k, slot in enumerate(SLOTS):
+        logits = torch.cat([part[k] for part in parts])
+        right[slot] = (logits.argmax(-1).cpu() == answers[:, k]).float().mean().item()
+    return right
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/toy/text.safetensors", help="projection and connector (%(default)s)")
+    parser.add_argument("--gemma", default="runs/toy/gemma", help="folder of the tiny Gemma (%(default)s)")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    out, gemma, since = Path(options.out), Path(options.gemma), time.monotonic()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    reader = train(options.steps, options.batch, options.lr, options.seed, torch.device(options.device)).eval()
+    for slot, share in measure(reader).items():
+        print(f"{slot:12} right in {share:.1%} of unseen captions")
+    config = json.loads((Path(__file__).parent.parent / "configs" / "ltx-2.3.json").read_text())
+    config["transformer"] |= TRANSFORMER
+    reader.cpu().tokenizer.save_pretrained(gemma)
+    reader.gemma.to(torch.bfloat16).save_pretrained(gemma)
+    write_modules(out, [reader.connector], config, {})
+    print(f"wrote {gemma} and {out} after {time.monotonic() - since:.0f} s on {options.device}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

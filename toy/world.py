@@ -1,0 +1,293 @@
+"""A world of drawn faces: who is in the picture, what happens in it and how to say it, all of it known exactly.
+
+ST-DRC must learn to keep what a face *is* and to let go of everything else in the reference. Here the two are drawn
+from different chances, so both can be measured:
+
+    identity (traits.py) ────────┬──> reference: a portrait with a nuisance of its own
+      skin, skull, eyes, hair... │
+                                 ├──> frames (F, H, W, 3), landmarks (F, 5, 2), boxes (F, 4)         (portrait.py)
+    scene: pose along the clip ──┤
+      motions, light, background └──> caption: "Someone nods, then smiles against a teal backdrop."
+
+    python -m toy.world            # out/toy.png: people by nuisances; out/toy.gif: clips and their captions
+"""
+
+import argparse
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from common.errors import Parser, one_line_errors, whole_file
+from toy.portrait import boxes, landmarks, render, visible
+from toy.traits import COLORS, Identity, Scene, draw_identity
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Motion
+
+BACKGROUNDS = {"plain": 0.7, "gradient": 0.14, "circles": 0.08, "stripes": 0.08}
+# What moves: (mean, standard deviation, least, most) at rest. Degrees, parts of the frame, and from 0 to 1. Nothing
+# predicts where a head rests, and two pixels change the tiny VAE's latents more than half as much as another person
+# does: the stiller it rests, the sooner a small model sees who it is and how it moves.
+POSE = {
+    "yaw": (0, 6, -36, 36),
+    "pitch": (0, 3.5, -20, 20),
+    "roll": (0, 1.5, -15, 15),
+    "x": (0, 0.008, -0.3, 0.3),
+    "y": (0, 0.006, -0.05, 0.05),
+    "scale": (1, 0.025, 0.7, 1.35),
+    "smile": (0.1, 0.3, -1, 1),  # -1: a frown
+    "open": (0, 0.08, 0, 1),  # the mouth
+    "closed": (0, 0.04, 0, 1),  # the eyes
+    "brows": (0, 0.2, -1, 1),
+}
+
+
+@dataclass(frozen=True)
+class Move:
+    """One word of the motion grammar: which part of the pose goes where, and how one says it."""
+
+    track: str
+    course: str  # "to": from one place to another; "swing": to and fro; "pulse": there and back
+    start: tuple[float, float]
+    change: tuple[float, float]
+    says: tuple[str, ...]
+    direction: str = ""
+
+
+def _both_ways(
+    name: str, track: str, start: tuple, change: tuple, sides: tuple[str, str], says: tuple[str, ...]
+) -> dict[str, Move]:
+    """The same to two sides; the numbers are for the second, and mirrored for the first."""
+    moves = {}
+    for side, sign in zip(sides, (-1, 1)):
+        ends = [tuple(sorted((sign * low, sign * high))) for low, high in (start, change)]
+        moves[f"{name} {side}"] = Move(track, "to", *ends, tuple(text.format(side) for text in says), side)
+    return moves
+
+
+SIDES = "left", "right"  # of the picture
+MOVES = {
+    "smile": Move("smile", "to", (-0.3, 0), (0.9, 1), ("smiles", "breaks into a smile", "starts to smile")),
+    "frown": Move("smile", "to", (0.1, 0.4), (-1.2, -1), ("frowns", "starts to frown", "makes a sad face")),
+    "blink": Move("closed", "pulse", (0, 0), (1, 1), ("blinks", "closes both eyes for a moment", "blinks slowly")),
+    "open mouth": Move("open", "to", (0, 0), (0.75, 1), ("opens the mouth", "opens the mouth wide", "gapes")),
+    "raise brows": Move("brows", "to", (-0.3, 0), (0.9, 1), ("raises the eyebrows", "lifts both eyebrows")),
+    "nod": Move("pitch", "swing", (-2, 2), (-16, -12), ("nods", "nods the head", "gives a nod")),
+    "shake": Move("yaw", "swing", (-3, 3), (18, 26), ("shakes the head", "shakes the head to say no")),
+    "come closer": Move("scale", "to", (0.76, 0.84), (0.4, 0.5), ("comes closer", "moves toward the camera")),
+    "back away": Move("scale", "to", (1.2, 1.3), (-0.5, -0.4), ("backs away", "moves away from the camera")),
+    **_both_ways("turn", "yaw", (-8, 0), (26, 34), SIDES, ("turns {}", "turns the head to the {}", "faces {}")),
+    **_both_ways("look", "pitch", (-4, 0), (15, 20), ("down", "up"), ("looks {}", "tips the head {}", "gazes {}")),
+    **_both_ways("tilt", "roll", (-3, 0), (11, 15), SIDES, ("tilts the head {}", "leans the head to the {}")),
+    **_both_ways("walk", "x", (-0.2, -0.14), (0.28, 0.4), SIDES, ("walks {}", "walks by to the {}", "moves {}")),
+}
+
+
+def held_out(motion: str, color: str) -> bool:
+    """Is this motion never shown before this color in training? Every word is learned, a fifth of the pairs is not."""
+    return (list(MOVES).index(motion) + 2 * list(COLORS).index(color)) % 5 == 0
+
+
+def draw_scene(
+    rng: np.random.Generator, frames: int, fps: float = 24.0, split: str = "train", moving: bool = True
+) -> Scene:
+    """A clip of one or two motions, or a portrait that only lives a little. `split` decides which pairs it may show."""
+    count = (1 + int(rng.random() < 0.4)) * moving
+    joined = str(rng.choice(["and", "then"])) if count == 2 else ""
+    while True:
+        motions = tuple(str(m) for m in rng.choice(list(MOVES), count, replace=False))
+        color, second, shirt = (str(c) for c in rng.choice(list(COLORS), 3, replace=False))
+        possible = len({MOVES[m].track for m in motions}) == count  # one head cannot turn both ways
+        if possible and all(held_out(m, color) == (split == "test") for m in motions):
+            break
+    s = np.linspace(0, 1, frames)
+    pose = {}
+    for track, (mean, deviation, _, _) in POSE.items():  # nobody is a statue: a slow drift about the place of rest
+        drift = 0.3 * np.sin(2 * np.pi * (rng.random() + rng.uniform(0.3, 0.7) * s))
+        pose[track] = mean + deviation * (np.clip(rng.normal(), -2.5, 2.5) + drift)
+    for k, motion in enumerate(motions):
+        move, seconds = MOVES[motion], frames / fps / (2 if joined == "then" else 1)
+        t = np.clip((2 * s - k if joined == "then" else s) * 1.1 - 0.05, 0, 1)
+        t, times = t * t * (3 - 2 * t), max(1, round(seconds / 1.5))
+        course = {"to": t, "swing": np.sin(2 * np.pi * times * t), "pulse": np.sin(np.pi * times * t) ** 2}
+        pose[move.track] = rng.uniform(*move.start) + rng.uniform(*move.change) * course[move.course]
+        if move.track == "x":  # steps
+            pose["y"] = pose["y"] + 0.006 * np.cos(4 * np.pi * max(1, round(2 * seconds)) * s)
+    pose = {track: np.clip(values, *POSE[track][2:]) for track, values in pose.items()}
+    background = str(rng.choice(list(BACKGROUNDS), p=list(BACKGROUNDS.values())))
+    layout, angle = (rng.random(), rng.random()), rng.uniform(-np.pi, 0)
+    light = float(angle), float(rng.uniform(0.08, 0.32)), float(rng.uniform(-1, 1))
+    return Scene(pose, motions, joined, background, color, second, layout, shirt, light)
+
+
+def scene_vector(scene: Scene) -> np.ndarray:
+    """The nuisance of each frame as numbers of about unit size: (F, 23).
+
+    The pose in the order of POSE; the light's direction (x, y), strength and warmth; the colors of background and
+    shirt; is the background gradient, circles, stripes?
+    """
+    pose = np.stack([(scene.pose[k] - mean) / (most - mean) for k, (mean, _, _, most) in POSE.items()], 1)
+    angle, strength, warmth = scene.light
+    rest = [np.cos(angle), np.sin(angle), strength * 3, warmth]
+    rest += [*(COLORS[scene.color] / 255), *(COLORS[scene.shirt] / 255)]
+    rest += [float(scene.background == kind) for kind in list(BACKGROUNDS)[1:]]
+    return np.concatenate([pose, np.tile(rest, (len(scene), 1))], 1).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+PERSON = ("a person", "someone", "somebody", "one person", "a cartoon person")
+BEHIND = {
+    "plain": ("a {0} background", "a plain {0} background", "a {0} wall", "a {0} backdrop"),
+    "gradient": ("a background fading from {0} to {1}", "a {0} to {1} gradient", "a {0} wall that fades to {1}"),
+    "circles": (
+        "a {0} background with {1} circles",
+        "a {0} wall with {1} dots",
+        "a {0} background dotted with {1} circles",
+    ),
+    "stripes": (
+        "a {0} background with {1} stripes",
+        "a {0} wall with {1} stripes",
+        "a {0} background striped with {1}",
+    ),
+}
+TEMPLATES = {
+    "train": (
+        "{who} {does} in front of {behind}.",
+        "{who} {does} against {behind}.",
+        "{who} {does}; behind is {behind}.",
+        "in front of {behind}, {who} {does}.",
+        "against {behind}, {who} {does}.",
+        "a portrait video of {who} who {does}, with {behind}.",
+        "the video shows how {who} {does} before {behind}.",
+        "{who} in a {shirt} shirt {does} in front of {behind}.",
+        "before {behind}, {who} wearing a {shirt} shirt {does}.",
+        "{who} {does}, and behind is {behind}.",
+        "{behind}; before it {who} {does}.",
+        "there is {who} who {does}, and {behind} behind.",
+        "a clip with {behind} and {who} who {does}.",
+    ),
+    "test": (
+        "{behind}, and in front of it {who} {does}.",
+        "a short clip: {who} {does}, behind is {behind}.",
+        "there is {behind} as {who} in a {shirt} shirt {does}.",
+    ),
+}
+
+
+def caption(scene: Scene, rng: np.random.Generator, split: str = "train", who: Identity | None = None) -> str:
+    """A sentence that says what moves and what is behind. With `who` it also says the coarsest of the identity."""
+    link = ", then " if scene.joined == "then" else " and "
+    does = link.join(str(rng.choice(MOVES[m].says)) for m in scene.motions) or "looks on"
+    behind = str(rng.choice(BEHIND[scene.background])).format(scene.color, scene.second)
+    person = str(rng.choice(PERSON))
+    if who is not None:
+        hair = "no hair" if who["style"] == "bald" else f"{who['hair']} hair"
+        person += f" with {hair}" + (" and glasses" if who["glasses"] != "none" else "")
+    text = str(rng.choice(TEMPLATES[split])).format(who=person, does=does, behind=behind, shirt=scene.shirt)
+    text = text.replace("a orange", "an orange")
+    return text[0].upper() + text[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips
+
+SPLITS = ("train", "test")
+
+
+def _rng(seed: int, split: str, number: int, part: int) -> np.random.Generator:
+    """Chance of its own for the person, the scene, the reference and the words (parts 0 to 3) of a clip; the 2 sets it
+    apart from the streams in data.py."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2, SPLITS.index(split), number, part)))
+
+
+def person(seed: int, number: int, split: str = "train") -> Identity:
+    """Number `number` of endlessly many; those of one split are never those of the other."""
+    return draw_identity(_rng(seed, split, number, 0))
+
+
+def reference(who: Identity, rng: np.random.Generator, size: int = 64) -> tuple[np.ndarray, Scene]:
+    """A portrait (size, size, 3) and its scene, which has nothing to do with any clip's."""
+    scene = draw_scene(rng, 1, moving=False)
+    return render(who, scene, size)[0], scene
+
+
+def toy_words(seed: int, index: int, frames: int = 17, fps: float = 24, split: str = "train") -> str:
+    """The caption of clip `index`, without drawing it."""
+    scene = draw_scene(_rng(seed, split, index, 1), frames, fps, split)
+    return caption(scene, _rng(seed, split, index, 3), split)
+
+
+def toy_clip(
+    seed: int, index: int, frames: int = 17, size: int = 64, fps: float = 24, split: str = "train", number: int = -1
+) -> dict[str, Any]:
+    """Clip `index` of an endless data set, of person `number` (someone new if negative), with what is known of it."""
+    identity = person(seed, index if number < 0 else number, split)
+    scene = draw_scene(_rng(seed, split, index, 1), frames, fps, split)
+    portrait, portrait_scene = reference(identity, _rng(seed, split, index, 2), size)
+    return {
+        "frames": render(identity, scene, size),  # (F, H, W, 3) bytes
+        "reference": portrait,  # (H, W, 3) bytes
+        "caption": toy_words(seed, index, frames, fps, split),
+        "identity": identity,
+        "scene": scene,
+        "reference_scene": portrait_scene,
+        "landmarks": landmarks(identity, scene, size),  # (F, 5, 2)
+        "visible": visible(identity, scene),  # (F, 5)
+        "boxes": boxes(identity, scene, size),  # (F, 4)
+        "reference_landmarks": landmarks(identity, portrait_scene, size)[0],  # (5, 2)
+        "reference_box": boxes(identity, portrait_scene, size)[0],  # (4,)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def sheet(seed: int, people: int = 8, scenes: int = 8, size: int = 128) -> Image.Image:
+    """A row for each person, a column for each scene: the same in all rows but for the motion's start."""
+    rngs = [[np.random.default_rng((seed, column)) for column in range(scenes)] for _ in range(people)]
+    rows = [[reference(person(seed, k), rng, size)[0] for rng in row] for k, row in enumerate(rngs)]
+    return Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
+
+
+def animation(seed: int, clips: int = 8, frames: int = 49, fps: float = 24.0, size: int = 160) -> list[Image.Image]:
+    """Clips in two rows, each with its caption below."""
+    shown = [toy_clip(seed, k, frames, size, fps) for k in range(clips)]
+    columns, cell = (clips + 1) // 2, size + 76
+    pages = []
+    for f in range(frames):
+        page = Image.new("RGB", (columns * size, 2 * cell), "white")
+        for k, clip in enumerate(shown):
+            x, y = k % columns * size, k // columns * cell
+            page.paste(Image.fromarray(clip["frames"][f]), (x, y))
+            text = "\n".join(textwrap.wrap(clip["caption"], size // 6))
+            ImageDraw.Draw(page).text((x + 3, y + size + 1), text, fill="black", font_size=11)
+        pages.append(page)
+    return pages
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out/toy.png", help="people by nuisances (%(default)s)")
+    parser.add_argument("--gif", default="out/toy.gif", help="clips with their captions (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for path in (options.out, options.gif):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(options.out) as temporary:
+        sheet(options.seed).save(temporary)
+    first, *rest = animation(options.seed)
+    with whole_file(options.gif) as temporary:
+        first.save(temporary, save_all=True, append_images=rest, duration=1000 / 24, loop=0)
+    print(f"wrote {options.out} and {options.gif}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
