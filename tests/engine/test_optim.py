@@ -109,7 +109,7 @@ def test_updates_too_small_for_bf16_are_not_lost():
 @pytest.mark.parametrize("piece, compiled", [(128, False), (2**24, False), (2**24, True)])
 def test_one_step_is_adamw_s_before_rounding(piece, compiled, monkeypatch):
     """Each weight and moment is a bf16 neighbour of what AdamW in float32 makes of the same numbers."""
-    monkeypatch.setattr("optim.PIECE", piece)
+    monkeypatch.setattr("engine.optim.PIECE", piece)
     start, grads = (torch.randn(1000, generator=generator(k)).bfloat16() for k in (4, 5))
     mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.float())
     ours = AdamWBF16([mine], lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), compiled=compiled)
