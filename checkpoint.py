@@ -170,6 +170,11 @@ class Checkpoint:
         return None
 
 
+def open_checkpoint(source: "str | Path | Checkpoint") -> Checkpoint:
+    """`source` itself where it is an open checkpoint, so that a run parses a header once; else the file, opened."""
+    return source if isinstance(source, Checkpoint) else Checkpoint(source)
+
+
 def distilled_sign(path: str | Path, metadata: dict[str, str]) -> str | None:
     """What says that a checkpoint or LoRA is distilled to few steps without guidance; None if nothing does.
 

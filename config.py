@@ -20,6 +20,8 @@ except ModuleNotFoundError:  # Python 3.10
 
 Config = dict[str, dict[str, Any]]
 
+ASSETS = Path(__file__).parent / "assets"  # the embedded models: the default where no checkpoint is named
+
 DEFAULTS: Config = {
     "run": {
         "out": "runs/st-drc",  # checkpoints, logs and samples go here; a run that is there is continued

@@ -17,6 +17,7 @@ The released checkpoint also holds an audio branch. Without audio input the full
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, open_checkpoint
 from rope import apply_rope, rope_cos_sin
+
+
+@dataclass(frozen=True)
+class Reference:
+    """How the reference image is given to the model. The defaults are the paper's, and LTX's own where it is silent."""
+
+    placement: str = "tass"  # Eq. 4, or one of rope.PLACEMENTS that Sec. 3.2 argues against
+    source_id: int = 2  # of placement "phase", and its scale
+    phase_scale: float = 1.0
+    fit: str = "letterbox"  # Sec. 3.1; "cover": scaled to cover the video's shape and cut around the centre
+    timestep: str = "clean"  # the reference tokens carry t = 0; "shared": they carry the video's t
 
 
 def rms(x: Tensor) -> Tensor:
@@ -220,9 +232,9 @@ class LTXVideo(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "LTXVideo":
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         with torch.device("meta"):
             model = cls(checkpoint.config["transformer"])
         return checkpoint.load(model, cls.PREFIXES, device, dtype)

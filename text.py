@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 from model import Attention, FeedForward, rms
 from rope import rope_cos_sin
@@ -87,9 +87,9 @@ class TextConnector(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "TextConnector":
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         return checkpoint.load(cls.for_checkpoint(checkpoint), cls.PREFIXES, device, dtype)
 
     @classmethod
@@ -142,7 +142,7 @@ class TextEncoder:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | Path,
+        path: str | Path | Checkpoint,
         gemma: str | Path = GEMMA,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,

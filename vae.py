@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 
 STRIDES = {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
@@ -270,9 +270,9 @@ class VideoVAE(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "VideoVAE":
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         with torch.device("meta"):
             vae = cls(checkpoint.config["vae"])
         return checkpoint.load(vae, cls.PREFIXES, device, dtype)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
+from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, whole_file
 from engine.fp8 import store_in_fp8
 from engine.offload import offload
@@ -39,7 +40,6 @@ from losses import flow_loss, predict_x0
 from model import LTXVideo
 from objective import decode_window
 from rope import reference_positions, video_positions
-from sample import DTYPES, free, resolve_device
 from vae import VideoVAE, from_tokens, latent_scale
 
 HERE = Path(__file__).parent.parent

@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.device import resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
-from config import read_config
+from config import ASSETS, read_config
 from evaluation.metrics import FaceReader
-from sample import ASSETS, resolve_device
 from toy.eye import Eye
 from toy.judge import GROUPS, cases, copied, make_videos, measure, settings_of
 from toy.make import ON_GPU, run_command, torchrun

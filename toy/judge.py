@@ -26,14 +26,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import Checkpoint
+from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.media import to_tensor, to_uint8
+from config import ASSETS
 from data import FITS
+from engine.recipe import PAPER, begin_with, resolve_settings
 from evaluation.metrics import FaceReader, face_sim, identity_drift
 from evaluation.report import bootstrap, draw_sheet
 from guidance import generate_batch
 from model import LTXVideo
-from sample import ASSETS, DTYPES, PAPER, begin_with, free, resolve_device, resolve_settings
 from text import TextEncoder
 from toy import eye
 from toy import world as toy

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import sample
 import train
 from checkpoint import Checkpoint, write_modules
 from common.errors import UserError
 from config import read_config
-from engine import lora
+from engine import lora, recipe
 from model import LTXVideo
 from text import TextConnector
 from toy import faces as toy_faces
@@ -114,4 +113,4 @@ def test_an_unknown_part_is_said(in_process):
 
 
 def test_the_guidance_of_the_checkpoint_is_what_sample_py_takes():
-    assert tiny.DEFAULTS.keys() == sample.PAPER.keys()
+    assert tiny.DEFAULTS.keys() == recipe.PAPER.keys()
