@@ -1,16 +1,35 @@
-"""What a training run is told: every option with its default, read from TOML, checked.
+"""Options of a training run: typed, with defaults, read from TOML, checked.
+
+        config = read_config("configs/paper.toml", ["optim.lr=1e-4"])
+        config.optim.lr                                   # 0.0001
 
 `extends = "other.toml"` at the top of a file starts from that file. `--set section.key=value` changes one option. An
-unknown key or a value of another type is an error that names the nearest known key or the type.
+unknown key, a value of another type or out of range is an error of one line. Defaults are the paper's (Sec. 4.1);
+where the paper is silent they are the decisions that README lists.
 """
 
 import difflib
-from copy import deepcopy
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from common.errors import UserError
-from data import FITS
+from common.schema import (
+    BelowOne,
+    Count,
+    FiniteFloat,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Share,
+    Text,
+    record,
+    validate,
+)
+from guidance import S_R, S_Y, STEPS
+from model import Reference
 from rope import PLACEMENTS
 
 try:
@@ -18,116 +37,151 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-Config = dict[str, dict[str, Any]]
-
 ASSETS = Path(__file__).parent / "assets"  # the embedded models: the default where no checkpoint is named
+# Size and guidance of the paper's videos; a checkpoint's own metadata (`defaults`) may name others.
+PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": STEPS, "s_text": S_Y, "s_ref": S_R}
 
-DEFAULTS: Config = {
-    "run": {
-        "out": "runs/st-drc",  # checkpoints, logs and samples go here; a run that is there is continued
-        "seed": 0,
-    },
-    "model": {
-        "ckpt": "",  # an LTX-2.3 checkpoint; empty for the tiny one in assets/
-        "scratch": False,  # draw the DiT's weights anew instead of reading the checkpoint's
-        "gemma": "",  # only for the prompts of `log.samples`; empty for what belongs to the checkpoint
-    },
-    "data": {
-        "cache": "cache",  # made by data.py prepare
-        "toy": 0,  # above 0: a cache of so many clips of the drawn world is made there (toy_cache.py)
-        "workers": 2,  # processes per rank that read and augment
-    },
-    "reference": {
-        "use": True,  # false: text-to-video, Table 1's first row
-        "placement": "tass",  # Eq. 4, or what Sec. 3.2 argues against: overlap, temporal, fixed, remote; or phase
-        "source_id": 2,  # phase: the mark of the reference's tokens
-        "phase_scale": 1.0,  # phase: its strength
-        "fit": "letterbox",  # Sec. 3.1; "cover": scaled to cover and cut around the centre
-        "timestep": "clean",  # the reference's tokens say t = 0; "shared": they say the video's t
-        "augment": True,  # Eq. 5
-    },
-    "dropout": {
-        "text": 0.05,  # p_y, the empty prompt instead
-        "reference": 0.20,  # p_r, no reference tokens
-    },
-    "faces": {
-        "pack": "buffalo_l",  # InsightFace model pack, name or folder; empty: no identity losses
-        "lambda_id": 0.1,
-        "lambda_tic": 0.05,
-        "gamma": 1.0,  # Eq. 12
-        "window": 2,  # latent frames per sample that are decoded and looked at
-        "context": 1,  # latent frames decoded with them on either side, because the decoder looks both ways
-        "min_weight": 1e-3,  # w_aux below which they are not
-    },
-    "lora": {
-        "rank": 0,  # 0: all weights are trained; above: they are frozen and adapters of this rank are trained
-        "alpha": 0.0,  # adapters are scaled by alpha / rank; 0: by 1
-        "targets": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],  # ends of layer names
-        "dropout": 0.0,  # of an adapter's input
-        "fp8": False,  # the frozen weights are stored in 8 bits (fp8.py): slower, and half the memory
-    },
-    "optim": {
-        "kind": "adamw",  # float32; "adamw-bf16": weights and moments in bf16 with stochastic rounding (optim.py)
-        "steps": 20_000,
-        "batch": 32,  # samples per step over all ranks
-        "lr": 5e-5,
-        "warmup": 500,  # steps of linear rise
-        "decay": "constant",  # what comes after; "linear": down to zero at the last step
-        "ema": 0.0,  # d of the weights' average (average.py), which is then what is exported; 0: none
-        "betas": [0.9, 0.999],
-        "weight_decay": 0.01,
-        "clip": 1.0,  # largest norm of the whole gradient
-        "noise_tokens": 0,  # noise levels t are drawn as for a video of so many tokens; 0: as for the video's own
-    },
-    "parallel": {
-        "mode": "ddp",  # "ddp": every GPU holds the model; "fsdp": its shards
-        "replicas": 1,  # fsdp: copies of the sharded model (HSDP), for instance one a node
-        "micro_batch": 1,  # samples per forward pass and rank
-        "precision": "bf16",  # of the computation; weights and optimizer are float32. "fp32" for tests and CPUs
-        "recompute": True,  # keep only the blocks' inputs for the backward pass
-        "compile": False,  # torch.compile the blocks: a slow start, faster steps
-    },
-    "log": {
-        "every": 10,  # steps between lines
-        "save_every": 500,  # steps between checkpoints
-        "keep": 3,  # checkpoints kept
-        "sample_every": 1000,  # steps between samples; 0: none
-        "samples": [],  # [["face.jpg", "prompt"], ...], always with the same seeds
-        "tensorboard": True,
-        "wandb": False,  # Weights & Biases, if it is installed
-    },
-    "guidance": {  # of the samples (Eq. 13); an export carries them as defaults
-        "steps": 30,
-        "s_text": 5.0,
-        "s_ref": 7.5,
-    },
-}
 
-CHOICES = {
-    ("reference", "placement"): tuple(PLACEMENTS),
-    ("reference", "timestep"): ("clean", "shared"),
-    ("reference", "fit"): tuple(FITS),
-    ("optim", "decay"): ("constant", "linear"),
-    ("optim", "kind"): ("adamw", "adamw-bf16"),
-    ("parallel", "mode"): ("ddp", "fsdp"),
-    ("parallel", "precision"): ("bf16", "fp32"),
-}
-ABOVE_ZERO = (
-    ("optim", "steps"),
-    ("optim", "batch"),
-    ("optim", "lr"),
-    ("optim", "clip"),
-    ("parallel", "micro_batch"),
-    ("parallel", "replicas"),
-    ("faces", "window"),
-    ("faces", "context"),
-    ("log", "every"),
-    ("log", "save_every"),
-    ("log", "keep"),
-    ("guidance", "steps"),
-)
+@record
+class Run:
+    out: Text = "runs/st-drc"  # folder of checkpoints, log and samples; a run that is there is continued
+    seed: Count = 0
 
-# What a run may change when it is continued; anything else would make it another run.
+
+@record
+class Model:
+    ckpt: Text = ""  # an LTX-2.3 checkpoint; empty for the tiny one in assets/
+    scratch: bool = False  # draw the DiT's weights anew instead of reading the checkpoint's
+    gemma: Text = ""  # only for the prompts of `log.samples`; empty for the one that belongs to the checkpoint
+
+
+@record
+class Data:
+    cache: Text = "cache"  # made by prepare.py
+    workers: Annotated[int, Field(ge=0, le=256)] = 2  # processes per rank that read and augment
+
+
+@record
+class ReferenceOptions(Reference):
+    """Placement, timestep and fit as in model.Reference, and two switches of the ablation."""
+
+    use: bool = True  # false: text-to-video, Table 1's first row
+    augment: bool = True  # Eq. 5
+    placement: Literal[tuple(PLACEMENTS)] = "tass"  # Eq. 4, or a placement that Sec. 3.2 argues against
+    source_id: Annotated[int, Field(ge=-1000, le=1000)] = 2
+    phase_scale: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
+    fit: Literal["letterbox", "cover"] = "letterbox"
+    timestep: Literal["clean", "shared"] = "clean"
+
+
+@record
+class Augment:
+    """Probabilities and strengths of Eq. 5, each operation drawn independently of the others."""
+
+    flip: Share = 0.5
+    rotate: Share = 0.5
+    degrees: Annotated[float, Field(ge=0, le=180)] = 10.0  # to either side
+    crop: Share = 0.5
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.85  # at least this part of width and height
+    jitter: Share = 0.8
+    brightness: Share = 0.2  # factors from 1 - 0.2 to 1 + 0.2
+    contrast: Share = 0.2
+    saturation: Share = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.02  # part of the color circle, to either side
+
+
+@record
+class Dropout:
+    text: Share = 0.05  # p_y: the empty prompt instead
+    reference: Share = 0.20  # p_r: no reference tokens
+
+
+@record
+class Faces:
+    pack: Text = "buffalo_l"  # InsightFace model pack, name or folder; empty: no identity losses
+    lambda_id: NonNegativeFloat = 0.1  # Eq. 11
+    lambda_tic: NonNegativeFloat = 0.05
+    gamma: Annotated[float, Field(ge=0, le=1000)] = 1.0  # Eq. 12
+    window: Positive = 2  # latent frames per sample that the identity losses decode
+    context: Positive = 1  # latent frames decoded on either side of them, because the decoder looks both ways
+    min_weight: Share = 1e-3  # w_aux below which nothing is decoded
+
+
+@record
+class LoRAOptions:
+    rank: Annotated[int, Field(ge=0, le=65536)] = 0  # 0: all weights train; above: only adapters of this rank
+    alpha: NonNegativeFloat = 0.0  # adapters are scaled by alpha / rank; 0: by 1
+    targets: list[Text] = Field(default_factory=lambda: [*LORA_TARGETS])  # ends of layer names
+    dropout: BelowOne = 0.0  # of an adapter's input
+    fp8: bool = False  # frozen weights stored in 8 bits (engine/fp8.py): slower, half the memory
+
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+
+@record
+class Optim:
+    kind: Literal["adamw", "adamw-bf16"] = "adamw"  # float32; or weights and moments in bf16 (engine/optim.py)
+    steps: Positive = 20_000
+    batch: Positive = 32  # samples per step over all ranks
+    lr: PositiveFloat = 5e-5
+    warmup: Count = 500  # steps of linear rise
+    decay: Literal["constant", "linear"] = "constant"  # after the warm-up; linear: down to zero at the last step
+    ema: BelowOne = 0.0  # d of the weights' average (engine/average.py), which is then exported; 0: no average
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.01
+    clip: PositiveFloat = 1.0  # largest norm of the whole gradient
+    noise_tokens: Count = 0  # t is drawn as for a video of this many tokens; 0: as for the video's own number
+
+
+@record
+class Parallel:
+    mode: Literal["ddp", "fsdp"] = "ddp"  # ddp: every GPU holds the model; fsdp: its shards
+    replicas: Positive = 1  # fsdp: copies of the sharded model (HSDP), for instance one a node
+    micro_batch: Positive = 1  # samples per forward pass and rank
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; master weights are float32
+    recompute: bool = True  # keep only the blocks' inputs for the backward pass
+    compile: bool = False  # torch.compile the blocks: a slow start, faster steps
+
+
+@record
+class LogOptions:
+    every: Positive = 10  # steps between lines; the first and the last step always have one
+    save_every: Positive = 500  # steps between checkpoints
+    keep: Positive = 3  # checkpoints kept
+    sample_every: Count = 1000  # steps between samples; 0: none
+    samples: list[tuple[Text, Text]] = Field(default_factory=list)  # [["face.jpg", "prompt"], ...]
+    tensorboard: bool = True
+    wandb: bool = False  # Weights & Biases, if it is installed
+
+
+@record
+class Guidance:
+    """Guidance of the samples (Eq. 13); an export carries it as its default."""
+
+    steps: Positive = STEPS
+    s_text: FiniteFloat = S_Y
+    s_ref: FiniteFloat = S_R
+
+
+@record
+class Config:
+    run: Run = Field(default_factory=Run)
+    model: Model = Field(default_factory=Model)
+    data: Data = Field(default_factory=Data)
+    reference: ReferenceOptions = Field(default_factory=ReferenceOptions)
+    augment: Augment = Field(default_factory=Augment)
+    dropout: Dropout = Field(default_factory=Dropout)
+    faces: Faces = Field(default_factory=Faces)
+    lora: LoRAOptions = Field(default_factory=LoRAOptions)
+    optim: Optim = Field(default_factory=Optim)
+    parallel: Parallel = Field(default_factory=Parallel)
+    log: LogOptions = Field(default_factory=LogOptions)
+    guidance: Guidance = Field(default_factory=Guidance)
+
+
+DEFAULTS = asdict(Config())
+# Options that a run may change when it is continued; any other change would make it another run.
 CHANGEABLE = {("run", "out"), ("data", "workers"), ("optim", "steps")}
 CHANGEABLE |= {(section, key) for section in ("parallel", "log", "guidance") for key in DEFAULTS[section]}
 CHANGEABLE -= {("parallel", "precision")}
@@ -135,109 +189,101 @@ CHANGEABLE -= {("parallel", "precision")}
 PATHS = {("model", "ckpt"), ("model", "gemma"), ("data", "cache"), ("faces", "pack")}
 
 
-def read_config(path: str | Path | None, changes: list[str] = ()) -> Config:
+def read_config(path: str | Path | None, changes: list[str] | tuple[str, ...] = ()) -> Config:
     """The defaults, changed by a TOML file (None for none) and by "section.key=value" strings."""
-    config = deepcopy(DEFAULTS)
+    tables: dict[str, dict[str, Any]] = {}
     if path is not None:
-        _merge_file(config, Path(path))
+        _merge_file(tables, Path(path))
     for change in changes:
         name, equals, text = change.partition("=")
         section, dot, key = name.strip().partition(".")
         if not (equals and dot):
             raise UserError(f"--set {change}: write section.key=value, for instance optim.lr=1e-4")
-        _set(config, section, key, _parse_value(text.strip()), f"--set {change}")
-    for (section, key), known in CHOICES.items():
-        if config[section][key] not in known:
-            raise UserError(f"{section}.{key} = {config[section][key]!r} is none of {', '.join(known)}")
-    for section, key in ABOVE_ZERO:
-        if not config[section][key] > 0:  # nor is nan, which TOML can write
-            raise UserError(f"{section}.{key} = {config[section][key]} is not above 0")
-    lora = config["lora"]
-    if lora["rank"] < 0 or lora["alpha"] < 0 or not 0 <= lora["dropout"] < 1:
-        raise UserError(f"lora = {lora}: rank and alpha are 0 or more, dropout is from 0 to below 1")
-    if lora["rank"] and config["parallel"]["mode"] != "ddp":
-        raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
-    if not 0 <= config["optim"]["ema"] < 1:
-        raise UserError(f"optim.ema = {config['optim']['ema']} is not from 0 to below 1")
-    if config["optim"]["ema"] and config["optim"]["kind"] == "adamw-bf16":
-        raise UserError('optim.ema averages float32 weights: set it to 0 beside optim.kind = "adamw-bf16"')
-    for section, key in (("data", "toy"), ("optim", "noise_tokens")):
-        if config[section][key] < 0:
-            raise UserError(f"{section}.{key} = {config[section][key]} is below 0")
-    if lora["rank"] and config["model"]["scratch"]:
-        raise UserError("model.scratch draws new weights and lora.rank above 0 freezes them: leave one out")
-    if config["optim"]["kind"] == "adamw-bf16" and (lora["rank"] or config["parallel"]["precision"] != "bf16"):
-        raise UserError(
-            'optim.kind = "adamw-bf16" is for training all weights in bf16: set parallel.precision = "bf16" and '
-            "lora.rank = 0"
-        )
-    for name, share in config["dropout"].items():
-        if not 0 <= share <= 1:
-            raise UserError(f"dropout.{name} = {share} is no share between 0 and 1")
-    betas = config["optim"]["betas"]
-    if not (len(betas) == 2 and all(type(beta) in (int, float) and 0 <= beta < 1 for beta in betas)):
-        raise UserError(f"optim.betas = {betas} should be two numbers from 0 to below 1")
+        _set(tables, section, key, _parse_value(text.strip()), f"--set {change}")
     for section, key in (("model", "ckpt"), ("model", "gemma"), ("faces", "pack")):
-        config[section][key] = _here_or_beside_the_code(config[section][key])
-    config["log"]["samples"] = [_sample(entry) for entry in config["log"]["samples"]]
+        if isinstance(value := tables.get(section, {}).get(key), str):
+            tables[section][key] = _here_or_beside_the_code(value)
+    samples = tables.get("log", {}).get("samples")
+    for sample in samples if isinstance(samples, list) else ():
+        if isinstance(sample, list) and sample and isinstance(sample[0], str):
+            sample[0] = _here_or_beside_the_code(sample[0])
+    config = validate(Config, tables, f"{path}" if path and not changes else "options")
+    _check_together(config)
     return config
 
 
-def require_same_run(old: Config, new: Config, run: Path) -> None:
-    """Raise UserError that names the first option in which a continued run would differ from its beginning."""
-    for section, options in new.items():
+def as_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The options as plain JSON values: config.json of a run, metadata of an export."""
+    return validate(dict[str, dict[str, Any]], asdict(config), "options")
+
+
+def require_same_run(old: dict[str, Any], new: Config, run: Path) -> None:
+    """Raise UserError that names the first option in which a continued run would differ from its beginning.
+
+    An option that the record of the run does not have is one that came later: it had its default.
+    """
+    for section, options in as_dict(new).items():
         for key, value in options.items():
-            before = old.get(section, {}).get(key)
-            moved = (section, key) in PATHS and Path(before or "").name == Path(value).name
+            before = old.get(section, {}).get(key, as_dict(Config())[section][key])
+            moved = (section, key) in PATHS and Path(str(before)).name == Path(value).name
             if before != value and not moved and (section, key) not in CHANGEABLE:
                 raise UserError(
-                    f"{run} was started with {section}.{key} = {before!r} and is now given {value!r}: "
+                    f"{run} was started with {section}.{key} = {before!r} and this command has {value!r}: "
                     "continue it as it was, or give run.out another folder"
                 )
 
 
-def _merge_file(config: Config, path: Path, below: tuple[Path, ...] = ()) -> None:
+def _check_together(config: Config) -> None:
+    """Options that exclude each other."""
+    lora, optim, parallel = config.lora, config.optim, config.parallel
+    in_bf16 = optim.kind == "adamw-bf16"
+    if lora.rank and parallel.mode != "ddp":
+        raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
+    if lora.rank and config.model.scratch:
+        raise UserError("model.scratch draws new weights and lora.rank above 0 freezes them: leave one out")
+    if optim.ema and in_bf16:
+        raise UserError('optim.ema averages float32 weights: set it to 0 beside optim.kind = "adamw-bf16"')
+    if in_bf16 and (lora.rank or parallel.precision != "bf16"):
+        raise UserError(
+            'optim.kind = "adamw-bf16" is for training all weights in bf16: set parallel.precision = "bf16" and '
+            "lora.rank = 0"
+        )
+
+
+def _merge_file(tables: dict, path: Path, below: tuple[Path, ...] = ()) -> None:
     """The file's options over those of the file that it extends; `below` are the files that extend this one."""
     if path.resolve() in below:
         raise UserError(f"{path} extends itself, by way of {below[-1]}")
     try:
-        tables = tomllib.loads(path.read_text())
+        read = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config at {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
-    if "extends" in tables:
-        parent = tables.pop("extends")
+    if "extends" in read:
+        parent = read.pop("extends")
         if not isinstance(parent, str):
             raise UserError(f"{path}: extends = {parent!r} should be the name of one file")
-        _merge_file(config, path.parent / parent, (*below, path.resolve()))
-    for section, options in tables.items():
+        _merge_file(tables, path.parent / parent, (*below, path.resolve()))
+    for section, options in read.items():
         if not isinstance(options, dict):
             raise UserError(f"{path}: {section} stands outside a section")
         for key, value in options.items():
-            _set(config, section, key, value, str(path))
+            _set(tables, section, key, value, str(path))
 
 
-def _set(config: Config, section: str, key: str, value: Any, where: str) -> None:
-    """One option, if it is known and of the right type; an integer will do for a float."""
-    if section not in config:
-        raise UserError(f"{where}: there is no section {section!r}{_nearest(section, config)}")
-    if key not in config[section]:
-        known = [f"{s}.{k}" for s, options in config.items() for k in options]
-        raise UserError(f"{where}: there is no option {section}.{key}{_nearest(f'{section}.{key}', known)}")
-    expected = type(DEFAULTS[section][key])
-    if expected is float and type(value) is int:
-        value = float(value)
-    if type(value) is not expected:
-        raise UserError(f"{where}: {section}.{key} = {value!r} should be of type {expected.__name__}")
-    config[section][key] = value
-
-
-def _sample(entry: Any) -> list[str]:
-    """One entry of log.samples: a photo and a prompt."""
-    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
-        raise UserError(f'log.samples holds {entry!r}: each entry is ["face.jpg", "prompt"]')
-    return [_here_or_beside_the_code(entry[0]), entry[1]]
+def _set(tables: dict, section: str, key: str, value: Any, where: str) -> None:
+    """One option, if there is one of this name; types and ranges are checked when all are together."""
+    if section not in DEFAULTS:
+        raise UserError(f"{where}: there is no section {section!r}{_nearest(section, DEFAULTS)}")
+    if key not in DEFAULTS[section]:
+        raise UserError(f"{where}: there is no option {section}.{key}{_nearest(key, DEFAULTS[section], section)}")
+    try:
+        kind = next(field.type for field in fields(Config) if field.name == section)
+        validate(kind, {key: value}, where)
+    except UserError as error:
+        raise UserError(str(error).replace(f"{where}: {key}", f"{where}: {section}.{key}", 1)) from None
+    tables.setdefault(section, {})[key] = value
 
 
 def _here_or_beside_the_code(path: str) -> str:
@@ -246,14 +292,16 @@ def _here_or_beside_the_code(path: str) -> str:
     return str(beside) if path and not Path(path).exists() and beside.exists() else path
 
 
-def _nearest(name: str, known: Any) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.3)
-    return f", did you mean {match[0]}?" if match else ""
+def _nearest(name: str, known: Any, section: str = "") -> str:
+    """A suggestion; in a section without a similar name, the names that there are."""
+    if match := difflib.get_close_matches(name, list(known), n=1, cutoff=0.6):
+        return f", did you mean {section + '.' if section else ''}{match[0]}?"
+    return f"; there are {', '.join(known)}"
 
 
 def _parse_value(text: str) -> Any:
     """A value as TOML writes it; a bare word is a string, so that a shell needs no second pair of quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text

@@ -1,45 +1,86 @@
 """The video DiT of LTX-2.3: 48 blocks of self-attention, text attention and feed-forward over latent tokens.
 
-It predicts the velocity v = eps - z_0 of z_t = (1 - t) z_0 + t eps. Every token carries its own timestep, which is
-how a clean reference image (t = 0) sits in the same sequence as noisy video tokens (Sec. 3.1, Eq. 2):
+It predicts the velocity v = eps - z_0 of z_t = (1 - t) z_0 + t eps. Every token carries its own timestep. So a clean
+reference image (t = 0) can sit in the same sequence as noisy video tokens (Sec. 3.1, Eq. 2):
 
-        tokens   [ video: T*H*W at t = sigma | reference: H*W at t = 0 ]      places from rope.py
+        tokens   [ video: N at t | reference: R at t = 0 ]       positions from rope.py
                        |
           x -> rms, AdaLN(t) -> self-attention + rotary -> gate -> +
-            -> rms, AdaLN(t) -> text attention             -> gate -> +      context modulated by sigma
-            -> rms, AdaLN(t) -> feed-forward               -> gate -> +
+            -> rms, AdaLN(t) -> text attention          -> gate -> +      context modulated by sigma
+            -> rms, AdaLN(t) -> feed-forward            -> gate -> +
                        |  x 48
-          LayerNorm, AdaLN(t), linear -> velocity; the reference's part is dropped
+          LayerNorm, AdaLN(t), linear -> velocity; the rows of the reference are dropped
 
-The released checkpoint also holds an audio branch. Without audio input the full model computes exactly this.
+The released checkpoint also has an audio branch. Without audio input the full model computes exactly this.
+
+Letters, the same in every file:
+        B batch            F H W pixel frames, height, width       T h w latent grid (frames, rows, columns)
+        C latent channels  N = T h w video tokens                  R = h w reference tokens
+        D model width      S text tokens                           U distinct timesteps in a batch
 """
 
 import math
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from checkpoint import Checkpoint, open_checkpoint
-from rope import apply_rope, rope_cos_sin
+from rope import Place, Reference, apply_rope, rope_cos_sin  # noqa: F401
 
 
-@dataclass(frozen=True)
-class Reference:
-    """How the reference image is given to the model. The defaults are the paper's, and LTX's own where it is silent."""
+class Tokens(NamedTuple):
+    """One sequence for the DiT: the first N tokens are the video's, the rest the reference's."""
 
-    placement: str = "tass"  # Eq. 4, or one of rope.PLACEMENTS that Sec. 3.2 argues against
-    source_id: int = 2  # of placement "phase", and its scale
-    phase_scale: float = 1.0
-    fit: str = "letterbox"  # Sec. 3.1; "cover": scaled to cover the video's shape and cut around the centre
-    timestep: str = "clean"  # the reference tokens carry t = 0; "shared": they carry the video's t
+    latents: Tensor  # (B, N [+ R], C)
+    timesteps: Tensor  # (B, N [+ R]) noise level of each token
+    positions: Tensor  # (B, 3, N [+ R], 2) seconds, pixels, pixels
+    mask: Tensor | None = None  # (B, N + R) false where a sample's reference is dropped; None: nothing is masked
+    phase: Tensor | None = None  # (B, N + R) extra rotary phase; None: 0 for all tokens
+
+
+def video_tokens(z_t: Tensor, t: Tensor, positions: Tensor) -> Tokens:
+    """The video alone: z_t (B, N, C), t (B,), positions (B, 3, N, 2)."""
+    return Tokens(z_t, t[:, None].expand(-1, z_t.shape[1]), positions)
+
+
+def append_reference(
+    z_t: Tensor,
+    z_ref: Tensor,
+    t: Tensor,
+    positions: Tensor,
+    place: Place,
+    timestep: str = "clean",
+    has_reference: Tensor | None = None,
+) -> Tokens:
+    """Eq. 2: z~_t = [z_t, z_ref], with the timestep, position and phase of every token.
+
+    z_t (B, N, C) noisy video latents, z_ref (B, R, C) reference latents, t (B,) noise level of the video, positions
+    (B, 3, N, 2) of the video's tokens, `place` of the reference's. The paper leaves the reference's timestep open:
+    "clean" is t = 0, LTX's own mark of a clean token, "shared" is the video's t. has_reference (B,) is false for
+    samples whose reference is dropped (Sec. 3.4); their R tokens are masked out of attention.
+    """
+    (batch, video, _), count = z_t.shape, z_ref.shape[1]
+    t_ref = torch.zeros_like(t) if timestep == "clean" else t
+    is_ref = torch.arange(video + count, device=z_t.device) >= video  # (N + R,)
+    mask = None
+    if has_reference is not None and not has_reference.all():
+        mask = ~is_ref | has_reference[:, None]  # (B, N + R)
+    return Tokens(
+        torch.cat([z_t, z_ref.to(z_t)], dim=1),
+        torch.cat([t[:, None].expand(-1, video), t_ref[:, None].expand(-1, count)], dim=1),
+        torch.cat([positions, place.positions.expand(batch, -1, -1, -1)], dim=2),
+        mask,
+        place.phase * is_ref.float().expand(batch, -1) if place.phase else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def rms(x: Tensor) -> Tensor:
@@ -60,7 +101,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normed q and k, and a gate per head, 2 sigmoid(.), on what each head returns."""
+    """Multi-head attention with RMS norm on q and k, and a gate 2 sigmoid(.) on the output of each head."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -80,25 +121,26 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, N, D) asks, context (B, S, D) answers (x itself if None).
+        """Queries from x (B, N, D), keys and values from context (B, S, D), or from x itself if that is None.
 
-        `rotary` turns both q and k; `mask` (B, S) is false where nobody may look, None if all may.
+        `rotary` rotates q and k. `mask` (B, S) is false for keys that no query attends to.
         """
         context = x if context is None else context
-        q, k = self.q_norm(self.to_q(x)), self.k_norm(self.to_k(context))
-        v = self.to_v(context)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N|S, head_dim)
+        q = self.q_norm(self.to_q(x))  # (B, N, D)
+        k = self.k_norm(self.to_k(context))  # (B, S, D)
+        v = self.to_v(context)  # (B, S, D)
+        q, k, v = (rearrange(a, "b n (heads d) -> b heads n d", heads=self.heads) for a in (q, k, v))
         if rotary is not None:
             q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
-        mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, S)
+        mask = None if mask is None else rearrange(mask, "b s -> b 1 1 s")
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, head_dim)
         gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, N, heads)
-        out = out * gate.transpose(1, 2).unsqueeze(-1)
-        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, D)
+        out = out * rearrange(gate, "b n heads -> b heads n 1")
+        return self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))  # (B, N, D)
 
 
 class GELU(nn.Module):
-    """Linear and GELU (tanh form), the first half of a feed-forward."""
+    """Linear layer and GELU (tanh form): the first half of a feed-forward."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -109,6 +151,8 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Linear D -> 4D, GELU, linear 4D -> D. The identity in between keeps the released names net.0 and net.2."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.net = nn.Sequential(GELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
@@ -118,7 +162,7 @@ class FeedForward(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A scalar as 256 cosines and sines, then two linear layers."""
+    """A noise level as 128 cosines and 128 sines, then two linear layers."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -129,12 +173,12 @@ class TimestepEmbedder(nn.Module):
         """t (U,) in [0, 1] -> (U, D). The sinusoid is made in float32: bf16 could not tell 999 from 1000."""
         frequencies = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))
         angles = 1000 * t.float()[:, None] * frequencies  # (U, 128)
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)  # (U, 256)
         return self.linear_2(F.silu(self.linear_1(sinusoid)))
 
 
 class AdaLN(nn.Module):
-    """Timestep to modulation: `rows` vectors of width D, to which every block adds a table of its own."""
+    """Noise level to modulation: `rows` vectors of width D, to which every block adds a table of its own."""
 
     def __init__(self, dim: int, rows: int):
         super().__init__()
@@ -143,12 +187,15 @@ class AdaLN(nn.Module):
         self.rows = rows
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """t (U,) -> modulation (U, rows, D) and the embedding (U, D) it came from."""
-        embedded = self.emb["timestep_embedder"](t, dtype)
-        return self.linear(F.silu(embedded)).unflatten(-1, (self.rows, -1)), embedded
+        """t (U,) -> modulation (U, rows, D), and the embedding (U, D) that it is computed from."""
+        embedded = self.emb["timestep_embedder"](t, dtype)  # (U, D)
+        modulation = self.linear(F.silu(embedded))  # (U, rows D)
+        return rearrange(modulation, "u (rows d) -> u rows d", rows=self.rows), embedded
 
 
 class Block(nn.Module):
+    """Self-attention, text attention and feed-forward, each behind rms, shift and scale, each with a gate."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.zeros(9, dim))
@@ -173,67 +220,60 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
-        """x (B, N, D), context (B, S, D); modulation (U, 9, D) by distinct timestep, token_row (B, N) says whose."""
+        """x (B, N, D), context (B, S, D), modulation (U, 9, D), prompt_modulation (B, 2, D) -> (B, N, D).
+
+        token_row (B, N) is the row of `modulation` that belongs to each token.
+        """
         rows = (self.scale_shift_table + modulation).unbind(1)  # 9 x (U, D)
-        # `embedding` is a gather whose backward sums many tokens per row without a serial scatter.
+        # `embedding` is a gather. Its backward pass sums the gradients of many tokens per row in parallel, where that
+        # of plain indexing would add them one after the other.
         shift_sa, scale_sa, gate_sa = (F.embedding(token_row, row) for row in rows[0:3])  # (B, N, D)
         x = x + gate_sa * self.attn1(modulate(rms(x), shift_sa, scale_sa), rotary=rotary, mask=mask)
 
-        shift_ca, scale_ca, gate_ca = (F.embedding(token_row, row) for row in rows[6:9])
+        # The context depends on the noise level too, by the sample's sigma: text tokens carry no timestep.
+        shift_ca, scale_ca, gate_ca = (F.embedding(token_row, row) for row in rows[6:9])  # (B, N, D)
         shift_kv, scale_kv = (self.prompt_scale_shift_table + prompt_modulation).unsqueeze(2).unbind(1)  # (B, 1, D)
-        context = modulate(context, shift_kv, scale_kv)
+        context = modulate(context, shift_kv, scale_kv)  # (B, S, D)
         x = x + gate_ca * self.attn2(modulate(rms(x), shift_ca, scale_ca), context)
 
-        shift_ff, scale_ff, gate_ff = (F.embedding(token_row, row) for row in rows[3:6])
+        shift_ff, scale_ff, gate_ff = (F.embedding(token_row, row) for row in rows[3:6])  # (B, N, D)
         return x + gate_ff * self.ff(modulate(rms(x), shift_ff, scale_ff))
 
 
-def first_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """A weight of an LTXVideo to train from nothing, the same wherever and in whatever order it is drawn.
-
-    Linear layers are drawn by Glorot's rule, norms are 1. Zero are the biases, the tables, and the layers behind the
-    modulation, the head gates and the output: so each block begins as the identity, and the velocity as 0.
-    """
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    ends_zero = ("bias", "table", "to_gate_logits.weight", "single.linear.weight")
-    if name.endswith(ends_zero) or name == "proj_out.weight":
-        return torch.zeros(shape)
-    state = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0]
-    generator = torch.Generator("cpu").manual_seed(int(state))  # of a seed it takes the lower 32 bits only
-    return torch.randn(shape, generator=generator) * (2 / sum(shape)) ** 0.5
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Constants(NamedTuple):
-    """What follows from the tokens' places and from which of them share a timestep: the same in all steps."""
+    """What stays the same in all steps of a stream: functions of the positions, and of which tokens share a t."""
 
-    rotary: tuple[Tensor, Tensor]  # tables in the dtype of the latents
-    token_row: Tensor  # (B, N) which of the distinct timesteps a token has
-    examples: Tensor  # (U,) one token of each, as an index into the flattened timesteps
+    rotary: tuple[Tensor, Tensor]  # tables (B, heads, N, head_dim/2) in the dtype of the latents
+    token_row: Tensor  # (B, N) index of each token's timestep among the distinct ones
+    examples: Tensor  # (U,) one token of each distinct timestep, as an index into the flattened timesteps
 
 
 class LTXVideo(nn.Module):
-    """The DiT. All sizes come from the checkpoint's config."""
+    """The DiT. All sizes come from the checkpoint's config (`ltx["transformer"]`)."""
 
     PREFIXES = {"": "model.diffusion_model."}
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, ltx: dict[str, Any]):
         super().__init__()
-        self.heads = config["num_attention_heads"]
-        self.dim = self.heads * config["attention_head_dim"]
-        self.theta = config["positional_embedding_theta"]
-        self.max_pos = config["positional_embedding_max_pos"]
-        self.patchify_proj = nn.Linear(config["in_channels"], self.dim)
+        self.heads = ltx["num_attention_heads"]
+        self.dim = self.heads * ltx["attention_head_dim"]
+        self.theta = ltx["positional_embedding_theta"]
+        self.max_pos = ltx["positional_embedding_max_pos"]
+        self.patchify_proj = nn.Linear(ltx["in_channels"], self.dim)
         self.adaln_single = AdaLN(self.dim, rows=9)
         self.prompt_adaln_single = AdaLN(self.dim, rows=2)
-        self.transformer_blocks = nn.ModuleList([Block(self.dim, self.heads) for _ in range(config["num_layers"])])
+        self.transformer_blocks = nn.ModuleList([Block(self.dim, self.heads) for _ in range(ltx["num_layers"])])
         self.scale_shift_table = nn.Parameter(torch.zeros(2, self.dim))
-        self.proj_out = nn.Linear(self.dim, config["out_channels"])
+        self.proj_out = nn.Linear(self.dim, ltx["out_channels"])
 
     @classmethod
     def from_checkpoint(
         cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "LTXVideo":
+        """The model of an LTX-2.3 file. UserError that names the first tensor that is missing or does not fit."""
         checkpoint = open_checkpoint(path)
         with torch.device("meta"):
             model = cls(checkpoint.config["transformer"])
@@ -246,21 +286,17 @@ class LTXVideo(nn.Module):
     def constants(
         self, timesteps: Tensor, positions: Tensor, phase: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Constants:
-        """What `forward` makes of these arguments, to be made once; `dtype` is that of the latents."""
+        """Computed once for a stream and passed to every `forward` of it; `dtype` is that of the latents."""
         rotary = tuple(table.to(dtype) for table in self.rotary(positions, phase))
-        # A sequence has few distinct timesteps (the video's and 0), so AdaLN runs on those and tokens look theirs up.
+        # A sequence has few distinct timesteps (t and 0). AdaLN runs on those, and each token looks up its row.
         distinct, token_row = torch.unique(timesteps, return_inverse=True)  # (U,), (B, N)
-        everyone = torch.arange(timesteps.numel(), device=timesteps.device)
-        examples = torch.empty_like(distinct, dtype=torch.long).scatter_(0, token_row.flatten(), everyone)
+        index = torch.arange(timesteps.numel(), device=timesteps.device)
+        examples = torch.empty_like(distinct, dtype=torch.long).scatter_(0, token_row.flatten(), index)
         return Constants(rotary, token_row, examples)
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> "LTXVideo":
-        """torch.compile of one block, whose code all blocks run: one graph per shape of a stream, none per step.
-
-        Under DDP too: left to itself, PyTorch would cut the graph where a bucket of gradients is full, and a block's
-        gradients are on their way as soon as its backward pass is done anyhow.
-        """
-        torch._dynamo.config.optimize_ddp = False
+        """torch.compile of one block, whose code all blocks run: one graph per shape of a stream, none per step."""
+        torch._dynamo.config.optimize_ddp = False  # it would cut the graph at every bucket of gradients
         for block in self.transformer_blocks.children():
             block.run = torch.compile(block.run, dynamic=False, backend=backend)
         return self
@@ -276,29 +312,29 @@ class LTXVideo(nn.Module):
         phase: Tensor | None = None,
         constants: Constants | None = None,
     ) -> Tensor:
-        """Velocity v = eps - z_0 of every token.
+        """Velocity v = eps - z_0 of every token; here N counts all tokens, the reference's included.
 
-        latents    (B, N, C)     noisy video tokens, then the reference's
+        latents    (B, N, C)     noisy video tokens, then the reference's (`append_reference`)
         timesteps  (B, N)        noise level of each token in [0, 1]; 0 marks a clean one
         sigma      (B,)          noise level of the video, which modulates the text
         context    (B, S, D)     from text.py
         positions  (B, 3, N, 2)  from rope.py
-        mask       (B, N)        false for tokens that this sample does not have (a dropped reference); None if it
-                                 has all, which lets attention use its fastest kernel
-        phase      (B, N)        what a token's rotary angles get beside its place (placement "phase"), None for nothing
-        constants                of `self.constants`, which are then not made again; positions and phase are in them
-        returns    (B, N, C)     the reference's rows mean nothing
+        mask       (B, N)        false for tokens masked out of attention (a dropped reference); None for no mask, with
+                                 which attention can use its fastest kernel
+        phase      (B, N)        added to a token's rotary angles (placement "phase"); None for 0
+        constants                of `self.constants`, made from the same timesteps, positions and phase; None: made here
+        returns    (B, N, C)     the rows of the reference have no meaning
         """
         dtype = latents.dtype
         rotary, token_row, examples = constants or self.constants(timesteps, positions, phase, dtype)
-        modulation, embedded = self.adaln_single(timesteps.flatten()[examples], dtype)
+        modulation, embedded = self.adaln_single(timesteps.flatten()[examples], dtype)  # (U, 9, D), (U, D)
         prompt_modulation, _ = self.prompt_adaln_single(sigma, dtype)  # (B, 2, D)
 
-        x = self.patchify_proj(latents)
+        x = self.patchify_proj(latents)  # (B, N, D)
         for block in self.transformer_blocks:
             x = block(x, context, modulation, prompt_modulation, token_row, rotary, mask)
 
         shift, scale = (self.scale_shift_table + embedded.unsqueeze(1)).unbind(1)  # (U, D)
         x = F.layer_norm(x, (self.dim,), eps=1e-6)
         x = modulate(x, F.embedding(token_row, shift), F.embedding(token_row, scale))
-        return self.proj_out(x)
+        return self.proj_out(x)  # (B, N, C)

@@ -10,9 +10,11 @@ Both come with PyTorch and run under torchrun, on one node or many; on CPUs too,
 import os
 import signal
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from checkpoint import Checkpoint, file_name
 from common.errors import UserError
 from engine.fp8 import store_in_fp8
 from engine.lora import new_lora
-from model import LTXVideo, first_weight
+from model import LTXVideo
 
 
 def join_processes() -> torch.device:
@@ -108,6 +110,22 @@ def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.dev
             shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(shard.to_local())
     return model
+
+
+def first_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """A weight of an untrained LTXVideo, the same wherever and in whatever order it is drawn.
+
+    Linear layers follow Glorot's rule, norms are 1. Biases, tables, and the layers behind modulation, head gates and
+    output start at zero, so each block starts as the identity and the velocity as 0.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    ends_of_zeros = ("bias", "table", "to_gate_logits.weight", "single.linear.weight")
+    if name.endswith(ends_of_zeros) or name == "proj_out.weight":
+        return torch.zeros(shape)
+    state = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0]
+    generator = torch.Generator("cpu").manual_seed(int(state))  # of a seed it takes the lower 32 bits only
+    return torch.randn(shape, generator=generator) * (2 / sum(shape)) ** 0.5
 
 
 def set_recompute(model: LTXVideo, on: bool) -> None:

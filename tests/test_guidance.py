@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import guidance
 from guidance import sample_latents, sigma_schedule, three_stream_cfg
-from rope import reference_positions, video_positions
+from rope import Place, Reference, reference_positions, video_positions
 from vae import from_tokens, to_tokens
 
 SCALES = [(5.0, 7.5), (5.0, 0.0), (1.0, 7.5), (5.0, 5.0), (1.0, 1.0), (1.0, 0.0), (0.0, 3.0), (2.0, -1.0), (0.0, 0.0)]
@@ -33,8 +33,8 @@ def problem(golden):
         "positions": golden["video_positions"],
         "context": golden["context"],
         "null_context": golden["null_context"],
-        "reference": golden["ref"],
-        "ref_positions": golden["tass_positions"],
+        "z_ref": golden["ref"],
+        "place": Place(golden["tass_positions"]),
     }
 
 
@@ -56,20 +56,21 @@ class Recorder:
 def by_hand(model, problem, s_y, s_r, ref_level=0.0):
     """Eq. 13 with all three streams computed one sample at a time, and Euler steps."""
     z, sigmas = problem["noise"].clone(), problem["sigmas"]
-    tokens, reference = z.shape[1], problem["reference"].shape[1]
+    tokens, reference = z.shape[1], problem["z_ref"].shape[1]
     for sigma, following in itertools.pairwise(sigmas):
         for row in range(len(z)):
-            one = {key: value[row : row + 1] for key, value in problem.items() if key != "sigmas"}
+            one = {key: value[row : row + 1] for key, value in problem.items() if key not in ("sigmas", "place")}
+            ref_positions = problem["place"].positions[row : row + 1]
             x, level = z[row : row + 1].clone(), sigma[None]
             video_t = level.expand(1, tokens)
             v_0 = model(x, video_t, level, one["null_context"], one["positions"])
             v_y = model(x, video_t, level, one["context"], one["positions"])
             v_yr = model(
-                torch.cat([x, one["reference"]], dim=1),
+                torch.cat([x, one["z_ref"]], dim=1),
                 torch.cat([video_t, torch.full((1, reference), float(sigma) * ref_level)], dim=1),
                 level,
                 one["context"],
-                torch.cat([one["positions"], one["ref_positions"]], dim=2),
+                torch.cat([one["positions"], ref_positions], dim=2),
             )[:, :tokens]
             v = (1 - s_y) * v_0 + (s_y - s_r) * v_y + s_r * v_yr
             z[row] = z[row] + (v * (following - sigma))[0]
@@ -169,7 +170,7 @@ def test_streams_with_weight_zero_are_not_computed(problem, s_y, s_r):
     batch, tokens = problem["noise"].shape[:2]
     without = (s_y != 1) + (s_y != s_r)
     expected = [(without * batch, tokens)] if without else []
-    expected += [(batch, tokens + problem["reference"].shape[1])] if s_r else []
+    expected += [(batch, tokens + problem["z_ref"].shape[1])] if s_r else []
     assert recorder.shapes() == expected * (len(problem["sigmas"]) - 1)
 
 
@@ -183,7 +184,7 @@ def test_no_reference_or_s_ref_zero_is_ordinary_text_guidance(model, problem, s_
         v_null = model(*common, problem["null_context"], problem["positions"])
         z = z + (v_null + s_y * (v_text - v_null)) * (following - sigma)
     torch.testing.assert_close(sample_latents(model, **problem, s_y=s_y, s_r=0.0), z, atol=1e-3, rtol=0)
-    plain = {key: value for key, value in problem.items() if "ref" not in key}
+    plain = {key: value for key, value in problem.items() if key not in ("z_ref", "place")}
     torch.testing.assert_close(sample_latents(model, **plain, s_y=s_y), z, atol=1e-3, rtol=0)
 
 
@@ -195,8 +196,8 @@ def test_reference_is_clean_and_the_video_is_at_sigma(problem):
         assert (without["timesteps"] == sigma).all() and (without["sigma"] == sigma).all()
         assert (with_reference["timesteps"][:, :tokens] == sigma).all() and (with_reference["sigma"] == sigma).all()
         assert (with_reference["timesteps"][:, tokens:] == 0).all()
-        assert torch.equal(with_reference["latents"][:, tokens:], problem["reference"])
-        assert torch.equal(with_reference["positions"][:, :, tokens:], problem["ref_positions"])
+        assert torch.equal(with_reference["latents"][:, tokens:], problem["z_ref"])
+        assert torch.equal(with_reference["positions"][:, :, tokens:], problem["place"].positions)
 
 
 def test_ref_timestep_shared_gives_the_reference_the_videos_level(model, problem):
@@ -247,6 +248,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from guidance import sample_latents
 from model import LTXVideo
+from rope import Place
 
 torch.set_num_threads(1)
 rank, store, ckpt, problem, out = int(sys.argv[1]), *sys.argv[2:]
@@ -255,9 +257,10 @@ model = LTXVideo.from_checkpoint(ckpt).requires_grad_(False)
 streams = []
 model.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].shape[0] // 2))
 problem, results = load_file(problem), {}
+problem["place"] = Place(problem.pop("ref_positions"))
 for world in (2, 3):  # for two the third process has nothing to do
     for reference in (True, False):
-        part = {key: value for key, value in problem.items() if reference or "ref" not in key}
+        part = {key: value for key, value in problem.items() if reference or key not in ("z_ref", "place")}
         streams.clear()
         results[f"{world}{reference}"] = sample_latents(model, **part, ranks=(rank, world))
         results[f"streams{world}{reference}"] = torch.tensor(streams)
@@ -268,7 +271,9 @@ dist.destroy_process_group()  # a process that ends with gloo's threads alive ma
 
 
 def test_streams_on_two_and_three_processes_are_as_on_one(model, problem, tmp_path):
-    save_file({key: value.contiguous() for key, value in problem.items()}, tmp_path / "problem")
+    tensors = {key: value for key, value in problem.items() if key != "place"}
+    tensors["ref_positions"] = problem["place"].positions
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "problem")
     words = [str(tmp_path / "store"), str(TINY_A), str(tmp_path / "problem")]
     running = [
         subprocess.Popen([sys.executable, "-c", SHARED, str(rank), *words, str(tmp_path / f"out-{rank}")], cwd=ROOT)
@@ -278,7 +283,7 @@ def test_streams_on_two_and_three_processes_are_as_on_one(model, problem, tmp_pa
     results = [load_file(tmp_path / f"out-{rank}") for rank in range(3)]
     steps = len(problem["sigmas"]) - 1
     for reference in (True, False):
-        part = {key: value for key, value in problem.items() if reference or "ref" not in key}
+        part = {key: value for key, value in problem.items() if reference or key not in ("z_ref", "place")}
         want = sample_latents(model, **part)
         for world in (2, 3):
             for result in results:
@@ -304,13 +309,13 @@ def world(model, vae):
         "vae": vae,
         "context": randn(1, 16, 128, seed=1),
         "null_context": randn(1, 16, 128, seed=2),
-        "image": randn(3, 64, 96, seed=3).clamp(-1, 1),
+        "ref_image": randn(3, 64, 96, seed=3).clamp(-1, 1),
     }
 
 
 @pytest.mark.parametrize("placement", ["tass", "overlap", "remote"])
 def test_generate_is_encode_sample_decode(world, placement):
-    got = guidance.generate(**world, **SIZES, seed=5, placement=placement, s_y=3.0, s_r=2.0)
+    got = guidance.generate(**world, **SIZES, seed=5, reference=Reference(placement=placement), s_y=3.0, s_r=2.0)
     tokens = math.prod(GRID)
     noise = torch.randn(1, tokens, 4, generator=torch.Generator().manual_seed(5))
     problem = {
@@ -319,8 +324,8 @@ def test_generate_is_encode_sample_decode(world, placement):
         "positions": video_positions(*GRID, 24.0)[None],
         "context": world["context"],
         "null_context": world["null_context"],
-        "reference": to_tokens(world["vae"].encode(world["image"][None, :, None])),
-        "ref_positions": reference_positions(*GRID, 24.0, placement=placement)[None],
+        "z_ref": to_tokens(world["vae"].encode(world["ref_image"][None, :, None])),
+        "place": Place(reference_positions(*GRID, 24.0, placement=placement)[None]),
     }
     want = world["vae"].decode(from_tokens(by_hand(world["model"], problem, 3.0, 2.0), GRID))[0]
     assert got.shape == (3, 9, 64, 96) and got.dtype == torch.float32
@@ -329,7 +334,7 @@ def test_generate_is_encode_sample_decode(world, placement):
 
 def test_phase_scale_zero_is_overlap_to_the_bit(world):
     def video(**options):
-        return guidance.generate(**world, **SIZES, **options)
+        return guidance.generate(**world, **SIZES, reference=Reference(**options))
 
     overlap = video(placement="overlap")
     assert torch.equal(video(placement="phase", phase_scale=0.0), overlap)
@@ -348,8 +353,8 @@ def test_phase_goes_to_the_references_tokens_alone(problem):
             phases.append(phase)
             return super().__call__(*arguments)
 
-    sample_latents(WithPhase(), **problem, ref_phase=1.5)
-    tokens, reference = problem["noise"].shape[1], problem["reference"].shape[1]
+    sample_latents(WithPhase(), **(problem | {"place": problem["place"]._replace(phase=1.5)}))
+    tokens, reference = problem["noise"].shape[1], problem["z_ref"].shape[1]
     want = torch.cat([torch.zeros(2, tokens), torch.full((2, reference), 1.5)], dim=1)
     assert len(phases) == 2 * (len(problem["sigmas"]) - 1)
     assert all(phase is None for phase in phases[::2]) and all(torch.equal(phase, want) for phase in phases[1::2])
@@ -358,8 +363,8 @@ def test_phase_goes_to_the_references_tokens_alone(problem):
 def test_sigmas_that_are_given_replace_the_schedule(world):
     given = guidance.generate(**world, **SIZES, sigmas=guidance.DISTILLED_SIGMAS, s_y=1.0, s_r=1.0)
     grid, level = {"positions": video_positions(*GRID, 24.0)[None]}, torch.tensor(guidance.DISTILLED_SIGMAS)
-    reference = to_tokens(world["vae"].encode(world["image"][None, :, None]))
-    grid |= {"reference": reference, "ref_positions": reference_positions(*GRID, 24.0)[None]}
+    reference = to_tokens(world["vae"].encode(world["ref_image"][None, :, None]))
+    grid |= {"z_ref": reference, "place": Place(reference_positions(*GRID, 24.0)[None])}
     noise = torch.randn(1, math.prod(GRID), 4, generator=torch.Generator().manual_seed(0))
     common = {"context": world["context"], "null_context": world["null_context"], "s_y": 1.0, "s_r": 1.0}
     z_0 = sample_latents(world["model"], noise, level, **grid, **common)
@@ -377,6 +382,6 @@ def test_one_seed_is_one_video(world):
 
 
 def test_generate_without_reference_is_text_to_video(world):
-    text_only = guidance.generate(**(world | {"image": None}), **SIZES)
+    text_only = guidance.generate(**(world | {"ref_image": None}), **SIZES)
     torch.testing.assert_close(text_only, guidance.generate(**world, **SIZES, s_r=0.0), atol=1e-5, rtol=0)
     assert (text_only - guidance.generate(**world, **SIZES)).abs().mean() > 1e-3

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 
-from model import LTXVideo, first_weight
+from engine.parallel import first_weight
+from model import LTXVideo
 
 FPS = 24.0
 

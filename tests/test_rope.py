@@ -218,11 +218,16 @@ def overlapping(seed):
     return torch.cat([video, reference], dim=1)[None], is_reference
 
 
+def phase_of(placement, source_id=2, phase_scale=1.0):
+    reference = rope.Reference(placement=placement, source_id=source_id, phase_scale=phase_scale)
+    return rope.place_reference((2, 3, 4), 24.0, (8, 32, 32), reference).phase
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("source_id, phase_scale", [(2, 1.0), (1, 1.0), (3, 0.25)])
 def test_phase_equals_its_definition_in_numpy(seed, source_id, phase_scale):
     positions, is_reference = overlapping(seed)
-    phase = rope.reference_phase("phase", source_id, phase_scale) * is_reference.float()[None]
+    phase = phase_of("phase", source_id, phase_scale) * is_reference.float()[None]
     got = rope.rope_cos_sin(positions, 128, 4, 10000.0, MAX_POS, phase)
     want = numpy_rope(positions.numpy(), 128, 4, 10000.0, MAX_POS, (source_id, phase_scale, is_reference.numpy()))
     plain = rope.rope_cos_sin(positions, 128, 4, 10000.0, MAX_POS)
@@ -249,9 +254,9 @@ def test_phase_leaves_attention_among_video_tokens_alone(seed):
 
 
 def test_only_the_placement_phase_has_one():
-    assert rope.reference_phase("phase") == 2.0 and rope.reference_phase("phase", 3, 0.5) == 1.5
-    assert rope.reference_phase("phase", 2, 0.0) == 0
-    assert all(rope.reference_phase(name, 2, 1.0) == 0 for name in rope.PLACEMENTS if name != "phase")
+    assert phase_of("phase") == 2.0 and phase_of("phase", 3, 0.5) == 1.5
+    assert phase_of("phase", 2, 0.0) == 0
+    assert all(phase_of(name, 2, 1.0) == 0 for name in rope.PLACEMENTS if name != "phase")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

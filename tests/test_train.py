@@ -27,8 +27,8 @@ from checkpoint import OUR_METADATA, Checkpoint
 from common.errors import UserError, one_line_errors
 from data import CachedClips, epoch_order
 from engine.lora import LoRA, find_targets
-from engine.parallel import join_processes
-from model import LTXVideo, first_weight
+from engine.parallel import first_weight, join_processes
+from model import LTXVideo
 from objective import roll
 from toy import world as toy
 from toy.cache import prepare_toy

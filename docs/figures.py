@@ -1,0 +1,92 @@
+"""The figures of README and docs: python docs/figures.py --out out/tass.png
+
+    assets/tass.png    rotary coordinates of video and reference tokens, for TASS and for the rejected placements
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+
+import torch
+
+from common.errors import Parser, one_line_errors, whole_file
+from rope import PLACEMENTS
+
+
+def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None:
+    """Draw video and reference tokens in the same axes, for TASS and for the rejected placements."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def box(ax, origin: tuple[int, int, int], size: tuple[int, int, int], color: str) -> None:
+        """A block of latent cells as a shaded box; matplotlib's axes are (time, width, height)."""
+        (t, h, w), (dt, dh, dw) = origin, size
+        grid = torch.ones(1, 1, 1).numpy().astype(bool)
+        corner = torch.meshgrid(*(torch.tensor([0.0, 1.0]),) * 3, indexing="ij")
+        x, y, z = (start + c.numpy() * length for start, c, length in zip((t, w, h), corner, (dt, dw, dh)))
+        ax.voxels(x, y, z, grid, facecolors=color, edgecolors="#00000060", linewidth=0.6)
+
+    figure = plt.figure(figsize=(13, 6.2))
+    layout = figure.add_gridspec(2, 4, width_ratios=[1.25, 1.25, 1, 1], wspace=0.12, hspace=0.22)
+    titles = {
+        "tass": "TASS-RoPE (the paper's): reference at (T, H+i, W+j)\n"
+        f"T, H, W = {frames}, {height}, {width} latent cells",
+        "overlap": "overlap: (0, i, j)\ncollides with frame 0",
+        "temporal": "temporal: (T, i, j)\nsame place in space: copy-paste",
+        "fixed": "fixed: (100, H+i, W+j)\ngap depends on the length",
+        "remote": "remote: (T+100, H+i, W+j)\ntoo far to pass on detail",
+    }
+    places = {"tass": layout[:, :2], "overlap": layout[0, 2], "temporal": layout[0, 3]}
+    places |= {"fixed": layout[1, 2], "remote": layout[1, 3]}
+    for name, place in places.items():
+        ax = figure.add_subplot(place, projection="3d", proj_type="ortho")
+        origin = PLACEMENTS[name](frames, height, width)
+        if name == "tass":
+            for t in range(frames):
+                box(ax, (t, 0, 0), (1, height, width), "#4c78a838")
+        else:
+            start = 1 if name == "overlap" else 0  # the two would hide each other
+            box(ax, (start, 0, 0), (frames - start, height, width), "#4c78a870")
+        box(ax, origin, (1, height, width), "#f58518d0")
+        ax.set_xlim(0, max(frames, origin[0]) + 2)
+        ax.set_ylim(0, 2 * width)
+        ax.set_zlim(2 * height, 0)
+        ax.view_init(elev=18, azim=-58)
+        ax.set_box_aspect((1.5, 1.25, 1.0), zoom=1.0)
+        ax.set_title(titles[name], fontsize=12 if name == "tass" else 9)
+        if name == "tass":
+            ax.set_xlabel("time t (latent frames)")
+            ax.set_ylabel("width j")
+            ax.set_zlabel("height i")
+            ax.set_xticks([0, frames], ["0", "T"])
+        else:
+            ax.set_xticks([0, frames, origin[0]] if origin[0] > frames else [0, frames])
+        ax.set_yticks([0, width, 2 * width], ["0", "W", "2W"])
+        ax.set_zticks([0, height, 2 * height], ["0", "H", "2H"])
+        ax.tick_params(labelsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#4c78a8", "#f58518")]
+    names = ["video tokens", "reference tokens"]
+    figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.2, 0.1), ncols=2, frameon=False, fontsize=11)
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out/tass.png", help="the picture to write (%(default)s)")
+    options = parser.parse_args()
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as temporary:
+        draw(str(temporary))
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
