@@ -59,6 +59,7 @@ class Model:
 class Data:
     cache: Text = "cache"  # made by prepare.py
     workers: Annotated[int, Field(ge=0, le=256)] = 2  # processes per rank that read and augment
+    max_bad: Share = 0.001  # of all samples: beyond it (and beyond 10) damaged samples end the run
 
 
 @record

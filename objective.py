@@ -1,27 +1,28 @@
-"""One training step's loss: Sec. 3.1 to 3.4 put together, for a batch whose samples each roll their own dice.
+"""One training step of ST-DRC: Sec. 3 put together, in six steps.
 
-        cache     latents z_0, text features, reference photo, e_ref
-        dice      t, eps, text dropped?, reference dropped?, which frames to look at         one seed per sample
-                    |
-        z_t = (1-t) z_0 + t eps  -- [z_t | z_ref] --> DiT --> v            L_flow             every sample
-                    |                                          |
-                  z_0^ = z_t - t v   (Eq. 6)  <----------------+
-                    |  two latent frames and their neighbours
-                  decode (7) -> detect -> align -> ArcFace (8)             L_id, L_tic        where w_aux(t) >= 1e-3
+        Step 1   z_ref = E(A(I_ref))                                    the reference as latents     Eq. 1, 5
+        Step 2   z_t = (1 - t) z_0 + t eps,  z~_t = [z_t, z_ref]        one sequence, placed         Eq. 2-4
+        Step 3   v = DiT(z~_t, t, y)  ->  L_flow                        the velocity                 Sec. 3.3
+        Step 4   z_0^ = z_t - t v                                       the clean estimate           Eq. 6
+        Step 5   decode, detect, align, ArcFace  ->  L_id, L_tic        the faces in it              Eq. 7-10
+        Step 6   L = L_flow + w_aux (lambda_id L_id + lambda_tic L_tic)                              Eq. 11-12
 
-A sample's dice depend on the seed and on how many samples came before it, not on the rank or the batch it lands in.
-So one process and many compute the same thing, and a resumed run continues as if it had not stopped.
+The frozen parts (VAE, text connector, detector, ArcFace) belong to the objective; the DiT is passed in, because DDP
+and FSDP wrap it. The randomness of each sample comes from outside (`data.draw_sample`). It depends on the seed and the
+number of the sample, not on the rank or the batch, so one process and many compute the same thing, and a resumed run
+continues as if it had not stopped. The letters are those of model.py.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from config import Faces, ReferenceOptions
+from data import Draws
 from face import ArcFace, FaceDetector, embed
 from losses import (
     add_noise,
@@ -29,56 +30,133 @@ from losses import (
     flow_loss,
     identity_loss,
     predict_x0,
-    shifted_logit_normal,
     temporal_identity_loss,
     total_loss,
 )
-from rope import reference_phase, reference_positions, video_positions
+from model import Tokens, append_reference, video_tokens
+from rope import place_reference, video_positions
 from text import TextConnector, pad_features
 from vae import VideoVAE, from_tokens, to_tokens
 
-
-@dataclass(frozen=True)
-class Dice:
-    """What chance decides for one sample."""
-
-    t: float  # noise level
-    eps: Tensor  # (N, C) noise
-    drop_text: bool
-    drop_reference: bool
-    window: int  # first latent frame that the identity losses look at
+PIXELS_AT_ONCE = 2**22  # that the decoder works on at a time
 
 
-def roll(
-    seed: int,
-    count: int,
-    tokens: int,
-    channels: int,
-    windows: int,
-    p_text: float,
-    p_reference: float,
-    noise_tokens: int = 0,
-) -> Dice:
-    """The dice of the `count`-th sample of a run (Sec. 3.4: text and reference are dropped independently).
+@dataclass
+class Objective:
+    """The loss of a batch, over frozen parts. `detector` is None where the identity losses are off."""
 
-    `windows` is how many window positions there are. With noise_tokens above 0, t is drawn as for a video of so many
-    tokens, whatever this one has. Every draw is made whatever its use, so that switching one component off in an
-    ablation leaves the others' chances as they were.
-    """
-    state = np.random.SeedSequence([seed, count]).generate_state(1, np.uint64)
-    generator = torch.Generator("cpu").manual_seed(int(state[0]) >> 1)
-    t = shifted_logit_normal(1, noise_tokens or tokens, generator).item()
-    drop_text, drop_reference, where = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    eps = torch.randn(tokens, channels, generator=generator)
-    return Dice(t, eps, drop_text < p_text, drop_reference < p_reference, min(int(where * windows), windows - 1))
+    vae: VideoVAE
+    connector: TextConnector
+    null_features: Tensor  # (tokens, D) of the empty prompt, which replaces a dropped text
+    slots: int  # S, the length of the context
+    fps: float
+    detector: FaceDetector | None = None
+    arcface: ArcFace | None = None
+    reference: ReferenceOptions = field(default_factory=ReferenceOptions)
+    faces: Faces = field(default_factory=Faces)
+    dtype: torch.dtype = torch.float32  # of the DiT's inputs
+    autocast: bool = False  # matrix products of a float32 DiT in bf16
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], draws: list[Draws]) -> dict[str, Tensor]:
+        """Losses of a batch (`data.training_batches`), each (B,): loss, flow, id, tic, w_aux, t, and how many frames
+        were decoded (frames) and showed a face (faces)."""
+        weight, reference, faces = self.vae.decoder.conv_in.conv.weight, self.reference, self.faces
+        device = weight.device
+
+        # Step 1: the reference as latents. A, the augmentation, has been applied to ref_images by the data workers.
+        has_reference = torch.tensor([reference.use and not draw.drop_ref for draw in draws], device=device)  # (B,)
+        z_ref = self.encode(batch["ref_images"].to(weight)) if has_reference.any() else None  # E(A(I_ref)) (B, R, C)
+
+        # Step 2: noise on the video, and one sequence of both. The reference stays clean.
+        latents = batch["latents"].to(device)
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))  # (B, C, T, h, w)
+        grid = tuple(latents.shape[2:])
+        z_0 = to_tokens(latents)  # (B, N, C)
+        t = torch.tensor([draw.t for draw in draws], device=device, dtype=torch.float32)  # (B,)
+        eps = torch.stack([draw.eps for draw in draws]).to(z_0)  # (B, N, C)
+        z_t = add_noise(z_0, eps, t)
+        tokens = self.sequence(z_t, z_ref, t, has_reference, grid)
+
+        # Step 3: the velocity of the video's tokens, in one call for samples with and without reference. FSDP needs
+        # it so: every rank has to call the model equally often.
+        context = self.context(batch["features"], draws)  # (B, S, D)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            v = model(tokens.latents.to(self.dtype), tokens.timesteps, t, context, *tokens[2:])
+        v = v[:, : z_0.shape[1]]  # the output for the reference is dropped (Sec. 3.1)
+        out = {"flow": flow_loss(v, z_0, eps), "t": t, "w_aux": aux_weight(t, faces.gamma)}
+        out |= {key: torch.zeros_like(out["flow"]) for key in ("id", "tic", "faces", "frames")}
+
+        if self.detector is not None:
+            # Step 4: the clean estimate. At high noise it is a blur, so samples of small w_aux stop here.
+            z_0_hat = from_tokens(predict_x0(z_t, v, t), grid)  # (B, C, T, h, w)
+            reliable = torch.nonzero(out["w_aux"] >= faces.min_weight).flatten().tolist()
+
+            # Step 5: the faces in a window of it. Samples with the same window are decoded together.
+            most = windows_at_once(self.vae.scale, grid, faces.window + 2 * faces.context, device)
+            for window, samples in same_window(draws, reliable, most):
+                rows = torch.tensor(samples, device=device)
+                e_ref = torch.stack([batch["e_ref"][k] for k in samples])  # (n, E)
+                losses = self.face_losses(z_0_hat[rows], window, e_ref, has_reference[rows])
+                for key, value in losses.items():
+                    out[key] = out[key].index_put((rows,), value.to(out[key]))
+
+        # Step 6: the sum.
+        out["loss"] = total_loss(out["flow"], out["id"], out["tic"], t, faces.lambda_id, faces.lambda_tic, faces.gamma)
+        return out
+
+    @torch.no_grad()
+    def encode(self, ref_images: Tensor) -> Tensor:
+        """Eq. 1 without gradient: (B, 3, H, W) -> z_ref (B, R, C). An image is a video of one frame."""
+        return to_tokens(self.vae.encode(ref_images.unsqueeze(2)))
+
+    def sequence(
+        self, z_t: Tensor, z_ref: Tensor | None, t: Tensor, has_reference: Tensor, grid: tuple[int, int, int]
+    ) -> Tokens:
+        """Eq. 2 to 4. Without a reference in the whole batch (z_ref None) the sequence is the video alone."""
+        positions = video_positions(*grid, self.fps, self.vae.scale).to(z_t.device).expand(len(z_t), -1, -1, -1)
+        if z_ref is None:
+            return video_tokens(z_t, t, positions)
+        place = place_reference(grid, self.fps, self.vae.scale, self.reference)
+        place = place._replace(positions=place.positions.to(z_t.device))
+        return append_reference(z_t, z_ref, t, positions, place, self.reference.timestep, has_reference)
+
+    @torch.no_grad()
+    def context(self, features: list[Tensor], draws: list[Draws]) -> Tensor:
+        """Text features (tokens, D) of each sample through the frozen connector -> (B, S, D). A dropped text is the
+        empty prompt."""
+        weight = self.connector.connector.learnable_registers
+        features = [self.null_features if draw.drop_text else row for row, draw in zip(features, draws)]
+        padded, mask = pad_features(features, self.slots)
+        padded, mask = padded.to(weight.device, weight.dtype), mask.to(weight.device)
+        return self.connector.connector(padded, mask).to(self.dtype)
+
+    def face_losses(self, z_0_hat: Tensor, window: int, e_ref: Tensor, has_reference: Tensor) -> dict[str, Tensor]:
+        """Eq. 7 to 10 for clean estimates (n, C, T, h, w) with the same window, e_ref (n, E) -> each (n,).
+
+        L_id ("id"), L_tic ("tic"), frames with a face ("faces"), frames decoded ("frames"). Where the reference is
+        dropped (has_reference false), no identity is asked for: L_id is left out, L_tic stays.
+        """
+        weight, length = self.vae.decoder.conv_in.conv.weight, min(self.faces.window, z_0_hat.shape[2])
+        video = decode_window(self.vae, z_0_hat.to(weight.dtype), window, length, self.faces.context)  # (n, 3, F, H, W)
+        size = video.shape[0], video.shape[2]  # (n, F)
+        frames = video.transpose(1, 2).flatten(0, 1)  # (n F, 3, H, W)
+        landmarks, _, valid = self.detector.detect(frames)  # no gradient
+        e = embed(frames, landmarks, self.arcface).unflatten(0, size)  # Eq. 8, with gradient: (n, F, E)
+        valid = valid.to(e.device).unflatten(0, size)  # m_f of Eq. 9: (n, F)
+        return {
+            "id": identity_loss(e, e_ref.to(e.device), valid & has_reference[:, None]),
+            "tic": temporal_identity_loss(e, valid),
+            "faces": valid.sum(1),
+            "frames": torch.full_like(valid.sum(1), size[1]),
+        }
 
 
 def decode_window(vae: VideoVAE, z_0: Tensor, start: int, length: int, context: int = 1) -> Tensor:
     """Eq. 7 for the pixel frames of latent frames [start, start + length): z_0 (B, C, T, h, w) -> (B, 3, F, H, W).
 
-    The paper decodes a set of frames and does not say which. Here a window is decoded with `context` latent frames
-    on either side where there are any, whose pixels are then cut off: the decoder looks both ways, and treats what
-    it is given first as the clip's single-pixel-frame beginning.
+    The paper decodes a set of frames and does not say which. Here a window is decoded together with `context` latent
+    frames on either side, whose pixels are then cut off: the decoder looks both ways, and it takes the first latent
+    frame of its input for the single-pixel-frame beginning of a clip.
     """
     assert context >= 1 or start == 0, "without context the window's first latent frame would give one pixel frame"
     frames, time = z_0.shape[2], vae.scale[0]
@@ -94,141 +172,19 @@ def decode_window(vae: VideoVAE, z_0: Tensor, start: int, length: int, context: 
 def windows_at_once(
     scale: tuple[int, int, int], grid: tuple[int, int, int], length: int, device: torch.device | None = None
 ) -> int:
-    """How many samples' windows of so many latent frames are decoded together: as many as have four million pixels
-    between them, but one at least. So small videos do not go one by one, and large ones need no more memory than one.
+    """Number of samples whose windows of `length` latent frames are decoded together: within PIXELS_AT_ONCE, but at
+    least one. So small videos share a call, and large ones need the memory of one sample.
 
-    On a CPU it is one: its sums then come in the same order, to the bit, whichever samples a process has beside.
+    On a CPU it is one: the order of the sums is then the same, to the bit, whatever other samples a process has.
     """
     if device is not None and device.type == "cpu":
         return 1
     pixels = math.prod(scale) * min(length, grid[0]) * grid[1] * grid[2]
-    return max(1, 2**22 // pixels)
+    return max(1, PIXELS_AT_ONCE // pixels)
 
 
-def same_window(dice: list[Dice], numbers: list[int], most: int) -> Iterator[tuple[int, list[int]]]:
-    """The samples of these numbers in groups of at most `most` that look at the same window, and which that is."""
-    for window in sorted({dice[k].window for k in numbers}):
-        alike = [k for k in numbers if dice[k].window == window]
-        yield from ((window, alike[at : at + most]) for at in range(0, len(alike), most))
-
-
-@dataclass
-class Objective:
-    """Eq. 11 over frozen parts. Call it with the DiT, a batch of data.collate, and one `Dice` per sample."""
-
-    vae: VideoVAE
-    connector: TextConnector
-    null_features: Tensor  # (tokens, D) of the empty prompt, which stands for a dropped text
-    slots: int  # length of the context
-    fps: float
-    detector: FaceDetector | None = None  # None: no identity losses
-    arcface: ArcFace | None = None
-    use_reference: bool = True
-    placement: str = "tass"
-    source_id: int = 2  # of placement "phase", and its scale
-    phase_scale: float = 1.0
-    ref_timestep: str = "clean"
-    lambda_id: float = 0.1
-    lambda_tic: float = 0.05
-    gamma: float = 1.0
-    window: int = 2  # latent frames that the identity losses look at
-    window_context: int = 1  # latent frames decoded with them on either side
-    min_weight: float = 1e-3  # below this w_aux the decode is not worth its time
-    dtype: torch.dtype = torch.float32  # what the DiT is fed
-    autocast: bool = False  # run a float32 DiT's matrix products in bf16
-
-    def __call__(self, model: nn.Module, batch: dict[str, Any], dice: list[Dice]) -> dict[str, Tensor]:
-        """Per sample, each (B,): loss, flow, id, tic, w_aux, t, faces (found), looked (frames looked at)."""
-        device = self.vae.decoder.conv_in.conv.weight.device
-        latents = batch["latents"].to(device)
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))  # (B, C, T, h, w)
-        grid = tuple(latents.shape[2:])
-        z_0 = to_tokens(latents)  # (B, N, C)
-        t = torch.tensor([d.t for d in dice], device=device, dtype=torch.float32)
-        eps = torch.stack([d.eps for d in dice]).to(z_0)
-        z_t = add_noise(z_0, eps, t)
-
-        has_reference = torch.tensor([self.use_reference and not d.drop_reference for d in dice], device=device)
-        v = self.velocity(model, z_t, t, self.context(batch, dice), batch["references"], has_reference, grid)
-        flow = flow_loss(v, z_0, eps)
-
-        out = {"flow": flow, "w_aux": aux_weight(t, self.gamma), "t": t}
-        out |= {key: torch.zeros_like(flow) for key in ("id", "tic", "faces", "looked")}
-        if self.detector is not None:
-            z_0_hat = from_tokens(predict_x0(z_t, v, t), grid)  # (B, C, T, h, w)
-            looked_at = torch.nonzero(out["w_aux"] >= self.min_weight).flatten().tolist()
-            most = windows_at_once(self.vae.scale, grid, self.window + 2 * self.window_context, device)
-            for window, some in same_window(dice, looked_at, most):
-                e_ref, at = torch.stack([batch["e_ref"][k] for k in some]), torch.tensor(some, device=device)
-                for key, value in self.face_losses(z_0_hat[at], window, e_ref, has_reference[at]).items():
-                    out[key] = out[key].index_put((at,), value.to(flow))
-        out["loss"] = total_loss(flow, out["id"], out["tic"], t, self.lambda_id, self.lambda_tic, self.gamma)
-        return out
-
-    @torch.no_grad()
-    def context(self, batch: dict[str, Any], dice: list[Dice]) -> Tensor:
-        """Text features through the frozen connector, the empty prompt's where the text is dropped: (B, slots, D)"""
-        weight = self.connector.connector.learnable_registers  # the projection is only for making a cache
-        features = [self.null_features if d.drop_text else f for f, d in zip(batch["features"], dice)]
-        padded, mask = pad_features(features, self.slots)
-        padded, mask = padded.to(weight.device, weight.dtype), mask.to(weight.device)
-        return self.connector.connector(padded, mask).to(self.dtype)
-
-    def velocity(
-        self,
-        model: nn.Module,
-        z_t: Tensor,
-        t: Tensor,
-        context: Tensor,
-        references: Tensor,
-        has_reference: Tensor,
-        grid: tuple[int, int, int],
-    ) -> Tensor:
-        """The DiT's velocity of the video tokens (B, N, C), in one call for samples with and without reference.
-
-        A dropped reference removes its tokens. In a batch that mixes both, nobody may look at the removed ones, which
-        is the same thing; a single call matters because FSDP wants every rank to make as many.
-        """
-        batch, tokens, _ = z_t.shape
-        positions = video_positions(*grid, self.fps, self.vae.scale).to(z_t.device)
-        timesteps = t[:, None].expand(-1, tokens)
-        mask, extra = None, {}
-        if has_reference.any():
-            with torch.no_grad():
-                images = references.to(z_t.device, self.vae.decoder.conv_in.conv.weight.dtype)
-                z_ref = to_tokens(self.vae.encode(images.unsqueeze(2)))  # Eq. 1, Eq. 5: (B, R, C)
-            placed = reference_positions(*grid, self.fps, self.vae.scale, self.placement).to(z_t.device)
-            source = reference_phase(self.placement, self.source_id, self.phase_scale)
-            level = torch.zeros_like(t) if self.ref_timestep == "clean" else t
-            z_t = torch.cat([z_t, z_ref.to(z_t)], dim=1)  # Eq. 2
-            timesteps = torch.cat([timesteps, level[:, None].expand(-1, z_ref.shape[1])], dim=1)
-            positions = torch.cat([positions, placed], dim=1)
-            is_video = torch.arange(z_t.shape[1], device=z_t.device) < tokens  # (N + R,)
-            if not has_reference.all():
-                mask = is_video | has_reference[:, None]  # (B, N + R)
-            if source:
-                extra = {"phase": source * (~is_video).float().expand(batch, -1)}  # (B, N + R)
-        positions = positions.expand(batch, -1, -1, -1)
-        with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.autocast):
-            return model(z_t.to(self.dtype), timesteps, t, context, positions, mask, **extra)[:, :tokens]
-
-    def face_losses(self, z_0_hat: Tensor, window: int, e_ref: Tensor, has_reference: Tensor) -> dict[str, Tensor]:
-        """Eq. 7 to 10 for clean estimates (n, C, T, h, w) looked at in the same window, each (n,): id is L_id, tic
-        L_tic, faces how many frames had one, looked how many there were. e_ref (n, E), has_reference (n,).
-
-        Where the reference was dropped, nothing says whose face it should be: L_id is left out, L_tic stays.
-        """
-        length = min(self.window, z_0_hat.shape[2])
-        weight = self.vae.decoder.conv_in.conv.weight
-        video = decode_window(self.vae, z_0_hat.to(weight.dtype), window, length, self.window_context)
-        size = (video.shape[0], video.shape[2])  # (n, F)
-        frames = video.transpose(1, 2).flatten(0, 1)  # (n F, 3, H, W)
-        landmarks, _, valid = self.detector.detect(frames)
-        e = embed(frames, landmarks, self.arcface).unflatten(0, size)  # (n, F, E)
-        valid = valid.to(e.device).unflatten(0, size)
-        return {
-            "id": identity_loss(e, e_ref.to(e.device), valid & has_reference[:, None]),
-            "tic": temporal_identity_loss(e, valid),
-            "faces": valid.sum(1),
-            "looked": torch.full_like(valid.sum(1), size[1]),
-        }
+def same_window(draws: list[Draws], samples: list[int], most: int) -> Iterator[tuple[int, list[int]]]:
+    """Groups of at most `most` samples that share a window, as (window, samples)."""
+    for window in sorted({draws[k].window for k in samples}):
+        alike = [k for k in samples if draws[k].window == window]
+        yield from ((window, alike[k : k + most]) for k in range(0, len(alike), most))

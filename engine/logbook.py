@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import UserError, whole_file
-from config import Config
+from config import Config, as_dict
 from engine.plan import CARDS, Plan
 
 
 class Log:
     """One line per `log.every` steps, the same figures in log.jsonl, and TensorBoard (or Weights & Biases)."""
 
-    COLUMNS = ("loss", "flow", "id", "tic", "w_aux", "t", "faces", "looked")
+    COLUMNS = ("loss", "flow", "id", "tic", "w_aux", "t", "faces", "frames", "skipped")
 
     def __init__(self, config: Config, plan: Plan, run: Path, first: int, enabled: bool):
         self.config, self.first, self.begin = config, first, time.perf_counter()
@@ -32,27 +32,30 @@ class Log:
         with whole_file(path) as temporary:  # steps after the checkpoint come again
             temporary.write_text("".join(kept))
         self.file = path.open("a", buffering=1)
-        if config["log"]["tensorboard"]:
+        if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
-        if config["log"]["wandb"]:
+        if config.log.wandb:
             try:
                 import wandb
             except ModuleNotFoundError:
                 raise UserError("log.wandb is on and wandb is not installed: pip install wandb") from None
-            self.wandb = wandb.init(project="nano-st-drc", dir=str(run), config=config, resume="allow", id=run.name)
+            options = {"dir": str(run), "config": as_dict(config), "resume": "allow", "id": run.name}
+            self.wandb = wandb.init(project="nano-st-drc", **options)
 
     def figures(self, step: int, table: Tensor, norm: float, lr: float, seconds: float) -> dict[str, float]:
-        mean = dict(zip(self.COLUMNS, table.double().mean(0).tolist()))
-        total = dict(zip(self.COLUMNS, table.double().sum(0).tolist()))
-        seen = table[:, self.COLUMNS.index("faces")] > 0
+        skipped = table[:, self.COLUMNS.index("skipped")] > 0
+        intact = table if skipped.all() else table[~skipped]
+        mean = dict(zip(self.COLUMNS, intact.double().mean(0).tolist()))
+        total = dict(zip(self.COLUMNS, intact.double().sum(0).tolist()))
+        seen = (table[:, self.COLUMNS.index("faces")] > 0) & ~skipped
         id_column, tic_column = self.COLUMNS.index("id"), self.COLUMNS.index("tic")
         figures = {"step": step, "loss": mean["loss"], "flow": mean["flow"], "w_aux": mean["w_aux"]}
         # Over the samples in which a face was found: the others' zeros would make the figure look better than it is.
         figures["id"] = table[seen, id_column].double().mean().item() if seen.any() else 0.0
         figures["tic"] = table[seen, tic_column].double().mean().item() if seen.any() else 0.0
-        figures["face_rate"] = total["faces"] / total["looked"] if total["looked"] else 0.0
+        figures["face_rate"] = total["faces"] / total["frames"] if total["frames"] else 0.0
         figures |= {"grad_norm": norm, "lr": lr, "seconds": seconds}
         figures["tokens_per_s"] = len(table) * self.tokens / seconds
         figures["tflops"] = len(table) * self.flops / seconds / dist.get_world_size() / 1e12
@@ -61,20 +64,24 @@ class Log:
 
     def line(self, step: int, table: Tensor, norm: float, lr: float, seconds: float) -> str:
         f = self.figures(step, table, norm, lr, seconds)
-        steps = self.config["optim"]["steps"]
+        steps = self.config.optim.steps
         left = (steps - step) * (time.perf_counter() - self.begin) / max(1, step - self.first)
         left = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
         peak = peak_tflops()
+        identity = "id off"
+        if self.config.faces.pack:
+            identity = f"id {f['id']:.3f}  tic {f['tic']:.3f}  w {f['w_aux']:.3f}  faces {f['face_rate']:.0%}"
         mfu = f" ({f['tflops'] / peak:.0%} MFU)" if peak else ""
         return (
-            f"step {step}/{steps}  loss {f['loss']:.4f}  flow {f['flow']:.4f}  id {f['id']:.3f}  tic {f['tic']:.3f}  "
-            f"w {f['w_aux']:.3f}  faces {f['face_rate']:.0%}  grad {norm:.2f}  lr {lr:.1e}  "
+            f"step {step}/{steps}  loss {f['loss']:.4f}  flow {f['flow']:.4f}  {identity}  "
+            f"grad {norm:.2f}  lr {lr:.1e}  "
             f"{f['tokens_per_s']:,.0f} tok/s  {f['tflops']:.3g} TFLOP/s{mfu}  {f['memory_gib']:.1f} GiB  "
             f"{seconds:.2f} s  {left} left"
         )
 
     def add(self, step: int, table: Tensor, norm: float, lr: float, seconds: float) -> None:
-        if self.file is None or step % self.config["log"]["every"]:
+        edge = step in (1, self.config.optim.steps)  # a first look, and how it ended
+        if self.file is None or (step % self.config.log.every and not edge):
             return
         figures = self.figures(step, table, norm, lr, seconds)
         print(self.line(step, table, norm, lr, seconds), flush=True)

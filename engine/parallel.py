@@ -1,7 +1,7 @@
-"""One run on many processes: joining, the model whole or in shards, what ranks tell each other, signals.
+"""One run on many processes: joining, the model whole or in shards, figures of all ranks, signals.
 
         ddp     every rank holds weights, gradients and moments (16 bytes a parameter) and exchanges gradients
-        fsdp    every rank holds 1/n of them; a block's weights are gathered in bf16 when its turn comes
+        fsdp    every rank holds 1/n of them; the weights of a block are gathered in bf16 before it runs
         hsdp    fsdp within a group, the groups as replicas of each other: `parallel.replicas`
 
 Both come with PyTorch and run under torchrun, on one node or many; on CPUs too, over gloo.
@@ -23,17 +23,29 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Checkpoint, file_name
+from checkpoint import Checkpoint, file_name, open_checkpoint
 from common.errors import UserError
+from config import Config
 from engine.fp8 import store_in_fp8
 from engine.lora import new_lora
 from model import LTXVideo
 
 
+def torchrun_numbers() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK of torchrun; (0, 1, 0) without it. UserError where they are incomplete."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name) for name in names]
+    if not any(values):
+        return 0, 1, 0
+    if not all(value and value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+        found = ", ".join(f"{name}={value!r}" for name, value in zip(names, values))
+        raise UserError(f"the environment has {found}: start with torchrun, or unset all three")
+    return tuple(map(int, values))
+
+
 def join_processes() -> torch.device:
     """Join torchrun's ranks, or be a group of one without it. Returns this rank's device. UserError: no GPU for it."""
-    gpu = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    gpu, local = torch.cuda.is_available(), torchrun_numbers()[2]
     if gpu and local >= (gpus := torch.cuda.device_count()):
         raise UserError(
             f"torchrun started a process number {local + 1} here, for {gpus} GPU(s): --nproc-per-node={gpus}"
@@ -49,48 +61,48 @@ def join_processes() -> torch.device:
     return device
 
 
-def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.device) -> nn.Module:
+def build_model(config: Config, ckpt: str | Path | Checkpoint, device: torch.device) -> nn.Module:
     """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2).
 
     For the optimizer "adamw-bf16" it is in bf16.
     With adapters (lora.rank above 0) it is whole, frozen, and in the precision of the computation or in fp8; they are
     float32.
     """
-    run, lora = config["parallel"], config["lora"]
+    run, lora = config.parallel, config.lora
     held = torch.float32
-    if config["optim"]["kind"] == "adamw-bf16" or (lora["rank"] and run["precision"] == "bf16"):
+    if config.optim.kind == "adamw-bf16" or (lora.rank and run.precision == "bf16"):
         held = torch.bfloat16
-    if run["mode"] == "ddp":
+    if run.mode == "ddp":
         model = LTXVideo.from_checkpoint(ckpt, device, held).train()
-        if config["model"]["scratch"]:
+        if config.model.scratch:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    parameter.copy_(first_weight(name, parameter.shape, config["run"]["seed"]))
-        if lora["rank"]:
-            if lora["fp8"]:
+                    parameter.copy_(first_weight(name, parameter.shape, config.run.seed))
+        if lora.rank:
+            if lora.fp8:
                 store_in_fp8(model)
-            alpha = lora["alpha"] or lora["rank"]
-            new_lora(model, lora["rank"], alpha, lora["targets"], lora["dropout"], config["run"]["seed"])
-        set_recompute(model, run["recompute"])
-        if run["compile"]:
+            alpha = lora.alpha or lora.rank
+            new_lora(model, lora.rank, alpha, lora.targets, lora.dropout, config.run.seed)
+        set_recompute(model, run.recompute)
+        if run.compile:
             model.compile_blocks()
         return DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
 
-    source = Checkpoint(ckpt)
+    source = open_checkpoint(ckpt)
     with torch.device("meta"):
         model = LTXVideo(source.config["transformer"]).to(held).train()
-    set_recompute(model, run["recompute"])
-    if run["compile"]:
+    set_recompute(model, run.recompute)
+    if run.compile:
         model.compile_blocks()
-    world, replicas = dist.get_world_size(), run["replicas"]
+    world, replicas = dist.get_world_size(), run.replicas
     if world % replicas:
         raise UserError(f"parallel.replicas = {replicas} does not divide {world} ranks")
     shape, names = ((replicas, world // replicas), ("replica", "shard")) if replicas > 1 else ((world,), ("shard",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     # Inputs stay as they are: positions and timesteps must not be rounded to bf16.
-    low = torch.bfloat16 if run["precision"] == "bf16" else None
+    low = torch.bfloat16 if run.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -102,9 +114,9 @@ def build_model(config: dict[str, dict[str, Any]], ckpt: Path, device: torch.dev
         for own, parameter in model.named_parameters():
             name = file_name(own, LTXVideo.PREFIXES)
             if problem := source.misfit(name, parameter):
-                raise UserError(f"{ckpt}: {problem}")
-            if config["model"]["scratch"]:
-                whole = first_weight(own, parameter.shape, config["run"]["seed"]).to(device)
+                raise UserError(f"{source.path}: {problem}")
+            if config.model.scratch:
+                whole = first_weight(own, parameter.shape, config.run.seed).to(device)
             else:
                 whole = source.read(name, device, torch.float32)  # one tensor at a time; each rank keeps its shard
             shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -143,9 +155,9 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def gather_rows(rows: Tensor, asked_to_stop: str) -> tuple[Tensor, bool]:
-    """Every rank's per-sample figures, on the CPU, and whether any rank was asked to stop."""
-    flagged = torch.cat([rows, torch.full_like(rows[:1], float(bool(asked_to_stop)))])
+def gather_rows(rows: Tensor, stop_reason: str) -> tuple[Tensor, bool]:
+    """Per-sample figures of all ranks, on the CPU, and whether any rank has a reason to stop."""
+    flagged = torch.cat([rows, torch.full_like(rows[:1], float(bool(stop_reason)))])
     everyone = [torch.empty_like(flagged) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, flagged)
     everyone = [part.cpu() for part in everyone]
@@ -153,14 +165,14 @@ def gather_rows(rows: Tensor, asked_to_stop: str) -> tuple[Tensor, bool]:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the step; a second SIGINT does not wait."""
+    """SIGTERM and SIGINT request a stop after the step; a second SIGINT does not wait."""
 
     def __init__(self) -> None:
-        self.asked = ""
+        self.signal = ""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
+            signal.signal(number, self.receive)
 
-    def ask(self, number: int, _frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
+    def receive(self, number: int, _frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
+        self.signal = signal.Signals(number).name

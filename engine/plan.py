@@ -12,6 +12,7 @@ with D^2 above then cost twice their forward in all, not three times.
 """
 
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
+from config import Config
 from engine.lora import find_targets
 from losses import aux_weight, shifted_logit_normal
 from model import LTXVideo
@@ -42,62 +44,62 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def dit_flops(config: dict[str, Any], video_tokens: int, reference_tokens: int, text_tokens: int) -> int:
-    """Operations of one forward pass of the DiT for one sample; `config` is the checkpoint's transformer config."""
+def dit_flops(ltx: dict[str, Any], video_tokens: int, reference_tokens: int, text_tokens: int) -> int:
+    """Operations of one forward pass of the DiT for one sample; `ltx` is the checkpoint's transformer config."""
     n, s = video_tokens + reference_tokens, text_tokens
-    d = config["num_attention_heads"] * config["attention_head_dim"]
-    return weight_flops(config, n, s) + config["num_layers"] * (4 * n * n * d + 4 * n * s * d)
+    d = ltx["num_attention_heads"] * ltx["attention_head_dim"]
+    return weight_flops(ltx, n, s) + ltx["num_layers"] * (4 * n * n * d + 4 * n * s * d)
 
 
-def weight_flops(config: dict[str, Any], tokens: int, text_tokens: int) -> int:
+def weight_flops(ltx: dict[str, Any], tokens: int, text_tokens: int) -> int:
     """The part of `dit_flops` that is products with weights."""
     n, s = tokens, text_tokens
-    d = config["num_attention_heads"] * config["attention_head_dim"]
-    block = 28 * n * d * d + 4 * s * d * d + 4 * n * d * config["num_attention_heads"]
-    return config["num_layers"] * block + 2 * n * d * (config["in_channels"] + config["out_channels"])
+    d = ltx["num_attention_heads"] * ltx["attention_head_dim"]
+    block = 28 * n * d * d + 4 * s * d * d + 4 * n * d * ltx["num_attention_heads"]
+    return ltx["num_layers"] * block + 2 * n * d * (ltx["in_channels"] + ltx["out_channels"])
 
 
-def connector_flops(config: dict[str, Any], text_tokens: int) -> int:
+def connector_flops(ltx: dict[str, Any], text_tokens: int) -> int:
     """Operations of one forward pass of the text connector for one sample."""
-    heads, s = config["connector_num_attention_heads"], text_tokens
-    d = heads * config["connector_attention_head_dim"]
-    return config["connector_num_layers"] * (24 * s * d * d + 4 * s * s * d + 2 * s * d * heads)
+    heads, s = ltx["connector_num_attention_heads"], text_tokens
+    d = heads * ltx["connector_attention_head_dim"]
+    return ltx["connector_num_layers"] * (24 * s * d * d + 4 * s * s * d + 2 * s * d * heads)
 
 
-def vae_flops(config: dict[str, Any], frames: int, height: int, width: int, encoded: int = 1) -> tuple[int, int]:
+def vae_flops(ltx: dict[str, Any], frames: int, height: int, width: int, encoded: int = 1) -> tuple[int, int]:
     """Operations of encoding `encoded` frames of height x width, and of decoding `frames` latent frames of that."""
-    scale = latent_scale(config)
+    scale = latent_scale(ltx)
     with torch.device("meta"), torch.no_grad():
-        vae = VideoVAE(config)
+        vae = VideoVAE(ltx)
         with FlopCounterMode(display=False) as encoding:
             vae.encode(torch.empty(1, 3, encoded, height, width))
         with FlopCounterMode(display=False) as decoding:
-            vae.decode(torch.empty(1, config["latent_channels"], frames, height // scale[1], width // scale[2]))
+            vae.decode(torch.empty(1, ltx["latent_channels"], frames, height // scale[1], width // scale[2]))
     return encoding.get_total_flops(), decoding.get_total_flops()
 
 
 class Plan:
     """Sizes, operations and memory of one run: `config` as train.py reads it, `ltx` the checkpoint's config."""
 
-    def __init__(self, config: dict[str, Any], ltx: dict[str, Any], size: tuple[int, int, int], text_tokens: int):
+    def __init__(self, config: Config, ltx: dict[str, Any], size: tuple[int, int, int], text_tokens: int):
         frames, self.height, self.width = size
         scale = latent_scale(ltx["vae"])
         self.config, self.ltx, self.text_tokens = config, ltx, text_tokens
         self.grid = ((frames - 1) // scale[0] + 1, self.height // scale[1], self.width // scale[2])
         self.tokens = self.grid[0] * self.grid[1] * self.grid[2]
-        self.reference_tokens = self.grid[1] * self.grid[2] if config["reference"]["use"] else 0
+        self.reference_tokens = self.grid[1] * self.grid[2] if config.reference.use else 0
         with torch.device("meta"):
             self.dit = LTXVideo(ltx["transformer"])
             self.connector = TextConnector(ltx["transformer"], 1).connector
             self.vae = VideoVAE(ltx["vae"])
-        self.rank = config["lora"]["rank"]
-        adapted = find_targets(self.dit, config["lora"]["targets"]).values() if self.rank else []
+        self.rank = config.lora.rank
+        adapted = find_targets(self.dit, config.lora.targets).values() if self.rank else []
         self.trained = sum(self.rank * sum(weight.shape) for weight in adapted) or parameters(self.dit)
 
     def flops_per_sample(self) -> float:
         """Useful operations of one training sample, all parts: what MFU is counted with."""
-        transformer, faces = self.ltx["transformer"], self.config["faces"]
-        keep = 1 - self.config["dropout"]["reference"]
+        transformer, faces = self.ltx["transformer"], self.config.faces
+        keep = 1 - self.config.dropout.reference
         with_reference = dit_flops(transformer, self.tokens, self.reference_tokens, self.text_tokens)
         without = dit_flops(transformer, self.tokens, 0, self.text_tokens)
         total = 3 * (keep * with_reference + (1 - keep) * without)
@@ -106,60 +108,60 @@ class Plan:
             # No gradients of the frozen weights; the adapters' own operations, the text's k and v counted as the rest.
             total += 6 * self.trained * tokens - weight_flops(transformer, tokens, self.text_tokens)
         total += connector_flops(transformer, self.text_tokens)
-        window = min(faces["window"] + 2 * faces["context"], self.grid[0])
+        window = min(faces.window + 2 * faces.context, self.grid[0])
         encode, decode = vae_flops(self.ltx["vae"], window, self.height, self.width)
         total += keep * encode * (self.reference_tokens > 0)
         # The decoder's weights are frozen: forward and the gradient of its input, for the share of samples looked at.
-        return total + 2 * decode * self.looked_at()
+        return total + 2 * decode * self.decoded_share()
 
-    def looked_at(self) -> float:
+    def decoded_share(self) -> float:
         """Share of samples whose w_aux is high enough for the identity losses (Eq. 12)."""
-        faces = self.config["faces"]
-        if not faces["pack"]:
+        faces = self.config.faces
+        if not faces.pack:
             return 0.0
-        tokens = self.config["optim"]["noise_tokens"] or self.tokens
+        tokens = self.config.optim.noise_tokens or self.tokens
         t = shifted_logit_normal(100_000, tokens, torch.Generator().manual_seed(0))
-        return (aux_weight(t, faces["gamma"]) >= faces["min_weight"]).float().mean().item()
+        return (aux_weight(t, faces.gamma) >= faces.min_weight).float().mean().item()
 
     def memory(self, gpus: int) -> dict[str, float]:
         """Bytes per GPU by part, each at its largest moment of a step; not all are that large at once."""
-        run = self.config["parallel"]
-        if gpus < 1 or (run["mode"] == "fsdp" and gpus % run["replicas"]):
+        run = self.config.parallel
+        if gpus < 1 or (run.mode == "fsdp" and gpus % run.replicas):
             raise UserError(f"parallel.replicas = {run['replicas']} does not divide {gpus} GPUs")
         weights = parameters(self.dit)
         block = parameters(self.dit.transformer_blocks[0])
         rest = weights - block * len(self.dit.transformer_blocks)
-        shards = gpus // run["replicas"] if run["mode"] == "fsdp" else 1
-        low = 2 if run["precision"] == "bf16" else 4  # bytes of what is computed in
-        batch = run["micro_batch"]
+        shards = gpus // run.replicas if run.mode == "fsdp" else 1
+        low = 2 if run.precision == "bf16" else 4  # bytes of what is computed in
+        batch = run.micro_batch
         n, s, d = self.tokens + self.reference_tokens, self.text_tokens, self.dit.dim
 
         own = "adapters" if self.rank else "DiT weights"
         parts = {"frozen: DiT": low * weights} if self.rank else {}
-        if self.rank and self.config["lora"]["fp8"]:
+        if self.rank and self.config.lora.fp8:
             layers = [m.weight for m in self.dit.transformer_blocks.modules() if isinstance(m, nn.Linear)]
             rows, largest = sum(len(weight) for weight in layers), max(weight.numel() for weight in layers)
             bytes_saved = (low - 1) * sum(weight.numel() for weight in layers) - 4 * rows
             parts = {"frozen: DiT, in fp8": low * weights - bytes_saved, "the weight in use": low * largest}
-        in_bf16 = self.config["optim"]["kind"] == "adamw-bf16"
+        in_bf16 = self.config.optim.kind == "adamw-bf16"
         size, name = (2, "bf16") if in_bf16 else (4, "fp32")
         parts |= {
             f"{own}, {name}": size * self.trained / shards,
             f"gradients, {name}": size * self.trained / shards,
             f"AdamW moments, {name}": 2 * size * self.trained / shards,
-            **({"average of the weights, fp32": 4 * self.trained / shards} if self.config["optim"]["ema"] else {}),
+            **({"average of the weights, fp32": 4 * self.trained / shards} if self.config.optim.ema else {}),
         }
-        if run["mode"] == "fsdp":
+        if run.mode == "fsdp":
             # The root's weights, and a block in use beside the one that is fetched; a block's gradient on its way out.
             parts["gathered weights and gradients"] = low * (rest + 2 * block) + (low + 4) * block
         elif low == 2 and not self.rank and not in_bf16:
             parts["bf16 copies of weights"] = 2 * weights
         # What autograd keeps of one block for its backward pass, counted (tests/test_plan.py) in rows of the model's
         # width. Autocast (bf16 under ddp) keeps all but the matrix products in float32, and their inputs twice.
-        autocast = run["mode"] == "ddp" and low == 2 and not self.rank and not in_bf16
+        autocast = run.mode == "ddp" and low == 2 and not self.rank and not in_bf16
         inside = batch * d * (2 * (62 * n + 8 * s) if autocast else low * (40 * n + 5 * s))
         stored = (4 if autocast else low) * batch * n * d * len(self.dit.transformer_blocks)
-        if not run["recompute"]:
+        if not run.recompute:
             parts["activations"] = inside * len(self.dit.transformer_blocks)
         else:
             parts["activations, blocks recomputed"] = stored + inside
@@ -167,7 +169,7 @@ class Plan:
         parts["gradients in flight, rotary tables"] = (4 if autocast else low) * batch * d * 8 * n
         frozen = parameters(self.connector) + parameters(self.vae)
         parts["frozen: connector, VAE"] = low * frozen
-        if self.config["faces"]["pack"]:
+        if self.config.faces.pack:
             parts["frozen: ArcFace, fp32"] = 4 * 65e6
             parts["decoder under the identity losses"] = low * self.decoder_activations()
         return parts
@@ -195,20 +197,20 @@ class Plan:
             for module in block.modules():
                 if isinstance(module, nn.Conv3d):
                     hooks.append(module.register_forward_hook(count_inside))
-        faces = self.config["faces"]
-        window = min(faces["window"] + 2 * faces["context"], self.grid[0])
+        faces = self.config.faces
+        window = min(faces.window + 2 * faces.context, self.grid[0])
         with torch.device("meta"), torch.no_grad():
             self.vae.decode(torch.empty(1, self.ltx["vae"]["latent_channels"], window, *self.grid[1:]))
         for hook in hooks:
             hook.remove()
-        samples = self.config["parallel"]["micro_batch"]
+        samples = self.config.parallel.micro_batch
         together = min(samples, windows_at_once(self.vae.scale, self.grid, window))
         return samples * between[0] + together * max(inside)
 
     def report(self, gpus: int, mfu: float) -> str:
         """The plan as Markdown: memory per GPU by part, which cards hold it, and days for the whole run."""
-        optim, run = self.config["optim"], self.config["parallel"]
-        ways = f"{run['mode']}, {gpus} GPUs" + (f", {run['replicas']} replicas" if run["replicas"] > 1 else "")
+        optim, run = self.config.optim, self.config.parallel
+        ways = f"{run['mode']}, {gpus} GPUs" + (f", {run['replicas']} replicas" if run.replicas > 1 else "")
         adapters = f", adapters of rank {self.rank} with {self.trained / 1e6:,.1f} M" if self.rank else ""
         lines = [
             f"{self.width}x{self.height}, latent grid {'x'.join(map(str, self.grid))}: {self.tokens:,} video and "
@@ -223,10 +225,10 @@ class Plan:
         lines += [f"| {name} | {size / GIB:.1f} |" for name, size in parts.items()]
         total = sum(parts.values()) / GIB
         lines += [f"| **sum, without fragmentation** | **{total:.1f}** |", ""]
-        per_step = self.flops_per_sample() * optim["batch"]
+        per_step = self.flops_per_sample() * optim.batch
         lines += [
             f"{per_step / optim['batch'] / 1e12:,.1f} TFLOP a sample, {per_step / 1e15:,.2f} PFLOP a step "
-            f"(identity losses on {self.looked_at():.0%} of samples)",
+            f"(identity losses on {self.decoded_share():.0%} of samples)",
             "",
             f"| card | memory | at {mfu:.0%} MFU, {optim['steps']:,} steps |",
             "|---|---|---:|",
@@ -234,7 +236,7 @@ class Plan:
         for name, (tflops, gib) in CARDS.items():
             # A GiB is more than the GB on the label, and the driver and the allocator take their share.
             fits = "fits" if total < 0.9 * gib * 1e9 / GIB else f"needs {total:.0f} GiB"
-            seconds = per_step * optim["steps"] / (gpus * tflops * 1e12 * mfu)
+            seconds = per_step * optim.steps / (gpus * tflops * 1e12 * mfu)
             lines.append(f"| {gpus} x {name} | {fits} | {seconds / 86400:,.1f} days |")
         return "\n".join(lines + self.ways(gpus))
 
@@ -245,8 +247,11 @@ class Plan:
         lines = ["", "| all weights, as | per GPU | cards that hold it |", "|---|---:|---|"]
         for mode, kind in (("ddp", "adamw"), ("ddp", "adamw-bf16"), ("fsdp", "adamw"), ("fsdp", "adamw-bf16")):
             other = copy(self)
-            other.config = self.config | {"optim": self.config["optim"] | {"kind": kind}}
-            other.config["parallel"] = self.config["parallel"] | {"mode": mode, "precision": "bf16"}
+            optim, parallel = (
+                replace(self.config.optim, kind=kind),
+                replace(self.config.parallel, mode=mode, precision="bf16"),
+            )
+            other.config = replace(self.config, optim=optim, parallel=parallel)
             total = sum(other.memory(gpus).values())
             cards = [card for card, (_, gib) in CARDS.items() if total < 0.9 * gib * 1e9]
             lines.append(f"| {mode}, {kind} | {total / GIB:.0f} GiB | {', '.join(cards) or 'none'} |")

@@ -1,17 +1,20 @@
-"""A training run on disk: checkpoints to resume from, and the export that others can load.
+"""A training run on disk: its folder, checkpoints to resume from, and the export that other programs load.
 
     runs/st-drc/
-        config.json                  what the run was started with
+        config.json                  the options that the run was started with, and a digest of its cache's settings
         step-001500/                 torch.distributed.checkpoint in safetensors, every rank its own shard,
-            shard-*.safetensors      of model.*, optim.* and ema.*, of what is trained; loads on any number of ranks
+            shard-*.safetensors      of model.*, optim.* and ema.* of what is trained; loads on any number of ranks
             progress.json            written last: a folder without it is not a checkpoint
         log.jsonl, tensorboard/, samples/
+        .lock                        held by the trainer that is at work
 
 A checkpoint is written under a temporary name and renamed, so a kill leaves the last good one. Nothing random is
-stored: every draw of a run follows from its seed and the sample's number (objective.py). Everything is safetensors or
+stored: every draw of a run follows from its seed and the sample's number (data.py). Everything is safetensors or
 JSON; nothing is unpickled.
 """
 
+import fcntl
+import hashlib
 import json
 import shutil
 import warnings
@@ -25,10 +28,78 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-from checkpoint import OUR_METADATA, Checkpoint, file_name, write
-from common.errors import UserError
+from checkpoint import OUR_METADATA, Checkpoint, file_name, open_checkpoint, write
+from common.errors import UserError, whole_file
+from common.schema import Count, Text, foreign_record, parse_json
+from config import Config, as_dict, require_same_run
 from engine.average import Average
+from engine.lora import save_lora
+from guidance import S_R, S_Y
 from model import LTXVideo
+
+
+@foreign_record
+class Progress:
+    """progress.json of a checkpoint."""
+
+    step: Count
+    skipped: list[Text] = ()  # damaged samples so far, named
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+def open_run(run: Path, config: Config, cache: dict[str, Any]) -> Any:
+    """Make the run's folder, or see that it was started with the same options and cache. Called by every rank.
+
+    Returns the lock that rank 0 holds while it is referred to: two trainers in one folder would mix their checkpoints.
+    """
+    record, lock, problem = run / "config.json", None, ""
+    digest = hashlib.sha256(json.dumps(cache, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    if dist.get_rank() == 0:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            lock = open(run / ".lock", "w")  # noqa: SIM115 (open as long as the run)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"another trainer is at work in {run}: wait for it, or give run.out another folder"
+        except OSError as error:
+            problem = f"{run} cannot be written ({error.strerror}): give run.out another folder"
+    problems = [problem]
+    dist.broadcast_object_list(problems)
+    if problems[0]:
+        raise UserError(problems[0])
+    if record.exists():
+        before = parse_json(dict[str, Any], record.read_bytes(), record)
+        require_same_run(before, config, run)
+        if before.get("cache", digest) != digest:
+            raise UserError(
+                f"{run} was started with another cache than {config.data.cache}: give run.out another folder"
+            )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with whole_file(record) as temporary:
+            temporary.write_text(json.dumps(as_dict(config) | {"cache": digest}, indent=1))
+    dist.barrier()
+    return lock
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = [path.parent for path in run.glob("step-*/progress.json") if path.parent.name[5:].isdecimal()]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+
+
+def newest(run: Path) -> Path:
+    """The last complete checkpoint of a run."""
+    if not (folders := checkpoints(run)):
+        raise UserError(f"{run} holds no complete checkpoint to export")
+    return folders[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and resuming
 
 
 def state_tensors(
@@ -56,20 +127,28 @@ def save(
     optimizer: torch.optim.Optimizer,
     keep: int,
     average: Average | None = None,
+    skipped: list[str] = (),
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the last `keep`. Called by every rank."""
+    """Write the checkpoint of `step` and remove all but the last `keep`. Called by every rank.
+
+    UserError, with nothing written, where a weight, moment or average is not finite: the last good checkpoint stays.
+    """
     folder, part = run / f"step-{step:06d}", run / f".step-{step:06d}.part"
+    tensors = state_tensors(model, optimizer, average)
+    require_finite(tensors, step)
     if dist.get_rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
+        for stale in run.glob(".step-*.part"):
+            shutil.rmtree(stale, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    dcp.save(
-        state_tensors(model, optimizer, average),
-        storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True),
-    )
+    try:
+        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+    except Exception as error:  # a full disk comes as one of several classes
+        raise UserError(f"{folder} cannot be saved ({first_line(error)}); the last checkpoint is intact") from None
     dist.barrier()
     if dist.get_rank() == 0:
-        (part / "progress.json").write_text(json.dumps({"step": step}))
+        (part / "progress.json").write_text(json.dumps({"step": step, "skipped": list(skipped)}))
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
         for old in checkpoints(run)[:-keep]:
@@ -78,25 +157,62 @@ def save(
     return folder
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in run.glob("step-*/progress.json"))
+def require_finite(tensors: dict[str, Tensor], step: int) -> None:
+    """UserError, on every rank, that names a tensor with NaN or infinity on one of them."""
+    local = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
+    bad = next((name for name, tensor in local.items() if not tensor.isfinite().all()), "")
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, bad)
+    if name := next((name for name in everyone if name), ""):
+        raise UserError(f"step {step}: {name} is not finite; nothing was saved over the last checkpoint")
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None) -> int:
-    """Bring model, optimizer and average to where a checkpoint left them, on any number of ranks; returns its step."""
-    step = json.loads((folder / "progress.json").read_text())["step"]
+def resume(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, from_previous: bool
+) -> tuple[int, list[str]]:
+    """Load the newest checkpoint of a run, if there is one: its step, and the damaged samples so far.
+
+    A damaged checkpoint is named. With `from_previous` the one before it is loaded instead.
+    """
+    folders = checkpoints(run)[::-1]
+    for folder, before in zip(folders, [*folders[1:], None]):
+        try:
+            step, skipped = load(folder, model, optimizer, average)
+        except Exception as error:  # safetensors, DCP and JSON each have classes of their own
+            advice = f"--from-previous continues from {before}" if before else "no checkpoint is before it"
+            message = f"{folder} is damaged ({first_line(error)})"
+            if not (from_previous and before):
+                raise UserError(f"{message}: {advice}") from None
+            report(message)
+            continue
+        report(f"continuing {run} after step {step}")
+        return step, skipped
+    return 0, []
+
+
+def load(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
+) -> tuple[int, list[str]]:
+    """Bring model, optimizer and average to where a checkpoint left them, on any number of ranks."""
+    progress = parse_json(Progress, (folder / "progress.json").read_bytes(), folder / "progress.json")
     dcp.load(state_tensors(model, optimizer, average), storage_reader=HuggingFaceStorageReader(str(folder)))
     for state in optimizer.state.values():
-        state["step"].fill_(step)
-    return step
+        state["step"].fill_(progress.step)
+    return progress.step, list(progress.skipped)
 
 
-def newest(run: Path) -> Path:
-    """The last complete checkpoint of a run."""
-    if not (folders := checkpoints(run)):
-        raise UserError(f"{run} holds no complete checkpoint to export")
-    return folders[-1]
+def first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:200]
+
+
+def report(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -122,14 +238,14 @@ def _load_here(tensors: dict[str, Tensor], folder: Path) -> None:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def export(run: Path, base: Path, out: Path, ours: dict[str, Any]) -> Path:
+def export(run: Path, base: str | Path | Checkpoint, out: Path, ours: dict[str, Any]) -> Path:
     """The newest checkpoint in the released layout: `base` verbatim with the trained tensors replaced.
 
     Tensors of the audio branch, VAE, connectors and all metadata are copied byte for byte, the trained ones are cast
     to the dtype they have in the base file; `ours` goes into the metadata under a key of our own. One tensor is in
     memory at a time. ComfyUI, ltx-core and sample.py load the result as they load the base.
     """
-    folder, source = newest(run), Checkpoint(base)
+    folder, source = newest(run), open_checkpoint(base)
     kind, _ = _saved_weights(folder)
     with torch.device("meta"):
         trained = {
@@ -152,3 +268,35 @@ def export(run: Path, base: Path, out: Path, ours: dict[str, Any]) -> Path:
         source.metadata | {OUR_METADATA: json.dumps(ours)},
     )
     return folder
+
+
+def export_run(config: Config, base: Checkpoint, out: Path) -> None:
+    """Write the newest checkpoint of the run in the released layout; of adapters, as a LoRA file."""
+    run, reference = Path(config.run.out), config.reference
+    folder = newest(run)
+    if out.exists() and any(out.samefile(path) for path in [base.path, *folder.iterdir()]):
+        raise UserError(f"--export {out} would replace a file that it is made from: name another")
+    # The paper's scales suit the paper's model. A run that names no others exports those of its base.
+    own = {"s_text": config.guidance.s_text, "s_ref": config.guidance.s_ref}
+    own = own if own != {"s_text": S_Y, "s_ref": S_R} else {}
+    defaults = base.ours.get("defaults", {})
+    scales = (
+        {"s_text": S_Y, "s_ref": S_R} | {key: defaults[key] for key in ("s_text", "s_ref") if key in defaults} | own
+    )
+    ours = {key: getattr(reference, key) for key in ("placement", "source_id", "phase_scale", "fit")}
+    ours |= {"ref_timestep": reference.timestep, "training": as_dict(config)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # What was trained is up to the run, whatever this command's options are.
+    record = run / "config.json"
+    lora = parse_json(dict[str, Any], record.read_bytes(), record).get("lora", as_dict(config)["lora"])
+    if lora["rank"]:
+        alpha = lora["alpha"] or lora["rank"]
+        ours |= {"lora": lora | {"alpha": alpha}, "base": base.path.name, "defaults": scales}
+        save_lora(out, read_weights(folder), alpha / lora["rank"], ours)
+        options = f"--lora {out}" + (f" --ckpt {base.path}" if config.model.ckpt else "")
+    else:
+        ours = base.ours | ours | {"defaults": defaults | scales}
+        ours.pop("weights", None)
+        export(run, base, out, ours)
+        options = f"--ckpt {out}"
+    print(f'wrote {out} from {folder}: sample with  python sample.py {options} --ref face.jpg --prompt "..."')

@@ -1,0 +1,83 @@
+"""The samples of a run: fixed photos and prompts, drawn again and again as the model learns."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.device import free
+from common.errors import whole_file
+from common.media import contact_sheet, read_image, to_tensor, to_uint8
+from config import ASSETS, Config
+from data import FITS
+from engine.parallel import reshard
+from guidance import generate
+from objective import Objective
+from text import GEMMA, TextEncoder
+
+Sample = tuple[Image.Image | None, str, Tensor]  # reference image in the video's shape, prompt, context (1, S, D)
+
+
+def encode_samples(config: Config, ckpt: Any, size: dict[str, Any], run: Path, device: torch.device) -> list[Sample]:
+    """The samples of `log.samples` with their contexts; the last one is the empty prompt's. Gemma is freed."""
+    entries = config.log.samples
+    if not entries or not config.log.sample_every:
+        return []
+    fit = FITS[config.reference.fit]
+    images = [fit(read_image(path), size["height"], size["width"]) for path, _ in entries]
+    prompts = [prompt for _, prompt in entries] + [""]
+    path = run / "prompts.safetensors"
+    if dist.get_rank() == 0:  # one rank runs Gemma, the others read the result
+        gemma = config.model.gemma or (GEMMA if config.model.ckpt else ASSETS / "gemma")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        encoder = TextEncoder.from_checkpoint(ckpt, gemma, device, dtype)
+        with whole_file(path) as temporary:
+            save_file({"context": encoder.encode(prompts).cpu()}, str(temporary))
+        del encoder
+        free(device)
+    dist.barrier()
+    contexts = load_file(str(path))["context"].to(device).split(1)
+    return list(zip([*images, None], prompts, contexts))
+
+
+def draw_samples(
+    config: Config,
+    model: nn.Module,
+    objective: Objective,
+    samples: list[Sample],
+    size: dict[str, Any],
+    folder: Path,
+    step: int,
+) -> None:
+    """A contact sheet for each sample. Every rank takes part, since each may hold a shard; rank 0 writes."""
+    *samples, (_, _, null_context) = samples
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner.eval()
+    for k, (image, prompt, context) in enumerate(samples):
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=objective.autocast):
+            video = generate(
+                inner,
+                objective.vae,
+                context,
+                null_context,
+                to_tensor(image) if config.reference.use else None,
+                **{key: size[key] for key in ("frames", "height", "width", "fps")},
+                seed=k,
+                steps=config.guidance.steps,
+                s_y=config.guidance.s_text,
+                s_r=config.guidance.s_ref,
+                reference=config.reference,
+                dtype=objective.dtype,
+            )
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            contact_sheet(folder / f"step-{step:06d}-{k}.png", image, to_uint8(video), title=prompt)
+    inner.train()
+    reshard(inner)
+    if dist.get_rank() == 0:
+        print(f"drew {len(samples)} samples into {folder}", flush=True)
