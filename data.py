@@ -1,61 +1,53 @@
-"""What the trainer reads: clips from a cache, and the reference, augmented and letterboxed anew each time.
+"""Data of training: clips out of a cache, references augmented anew, and the randomness of each sample.
 
-    manifest (manifest.py) ──> cache (cache.py): latents, features, image, e_ref ──> CachedClips[i] ─┬─────────────────>
-                                                                                                     │           collate
-       image ──> augment_reference, Eq. 5, in training only ──> letterbox, Sec. 3.1 ──> (3, H, W) ───┴─────────────────>
+    cache (clips/cache.py) ──> CachedClips[i] ─┬─> latents, features, e_ref ──────────────────────────────┬─> batch
+                                               └─> image ──> augment_reference ──> letterbox ──> ref_image ┤
+                                                             Eq. 5                 Sec. 3.1               │
+    seed, number of the sample ──> draw_sample ──> t, eps, two drops, window ──────────────────────────────┘
 
-The latents of the video never change, so they are computed once; the reference is augmented anew in each epoch, so its
-pixels are cached, and the VAE encodes it in the training loop. What it is compared with, e_ref, comes from the
-unaugmented one.
+Latents of a video never change, so the cache holds them. The reference is augmented anew in each epoch, so the cache
+holds its pixels, and the VAE encodes them in the training loop. e_ref comes from the unaugmented reference.
 
-    python data.py prepare --manifest clips.jsonl --ckpt ltx-2.3-22b-dev.safetensors --out cache
-    torchrun --nproc-per-node 8 data.py prepare ...            # on 8 GPUs; run it again after any interruption
-    python data.py vip200k --annotations vip200k.json --videos videos --out vip200k.jsonl
-    python data.py show cache
+Everything random is a function of the run's seed and the number of the sample. So one process and many compute the
+same thing, and a resumed run continues as if it had not stopped.
 """
 
-import argparse
-import io
-import os
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageEnhance
-from safetensors import safe_open
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from clips.cache import NULL, PARTS, prepare, read_metadata, read_settings, shard_file
-from clips.manifest import vip200k
-from common.errors import Parser, UserError, one_line_errors, whole_file
+from checkpoint import Checkpoint
+from common.cache import CachedClips, fingerprint_files
+from common.errors import UserError
 from common.media import cover, to_tensor
-from text import GEMMA
-
-ASSETS = Path(__file__).parent / "assets"  # what is embedded: the default where no checkpoint is named
+from common.settings import require_same
+from config import Augment, Config
+from face import recognition_file
+from losses import shifted_logit_normal
+from text import PROJECTION
+from vae import latent_scale
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference: Sec. 3.1 and Eq. 5
 
-AUGMENT = {  # probability of each operation, drawn independently, and its strength
-    "flip": 0.5,
-    "rotate": 0.5,
-    "degrees": 10.0,  # to either side
-    "crop": 0.5,
-    "keep": 0.85,  # at least this much of the width and of the height, each drawn by itself
-    "jitter": 0.8,
-    "brightness": 0.2,  # factors from 1 - 0.2 to 1 + 0.2
-    "contrast": 0.2,
-    "saturation": 0.2,
-    "hue": 0.02,  # of the color circle, to either side
-}
+AUGMENT = asdict(Augment())  # probability of each operation, drawn independently of the others, and its strength
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The whole image at the largest scale that fits height x width, centred, with black bars (Sec. 3.1).
+    """The whole image at the largest scale that fits height x width, centered, with black bars (Sec. 3.1).
 
-    The paper scales by the largest factor that keeps the aspect ratio and pads the shorter side symmetrically; the
-    padding's color is left open, and black is the decision here.
+    The paper keeps the aspect ratio and pads the shorter side symmetrically. It does not name the color of the padding.
     """
     scale = min(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -71,10 +63,10 @@ FITS = {"letterbox": letterbox, "cover": cover}  # "cover" is not the paper's; s
 def augment_reference(image: Image.Image, rng: np.random.Generator, **strength: float) -> Image.Image:
     """A(I_ref) of Eq. 5: flip, slight rotation, mild crop, color jitter. For training only, never at inference.
 
-    `strength` overrides entries of AUGMENT. It works on the photo, before the letterbox: so the bars stay straight and
-    black whatever is drawn. A rotation keeps the photo's size and its centre; the corners it uncovers become black like
-    the bars, because to cut them away would cost up to 14% of each side, more than the mild crop may. All numbers are
-    drawn whether they are used or not, so another strength of one operation leaves the draws of the others alone.
+    `strength` overrides entries of AUGMENT. The photo is augmented before the letterbox, so that the bars stay straight
+    and black. A rotation keeps size and center; uncovered corners become black like the bars, because cutting them off
+    would cost up to 14% of each side, more than the mild crop may. Every number is drawn whether it is used or not, so
+    another strength of one operation leaves the draws of the others alone.
     """
     if unknown := strength.keys() - AUGMENT.keys():
         raise UserError(f"no augmentation {sorted(unknown)[0]!r}; there are {', '.join(AUGMENT)}")
@@ -101,9 +93,9 @@ def augment_reference(image: Image.Image, rng: np.random.Generator, **strength: 
 
 
 def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
-    """Hue moved by a part of the color circle; Pillow counts it in 256 steps."""
+    """Hue moved by `turn` color circles. Pillow counts it in 256 steps; rounding toward zero never exceeds `turn`."""
     hue, saturation, value = image.convert("HSV").split()
-    hue = Image.fromarray(np.asarray(hue) + np.uint8(int(turn * 256) % 256))  # toward zero: never more than asked for
+    hue = Image.fromarray(np.asarray(hue) + np.uint8(int(turn * 256) % 256))
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
@@ -115,203 +107,236 @@ def reference_tensor(
     fit: str = "letterbox",
     **strength: float,
 ) -> Tensor:
-    """I_ref as the VAE takes it: (3, H, W) in [-1, 1]; augmented if there is an `rng`, as it is (evaluation) if not."""
+    """ref_image (3, H, W) in [-1, 1], as the VAE takes it: augmented if `rng` is there, unchanged otherwise."""
     return to_tensor(FITS[fit](augment_reference(image, rng, **strength) if rng else image, height, width))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Order and chance: functions of seed, epoch and index, so nothing but the step number must be remembered. The first
-# number of each spawn key is a stream of its own.
+# Order and randomness, functions of the run's seed. The first number of each spawn key is a stream of its own.
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The augmentation's chance for one sample in one epoch, the same on any number of ranks and workers."""
+    """Random numbers of the augmentation of one clip in one epoch."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, epoch, index)))
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits n samples."""
+    """The order in which an epoch visits n clips."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, epoch))).permutation(n)
 
 
+class Draws(NamedTuple):
+    """The randomness of one sample's training step."""
+
+    t: float  # noise level
+    eps: Tensor  # (N, C) noise
+    drop_text: bool
+    drop_ref: bool
+    window: int  # first latent frame of those that the identity losses decode
+
+
+def draw_sample(
+    seed: int,
+    number: int,
+    grid: tuple[int, int, int],
+    channels: int,
+    p_text: float,
+    p_ref: float,
+    window: int,
+    noise_tokens: int = 0,
+) -> Draws:
+    """Draws of the run's sample `number`; text and reference are dropped independently (Sec. 3.4).
+
+    grid: T, h, w. window: length in latent frames of the window that the identity losses decode. noise_tokens: above 0,
+    t is drawn as for a video of this many tokens. Every number is drawn whether it is used or not, so an ablation that
+    switches one component off leaves the draws of the others alone.
+    """
+    tokens = math.prod(grid)
+    state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
+    generator = torch.Generator("cpu").manual_seed(int(state[0]) >> 1)
+    t = shifted_logit_normal(1, noise_tokens or tokens, generator).item()
+    text, ref, place = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    eps = torch.randn(tokens, channels, generator=generator)  # (N, C)
+    windows = max(1, grid[0] - window + 1)
+    return Draws(t, eps, text < p_text, ref < p_ref, min(int(place * windows), windows - 1))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading a cache
+# Does a cache fit the models?
 
 
-class CachedClips(torch.utils.data.Dataset):
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Of the parts of a checkpoint that a cache depends on: VAE encoder and text projection. Fine-tunes share it."""
+    sha = hashlib.sha256(json.dumps(checkpoint.config["vae"], sort_keys=True).encode())
+    for name in sorted(checkpoint.tensors):
+        if name.startswith(("vae.per_channel_statistics.", "vae.encoder.conv_in.")) or name == PROJECTION + "bias":
+            sha.update(name.encode() + bytes(checkpoint.read_bytes(name)))
+    return sha.hexdigest()[:16]
+
+
+def fingerprint_gemma(gemma: str | Path) -> str:
+    """Of a folder's files, or the name itself where Gemma comes from the hub."""
+    folder = Path(gemma)
+    return fingerprint_files(folder.iterdir()) if folder.is_dir() else str(gemma)
+
+
+def fingerprint_faces(pack: str | Path) -> str:
+    return fingerprint_files(recognition_file(pack).parent.glob("*.onnx"))
+
+
+def latent_shape(settings: dict[str, Any], vae: dict[str, Any]) -> list[int]:
+    """C, T, h, w of a clip of the settings' size; `vae` is that part of the checkpoint's JSON."""
+    time, rows, columns = latent_scale(vae)
+    grid = [(settings["frames"] - 1) // time + 1, settings["height"] // rows, settings["width"] // columns]
+    return [vae["latent_channels"], *grid]
+
+
+def check_cache_fits(
+    settings: dict[str, Any], checkpoint: Checkpoint, gemma: str | Path = "", faces: str | Path = ""
+) -> None:
+    """Raise UserError if a cache was made with another VAE, text path or face pack than a run has.
+
+    A Gemma that is no local folder is not compared, nor is an empty name: training itself needs no Gemma.
+    """
+    now = {
+        "checkpoint": fingerprint(checkpoint),
+        "latent_shape": latent_shape(settings, checkpoint.config["vae"]),
+    }
+    if gemma and Path(gemma).is_dir():
+        now["gemma"] = fingerprint_gemma(gemma)
+    if faces:
+        now["faces"] = fingerprint_faces(faces)
+    advice = f"train with the models it was made with, or make another cache with these (compared: {', '.join(now)})"
+    require_same({key: settings.get(key) for key in now}, now, "the cache", advice)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips and batches
+
+
+class CachedClips(Dataset):
     """The clips of a cache.
 
-    settings: its cache.json, and max_tokens, the slots of the text context. latent_shape: (C, f, h, w) of every clip.
-    null_features: (tokens, D), the empty prompt's. names: of all clips. report: what became of the other rows.
-    Holds names and places only, and each process opens a shard once, when it needs it: so it can be pickled freely.
+    settings: its cache.json, and max_tokens, the slots of the text context. latent_shape: (C, T, h, w) of every clip.
+    null_features: (tokens, D) of the empty prompt. names: of all clips. report: the rows that were left out, remarks.
+    It holds names and places only, and each process opens a shard once, when needed: so it can be pickled freely.
     """
 
     def __init__(self, folder: str | Path):
-        """Raises UserError, saying what to run, where the cache is missing, incomplete or damaged."""
+        """Raises UserError, saying which command to run, where the cache is missing, incomplete or damaged."""
         self.folder = Path(folder)
         settings = read_settings(self.folder)
         if settings is None:
-            raise UserError(f"no cache in {folder} (it has no cache.json): make it with python data.py prepare")
+            raise UserError(f"no cache in {folder} (it has no cache.json): make it with python prepare.py")
+        files = {path.name for path in self.folder.glob("*.safetensors")}
+        if settings["shards"] > len(files):  # before that many names are tried
+            raise self._incomplete(f"it has {len(files)} files for {settings['shards']} shards")
         self.names: list[str] = []
         self.report: list[dict] = []
-        places, missing = [], []  # (shard, row) of each clip; files
-        for shard in range(settings["shards"]):
-            metadata = read_metadata(self.folder / shard_file(shard), settings)
+        places, shards = [], [shard_file(k) for k in range(settings["shards"])]
+        for k, name in enumerate(shards):
+            metadata = read_metadata(self.folder / name, settings, ShardMetadata)
             if metadata is None:
-                missing.append(shard_file(shard))
-                continue
-            self.names += [clip["name"] for clip in metadata["clips"]]
-            self.report += metadata["report"]
-            places += [(shard, clip["row"]) for clip in metadata["clips"]]
-        null = read_metadata(self.folder / NULL, settings)
+                raise self._incomplete(f"{name} is missing or damaged")
+            self.names += [clip.name for clip in metadata.clips]
+            self.report += metadata.report
+            places += [(k, clip.row) for clip in metadata.clips]
+        null = read_metadata(self.folder / NULL, settings, NullMetadata)
         if null is None:
-            missing.append(NULL)
-        if missing:
-            raise UserError(
-                f"the cache in {folder} is not complete: {missing[0]} and {len(missing) - 1} more files are missing "
-                "or damaged; run the same python data.py prepare command again, it makes what is missing"
-            )
+            raise self._incomplete(f"{NULL} is missing or damaged")
         if not places:
             raise UserError(f"the cache in {folder} holds no clip: {self.folder / 'report.jsonl'} says why")
-        self.settings: dict[str, Any] = settings | {"max_tokens": null["max_tokens"]}
+        self.settings: dict[str, Any] = settings | {"max_tokens": null.max_tokens}
         self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
         self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit
-        self.opened: dict[int, Any] = {}  # shard -> its file; to open one takes longer than to read a small clip
-        with safe_open(self.folder / NULL, framework="pt") as file:
-            self.null_features = file.get_tensor("features")
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"opened": {}}
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """name, latents (C, f, h, w) bf16, features (tokens, D) bf16, image (PIL, unaugmented), e_ref (E,), caption."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"clip {i} of {len(self)}")
-        shard, row = self.places[i]
-        if shard not in self.opened:
-            self.opened[shard] = safe_open(self.folder / shard_file(shard), framework="pt")
-        item = {part: self.opened[shard].get_tensor(f"{row:07d}.{part}") for part in PARTS}
-        image = Image.open(io.BytesIO(item["image"].numpy().tobytes())).convert("RGB")
-        caption = item["caption"].numpy().tobytes().decode()
-        return item | {"name": self.names[i], "image": image, "caption": caption}
+        self.opened: dict[int, Any] = {}  # shard -> its file; opening one takes longer than reading a small clip
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
 
 
-class TrainingClips(torch.utils.data.Dataset):
-    """The endless sequence of samples that a training run sees: number `count` is the same on any rank and worker.
+class TrainingClips(Dataset):
+    """The endless sequence of a run's samples: sample `number` is the same on any rank and in any worker.
 
-    An item is that of CachedClips, with "reference" (3, H, W) in [-1, 1], augmented if asked for, and "count".
+    An item is one of CachedClips with ref_image (3, H, W) in [-1, 1], draws, number, and problem: the reason why zeros
+    stand in for a clip that cannot be read, or "".
     """
 
-    def __init__(
-        self, clips: CachedClips, seed: int = 0, augment: bool = True, fit: str = "letterbox", **strength: float
-    ):
-        self.clips, self.seed, self.augment, self.fit, self.strength = clips, seed, augment, fit, strength
+    def __init__(self, clips: CachedClips, config: Config):
+        self.clips, self.config = clips, config
         self.epoch, self.order = -1, np.empty(0, int)
 
-    def __getitem__(self, count: int) -> dict[str, Any]:
-        epoch, place = divmod(count, len(self.clips))
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        clips, config, seed = self.clips, self.config, self.config.run.seed
+        epoch, place = divmod(number, len(clips))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, epoch_order(len(self.clips), self.seed, epoch)
-        index = int(self.order[place])
-        item, size = self.clips[index], (self.clips.settings["height"], self.clips.settings["width"])
-        rng = sample_rng(self.seed, epoch, index) if self.augment else None
-        reference = reference_tensor(item["image"], *size, rng, self.fit, **self.strength)
-        return item | {"reference": reference, "count": count}
+            self.epoch, self.order = epoch, epoch_order(len(clips), seed, epoch)
+        index, problem = int(self.order[place]), ""
+        try:
+            item = clips[index]
+        except UserError as error:
+            item, problem = self._stand_in(index), str(error)
+        rng = sample_rng(seed, epoch, index) if config.reference.augment else None
+        size = clips.settings["height"], clips.settings["width"]
+        item["ref_image"] = reference_tensor(item["image"], *size, rng, config.reference.fit, **asdict(config.augment))
+        channels, *grid = clips.latent_shape
+        p_text, p_ref, window = config.dropout.text, config.dropout.reference, config.faces.window
+        draws = draw_sample(seed, number, tuple(grid), channels, p_text, p_ref, window, config.optim.noise_tokens)
+        return item | {"draws": draws, "number": number, "problem": problem}
+
+    def _stand_in(self, index: int) -> dict[str, Any]:
+        """A batch must keep its size on every rank, so zeros take the place of a damaged clip."""
+        zeros = {"latents": self.clips.latent_shape, "e_ref": self.clips.e_ref_shape}
+        item = {part: torch.zeros(shape) for part, shape in zeros.items()}
+        item["latents"] = item["latents"].bfloat16()
+        photo = Image.new("RGB", (1, 1))
+        name = self.clips.names[index]
+        return item | {"features": self.clips.null_features, "image": photo, "caption": "", "name": name}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Items of TrainingClips as one batch: latents (B, C, f, h, w), references (B, 3, H, W), e_ref (B, E); the rest,
-    features (tokens, D) of different lengths among it, as lists."""
-    return {
-        "latents": torch.stack([sample["latents"] for sample in samples]),
-        "references": torch.stack([sample["reference"] for sample in samples]),
-        "e_ref": torch.stack([sample["e_ref"] for sample in samples]),
-        "features": [sample["features"] for sample in samples],
-        "names": [sample["name"] for sample in samples],
-        "captions": [sample["caption"] for sample in samples],
-        "counts": [sample["count"] for sample in samples],
-    }
+    """Items of TrainingClips as a batch of few tensors.
+
+    A worker hands tensors over as files, one each, and opening a file for each sample's features and noise would cost
+    more than the step. So features of different lengths lie in one tensor, and so does the noise; `unpack` cuts them.
+    """
+    batch = {f"{key}s": [sample[key] for sample in samples] for key in ("name", "caption", "number", "problem")}
+    batch |= {key: torch.stack([sample[key] for sample in samples]) for key in ("latents", "e_ref")}
+    batch["ref_images"] = torch.stack([sample["ref_image"] for sample in samples])
+    batch["tokens"] = [len(sample["features"]) for sample in samples]
+    batch["features"] = torch.cat([sample["features"] for sample in samples])
+    batch["eps"] = torch.stack([sample["draws"].eps for sample in samples])
+    batch["draws"] = [sample["draws"]._replace(eps=None) for sample in samples]
+    return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
+def unpack(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of `collate` with features and draws.eps as lists of views."""
+    batch["features"] = list(batch["features"].split(batch.pop("tokens")))
+    batch["draws"] = [draws._replace(eps=eps) for draws, eps in zip(batch["draws"], batch.pop("eps"))]
+    return batch
 
 
-def show(folder: str | Path) -> None:
-    """Print what a cache holds, and draw its first references as the trainer would letterbox them."""
-    clips = CachedClips(folder)
-    size = sum(file.stat().st_size for file in clips.folder.iterdir() if file.is_file())
-    for key, value in clips.settings.items():
-        print(f"{key:24}{value}")
-    left_out = sum("reason" in line for line in clips.report)
-    print(f"{len(clips):,} clips, {left_out:,} rows left out, {size / 2**20:,.1f} MiB")
-    sheet = Image.new("RGB", (4 * 256, 2 * 256))
-    for k in range(min(8, len(clips))):
-        sheet.paste(letterbox(clips[k]["image"], 252, 252), (k % 4 * 256, k // 4 * 256))
-    with whole_file(clips.folder / "references.png") as temporary:
-        sheet.save(temporary)
-    print(f"wrote {clips.folder / 'references.png'}")
+def training_batches(config: Config, clips: CachedClips, first: int, steps: int) -> Iterator[dict[str, Any]]:
+    """This rank's micro-batches of steps `first` to `steps`; sample j of a step goes to rank j modulo their number.
 
+    A batch: latents (B, C, T, h, w), ref_images (B, 3, H, W), e_ref (B, E), features (list of (tokens, D)), draws (list
+    of Draws), and lists of names, captions, numbers (of the samples) and problems ("", or why zeros stand in).
+    """
+    batch, size = config.optim.batch, config.parallel.micro_batch
+    rank, world = dist.get_rank(), dist.get_world_size()
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("prepare", help="make a cache, or complete one")
-    make.add_argument("--manifest", required=True, help="CSV or JSONL of clips; manifest.py lists the columns")
-    make.add_argument("--ckpt", help="an LTX-2.3 checkpoint, for its VAE and text projection (default: the tiny one)")
-    make.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA}, or the tiny one)")
-    make.add_argument("--faces", help="insightface model pack, name or folder (default: buffalo_l, or the tiny one)")
-    make.add_argument("--out", required=True, help="folder of the cache")
-    make.add_argument("--height", type=int, help="pixels (default 480, or the checkpoint's own)")
-    make.add_argument("--width", type=int, help="pixels (default 832, or the checkpoint's own)")
-    make.add_argument("--frames", type=int, help="8k+1 (default 121, or the checkpoint's own)")
-    make.add_argument("--fps", type=float, help="frames per second (default 24, or the checkpoint's own)")
-    make.add_argument(
-        "--reference",
-        choices=["same", "other"],
-        default="same",
-        help="for rows without one: a face from the same video, or from another clip of its identity (%(default)s)",
+    def numbers() -> Iterator[list[int]]:
+        for step in range(first, steps):
+            own = list(range(step * batch + rank, (step + 1) * batch, world))
+            yield from (own[k : k + size] for k in range(0, len(own), size))
+
+    workers = config.data.workers
+    spawn = "spawn" if workers else None  # forking after threads have started can hang
+    loader = DataLoader(
+        TrainingClips(clips, config),
+        batch_sampler=numbers(),
+        num_workers=workers,
+        collate_fn=collate,
+        multiprocessing_context=spawn,
     )
-    make.add_argument("--require-face-in-video", action="store_true", help="leave out clips without one midway")
-    make.add_argument("--shard-gb", type=float, default=2.0, help="about the size of a shard (%(default)s)")
-    make.add_argument("--device", help="default: this rank's GPU, else cpu")
-    make.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16 on a GPU, float32 on a CPU")
-    make.add_argument("--seed", type=int, default=0, help="decides which frames references are cut from")
-    make.add_argument("--workers", type=int, default=4, help="threads that read videos ahead (%(default)s)")
-    vip = commands.add_parser("vip200k", help="a manifest from VIP-200K's annotations")
-    vip.add_argument("--annotations", required=True, help="the JSON file")
-    vip.add_argument("--videos", required=True, help="folder with <YouTube id>.mp4, .webm, ...")
-    vip.add_argument("--out", required=True, help="the manifest, .jsonl")
-    vip.add_argument("--seed", type=int, default=0, help="decides which of a person's faces is the reference")
-    look = commands.add_parser("show", help="what a cache holds")
-    look.add_argument("cache", help="its folder")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = vars(parse_arguments())
-    command = options.pop("command")
-    if command == "show":
-        return show(options["cache"])
-    if command == "vip200k":
-        for what, count in vip200k(**options).items():
-            print(f"{what:24}{count:>10,}")
-        return print(f"wrote {options['out']}")
-    tiny = options["ckpt"] is None
-    options["ckpt"] = options["ckpt"] or ASSETS / "tiny.safetensors"
-    options["gemma"] = options["gemma"] or (ASSETS / "gemma" if tiny else GEMMA)
-    options["faces"] = options["faces"] or (ASSETS / "faces" if tiny else "buffalo_l")
-    # torchrun's variables are all that ranks need to share the work; without torchrun there is one
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = options["device"] or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    options["device"] = device
-    options["dtype"] = getattr(torch, options["dtype"] or ("bfloat16" if device.startswith("cuda") else "float32"))
-    prepare(**options, rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)))
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    return map(unpack, loader)

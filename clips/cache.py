@@ -20,9 +20,9 @@ share the work (rank r of R makes what is missing of shards r, r + R, ...; they 
 costs the shard in the making, at most. First all captions, then all videos: Gemma and the VAE never share the memory.
 """
 
-import gc
 import hashlib
 import json
+import os
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,112 +34,58 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import NAMES, Checkpoint, write
+import config
+from checkpoint import NAMES, Checkpoint, open_checkpoint, write
 from clips.manifest import Clip, Rejected, load_clip, read_manifest
+from common.cache import LARGEST_NUMBER, NULL, PARTS, NullMetadata, ShardMetadata, digest, read_metadata, read_settings
+from common.cache import shard_file
+from common.device import free
 from common.errors import UserError, whole_file
+from common.outputs import refuse_overwrite
+from common.schema import record
+from common.settings import require_same
+from data import fingerprint, fingerprint_faces, fingerprint_gemma, latent_shape
 from face import ArcFace, FaceDetector, embed, recognition_file
 from text import GEMMA, PROJECTION, TextEncoder
 from vae import VideoVAE, latent_scale
 
-PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0}
-PARTS = ("latents", "features", "image", "e_ref", "caption")  # of each clip in a shard, as ROW.latents, ...
-NULL = "null.safetensors"
+PAPER = {key: config.PAPER[key] for key in ("height", "width", "frames", "fps")}
 TYPICAL_TOKENS, TYPICAL_IMAGE = 256, 2**18  # tokens and bytes of a clip, to fix the number of clips in a shard
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-
-
-def shard_file(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
+@record
+class TextMetadata:
+    settings: str
+    problems: dict[str, str]  # row -> why its caption has no features
 
 
 def text_file(number: int) -> str:
     return f"text-{number:05d}.safetensors"
 
 
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """cache.json, or None if there is none."""
-    try:
-        return json.loads((folder / "cache.json").read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{folder / 'cache.json'} is damaged ({error}): make the cache anew in another --out") from None
-
-
-def read_metadata(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What a file of the cache says of itself; None if it is missing, not whole, or made with other settings."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("cache", "{}"))
-    except (SafetensorError, OSError):
-        return None
-    return metadata if metadata.get("settings") == _digest(settings) else None
-
-
-def _digest(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], **metadata: Any) -> None:
     """Write a file of the cache whole, after removing what a killed run left of it."""
-    for stale in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
-        stale.unlink(missing_ok=True)
-    text = json.dumps(metadata | {"settings": _digest(settings)}, ensure_ascii=False)
+    _remove_leftovers(path)
+    text = json.dumps(metadata | {"settings": digest(settings)}, ensure_ascii=False)
+    text = text.encode(errors="backslashreplace").decode()  # a reason may name a file whose name is not UTF-8
     wide_first = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # so that each is aligned in the file
     entries = [(name, NAMES[t.dtype], list(t.shape), lambda t=t: t) for name, t in wide_first]
     write(path, entries, {"cache": text})
 
 
 def _save_text(path: Path, text: str) -> None:
-    for stale in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
-        stale.unlink(missing_ok=True)
+    _remove_leftovers(path)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _agree(folder: Path, settings: dict[str, Any], rank: int) -> None:
-    """Refuse to go on with a cache that was begun with other settings; rank 0 writes down those of a new one."""
-    begun = read_settings(folder)
-    if begun is None:
-        if rank == 0:
-            _save_text(folder / "cache.json", json.dumps(settings, indent=1) + "\n")
-        return
-    for key in begun | settings:
-        if begun.get(key) != settings.get(key):
-            raise UserError(
-                f"{folder} was made with {key} = {begun.get(key)} and this run has {settings.get(key)}: "
-                "run it with the same options and files, or give another --out"
-            )
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Of what a cache takes from a checkpoint: VAE encoder and text projection. The same for all its fine-tunes."""
-    digest = hashlib.sha256(json.dumps(checkpoint.config["vae"], sort_keys=True).encode())
-    for name in sorted(checkpoint.tensors):
-        if name.startswith(("vae.per_channel_statistics.", "vae.encoder.conv_in.")) or name == PROJECTION + "bias":
-            digest.update(name.encode() + bytes(checkpoint.read_bytes(name)))
-    return digest.hexdigest()[:16]
-
-
-def _fingerprint_files(files: Iterable[Path]) -> str:
-    """Names, sizes, and the first and last 64 KiB of each file: cheap, and different for different weights."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in files if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(2**16))
-            file.seek(max(0, size - 2**16))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+def _remove_leftovers(path: Path) -> None:
+    for stale in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
+        stale.unlink(missing_ok=True)
 
 
 def prepare(
@@ -164,19 +110,22 @@ def prepare(
 ) -> None:
     """Make, or complete, the cache `out` of a manifest's clips; with world > 1, this rank's share of its shards.
 
-    Sizes that are None are the checkpoint's own defaults, else the paper's. reference: where it is taken from if the
-    manifest names none, "same" video or "other" clip of the same identity. workers: threads that read ahead.
-    Raises UserError where nothing can be done at all, or the cache was made with other settings.
+    A size that is None is the checkpoint's own default, else the paper's. reference: the source of references that the
+    manifest does not name, "same" video or "other" clip of the same identity. workers: threads that read ahead.
+    Raises UserError where nothing can be done at all, or the cache was begun with other settings.
     """
-    clips, checkpoint, folder = read_manifest(manifest), Checkpoint(ckpt), Path(out)
+    clips, checkpoint, folder = read_manifest(manifest), open_checkpoint(ckpt), Path(out)
+    files = [folder / name for name in ("cache.json", NULL, "report.jsonl", shard_file(0), text_file(0))]
+    refuse_overwrite(files, [manifest, checkpoint.path])
     settings: dict[str, Any] = PAPER | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in PAPER}
     settings |= {k: v for k, v in zip(PAPER, (height, width, frames, fps)) if v is not None}
     settings["fps"] = float(settings["fps"])  # 24 and 24.0 are the same cache
+    _require_memory(settings, workers)
     settings |= {
         "reference": reference,
         "require_face_in_video": require_face_in_video,
         "seed": seed,
-        "manifest": Path(manifest).name,
+        "manifest": os.fsencode(Path(manifest).name).decode(errors="replace"),
         "manifest_sha256": hashlib.sha256(Path(manifest).read_bytes()).hexdigest()[:16],
     }
     settings = made_with(settings, checkpoint, gemma, faces, dtype, len(clips), shard_gb)
@@ -185,10 +134,10 @@ def prepare(
         if clip.identity and not clip.problem:
             identities[clip.identity].append(clip)
     if rank == 0:
-        given = sum(bool(clip.reference or clip.reference_video) for clip in clips)
-        print(f"{manifest}: {len(clips):,} rows, {given:,} with a reference")
+        named = sum(bool(clip.reference or clip.reference_video) for clip in clips)
+        print(f"{manifest}: {len(clips):,} rows, {named:,} with a reference")
     load = partial(load_clip, identities=identities)
-    fill(folder, clips, settings, load, ckpt, gemma, faces, device, dtype, workers, rank, world)
+    fill(folder, clips, settings, load, checkpoint, gemma, faces, device, dtype, workers, rank, world)
 
 
 def fill(
@@ -196,7 +145,7 @@ def fill(
     clips: list[Clip],
     settings: dict[str, Any],
     load: Callable[..., dict],
-    ckpt: str | Path,
+    ckpt: str | Path | Checkpoint,
     gemma: str | Path,
     faces: str | Path,
     device: str | torch.device,
@@ -205,26 +154,28 @@ def fill(
     rank: int,
     world: int,
 ) -> None:
-    """Make what is missing of this rank's shards. `load(clip, settings=, detector=)` gives what load_clip gives."""
+    """Make the missing ones of this rank's shards. `load(clip, settings=, detector=)` returns what load_clip does."""
     folder.mkdir(parents=True, exist_ok=True)
-    _agree(folder, settings, rank)
+    begun = read_settings(folder)
+    if begun is not None:
+        require_same(begun, settings, folder, "run it with the same options and files, or give another --out")
+    elif rank == 0:
+        _save_text(folder / "cache.json", json.dumps(settings, indent=1) + "\n")
     rows, numbered = settings["rows_per_shard"], list(enumerate(clips))
     shards = {k: numbered[k * rows : (k + 1) * rows] for k in range(settings["shards"])}
-    done = [k for k in shards if read_metadata(folder / shard_file(k), settings) is not None]
-    mine = {k: shard for k, shard in shards.items() if k % world == rank and k not in done}
+    done = [k for k in shards if read_metadata(folder / shard_file(k), settings, ShardMetadata)]
+    own = {k: shard for k, shard in shards.items() if k % world == rank and k not in done}
     if rank == 0:
         for k in done:
             (folder / text_file(k)).unlink(missing_ok=True)  # killed between writing a shard and deleting its text
         print(f"{folder}: {len(done)} of {len(shards)} shards exist")
-    _write_texts(folder, mine, settings, rank, partial(TextEncoder.from_checkpoint, ckpt, gemma, device, dtype))
-    gc.collect()  # Gemma is gone now
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if mine:
+    _write_texts(folder, own, settings, rank, partial(TextEncoder.from_checkpoint, ckpt, gemma, device, dtype))
+    free(torch.device(device))  # Gemma is gone, and the VAE needs its memory
+    if own:
         load = partial(load, settings=settings, detector=FaceDetector(faces, device))
         vae = VideoVAE.from_checkpoint(ckpt, device, dtype)
         arcface = ArcFace.from_onnx(recognition_file(faces)).to(device)
-        _write_shards(folder, mine, settings, load, vae, arcface, workers, rank)
+        _write_shards(folder, own, settings, load, vae, arcface, workers, rank)
     _report(folder, settings, len(clips), rank)
 
 
@@ -237,24 +188,25 @@ def made_with(
     clips: int,
     shard_gb: float,
 ) -> dict[str, Any]:
-    """The size and what else was settled, with what the models and the number of clips add: cache.json."""
-    shape, folder_of_gemma = _latent_shape(settings, checkpoint), Path(gemma)
+    """cache.json: the clips' size and the other `settings`, with what follows from models and number of clips."""
+    vae = checkpoint.config["vae"]
+    _require_size(settings, latent_scale(vae))
+    shape = latent_shape(settings, vae)
     clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
     rows = max(1, int(shard_gb * 2**30 / (clip_bytes + TYPICAL_IMAGE)))
     return settings | {
         "latent_shape": shape,
         "dtype": str(dtype).removeprefix("torch."),
         "checkpoint": fingerprint(checkpoint),
-        "gemma": _fingerprint_files(folder_of_gemma.iterdir()) if folder_of_gemma.is_dir() else str(gemma),
-        "faces": _fingerprint_files(recognition_file(faces).parent.glob("*.onnx")),
+        "gemma": fingerprint_gemma(gemma),
+        "faces": fingerprint_faces(faces),
         "rows_per_shard": rows,
         "shards": -(-clips // rows),
     }
 
 
-def _latent_shape(settings: dict[str, Any], checkpoint: Checkpoint) -> list[int]:
-    """(C, f, h, w) of every clip; UserError if the VAE cannot take the size."""
-    scale = latent_scale(checkpoint.config["vae"])
+def _require_size(settings: dict[str, Any], scale: tuple[int, int, int]) -> None:
+    """Raise UserError if the VAE, one of whose latent cells covers `scale`, cannot take the settings' size."""
     for name, step, extra in zip(("frames", "height", "width"), scale, (1, 0, 0)):
         value = settings[name]
         lower = max((value - extra) // step, 1 - extra) * step + extra
@@ -263,9 +215,35 @@ def _latent_shape(settings: dict[str, Any], checkpoint: Checkpoint) -> list[int]
             raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
     if not settings["fps"] > 0:
         raise UserError(f"--fps {settings['fps']} is not above 0")
-    time, rows, columns = scale
-    grid = [(settings["frames"] - 1) // time + 1, settings["height"] // rows, settings["width"] // columns]
-    return [checkpoint.config["vae"]["latent_channels"], *grid]
+
+
+def _require_memory(settings: dict[str, Any], workers: int) -> None:
+    """Raise UserError if the pixels of the videos that are read ahead do not fit this machine's memory."""
+    pixels = settings["frames"] * settings["height"] * settings["width"]
+    least = 3 * pixels * (workers + 1) + 12 * pixels  # bytes of each video that waits, and one in float32
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if least > memory:
+        size = f"{settings['frames']} frames of {settings['height']}x{settings['width']}"
+        raise UserError(
+            f"{size} need at least {_amount(least)} with {workers} workers, and this machine has {_amount(memory)}: "
+            "take a smaller size or fewer --workers"
+        )
+
+
+def _amount(size: float) -> str:
+    """Bytes in the largest unit that leaves a number above 1."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
 
 
 class _Progress:
@@ -283,8 +261,8 @@ class _Progress:
         if len(self.sizes) == 6 and self.rank == 0:
             seconds, size = (time.monotonic() - self.since) / 5, sum(self.sizes) / 6
             self.bar.write(
-                f"{self.title}: {size / 2**20:.2f} MiB and {seconds:.2f} s a clip; this process's {self.total:,} "
-                f"will take about {size * self.total / 2**30:.1f} GiB and {seconds * self.total / 3600:.1f} hours"
+                f"{self.title}: {_amount(size)} and {seconds:.2f} s a clip; this process's {self.total:,} "
+                f"will take about {_amount(size * self.total)} and {_duration(seconds * self.total)}"
             )
 
 
@@ -295,31 +273,44 @@ class _Progress:
 def _write_texts(
     folder: Path, shards: dict[int, list], settings: dict[str, Any], rank: int, load: Callable[[], TextEncoder]
 ) -> None:
-    """The features of each shard's captions, and of the empty prompt. Gemma is loaded if needed, and gone afterwards.
+    """Features of each shard's captions and of the empty prompt. Gemma is loaded if needed, and gone afterwards.
 
-    One caption at a time: no padding, so a caption's features do not depend on its neighbours, not even by rounding.
-    At a hundred or more tokens a GPU is busy with one.
+    One caption at a time: no padding, so a caption's features do not depend on its neighbors, not even by rounding.
+    At a hundred or more tokens one caption keeps a GPU busy.
     """
-    shards = {k: rows for k, rows in shards.items() if read_metadata(folder / text_file(k), settings) is None}
-    null_missing = rank == 0 and read_metadata(folder / NULL, settings) is None
+    shards = {k: rows for k, rows in shards.items() if not read_metadata(folder / text_file(k), settings, TextMetadata)}
+    null_missing = rank == 0 and not read_metadata(folder / NULL, settings, NullMetadata)
     if not shards and not null_missing:
         return
     encoder = load()
 
     def features(caption: str) -> Tensor:
-        return encoder.features([caption])[0].to("cpu", torch.bfloat16)  # (tokens, D)
+        result = encoder.features([caption])[0].to("cpu", torch.bfloat16)  # (tokens, D)
+        if not _are_numbers(result):
+            raise UserError("Gemma or its projection makes numbers of it that are not finite")
+        return result
 
+    empty = features("")  # raises here, before hours of work, where the models themselves are damaged
     if null_missing:
-        _save(folder / NULL, {"features": features("")}, settings, max_tokens=encoder.max_tokens)
+        _save(folder / NULL, {"features": empty}, settings, max_tokens=encoder.max_tokens)
     progress = _Progress("captions", sum(map(len, shards.values())), rank)
     for k, rows in shards.items():
-        tensors = {}
+        tensors, problems = {}, {}
         for row, clip in rows:
+            size = 0
             if clip.caption and not clip.problem:
-                tensors[f"{row:07d}.features"] = features(clip.caption)
-            progress.step(tensors[f"{row:07d}.features"].nbytes if f"{row:07d}.features" in tensors else 0)
-        _save(folder / text_file(k), tensors, settings)
+                try:
+                    tensors[f"{row:07d}.features"] = features(clip.caption)
+                    size = tensors[f"{row:07d}.features"].nbytes
+                except Exception as error:  # of whatever kind: it costs this row only
+                    problems[str(row)] = f"{type(error).__name__}: {error}"
+            progress.step(size)
+        _save(folder / text_file(k), tensors, settings, problems=problems)
     progress.bar.close()
+
+
+def _are_numbers(tensor: Tensor) -> bool:
+    return bool(tensor.abs().max() < LARGEST_NUMBER)  # false for NaN too
 
 
 @torch.no_grad()
@@ -333,39 +324,61 @@ def _write_shards(
     workers: int,
     rank: int,
 ) -> None:
-    weight = vae.encoder.conv_in.conv.weight
     progress = _Progress("videos", sum(map(len, shards.values())), rank)
     for k, rows in shards.items():
         texts = load_file(folder / text_file(k))
+        problems = read_metadata(folder / text_file(k), settings, TextMetadata).problems
         tensors: dict[str, Tensor] = {}
         clips, report = [], []
         for (row, clip), future in _ahead(lambda item: load(item[1]), rows, workers):
             line = {"manifest": settings["manifest"], "line": clip.line, "id": clip.name}
             size = 0
             try:
-                loaded = future.result()
+                loaded = _loaded(future)
+                if str(row) in problems:
+                    raise Rejected("unreadable caption", problems[str(row)])
+                parts = _parts(loaded, clip, texts[f"{row:07d}.features"], vae, arcface)
             except Rejected as rejection:
                 report.append(line | {"reason": rejection.reason, "detail": rejection.detail})
             else:
                 if loaded["note"]:
                     report.append(line | {"note": loaded["note"]})
-                video = torch.from_numpy(loaded["frames"]).to(weight.device).permute(3, 0, 1, 2)  # (3, F, H, W)
-                image, landmarks = (loaded[key].to(weight.device) for key in ("image", "landmarks"))
-                parts = {
-                    "latents": vae.encode((video.float() / 127.5 - 1).to(weight.dtype)[None])[0].bfloat16(),
-                    "features": texts[f"{row:07d}.features"],
-                    "image": torch.frombuffer(loaded["png"], dtype=torch.uint8),
-                    "e_ref": embed(image, landmarks, arcface)[0].float(),
-                    "caption": torch.frombuffer(bytearray(clip.caption.encode()), dtype=torch.uint8),
-                }
                 for part in PARTS:
-                    tensors[f"{row:07d}.{part}"] = parts[part].cpu()
+                    tensors[f"{row:07d}.{part}"] = parts[part]
                     size += parts[part].nbytes
                 clips.append({"row": row, "name": clip.name})
             progress.step(size)
         _save(folder / shard_file(k), tensors, settings, clips=clips, report=report)
         (folder / text_file(k)).unlink()
     progress.bar.close()
+
+
+def _loaded(future: Future) -> dict[str, Any]:
+    """The pixels of a row. Whatever goes wrong while they are read rejects this row and no other."""
+    try:
+        return future.result()
+    except Rejected:
+        raise
+    except Exception as error:
+        raise Rejected("cannot be read", f"{type(error).__name__}: {error}") from error
+
+
+def _parts(loaded: dict[str, Any], clip: Clip, features: Tensor, vae: VideoVAE, arcface: ArcFace) -> dict[str, Tensor]:
+    """The tensors of a clip in a shard. Raises Rejected if one of them is not finite."""
+    weight = vae.encoder.conv_in.conv.weight
+    video = torch.from_numpy(loaded["frames"]).to(weight.device).permute(3, 0, 1, 2)  # (3, F, H, W)
+    image, landmarks = (loaded[key].to(weight.device) for key in ("image", "landmarks"))  # (1, 3, H, W), (1, 5, 2)
+    parts = {
+        "latents": vae.encode((video.float() / 127.5 - 1).to(weight.dtype)[None])[0].bfloat16(),  # (C, T, h, w)
+        "features": features,  # (tokens, D)
+        "image": torch.frombuffer(loaded["png"], dtype=torch.uint8),
+        "e_ref": embed(image, landmarks, arcface)[0].float(),  # (E,)
+        "caption": torch.frombuffer(bytearray(clip.caption.encode()), dtype=torch.uint8),
+    }
+    for part in ("latents", "e_ref"):
+        if not _are_numbers(parts[part]):
+            raise Rejected("numbers that are not finite", f"in the {part} of {clip.video}")
+    return {part: tensor.cpu() for part, tensor in parts.items()}
 
 
 def _ahead(function: Callable, items: Iterable, workers: int) -> Iterator[tuple[Any, Future]]:
@@ -385,16 +398,16 @@ def _ahead(function: Callable, items: Iterable, workers: int) -> Iterator[tuple[
 
 def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> None:
     """When every shard is there: report.jsonl, and the counts in a few printed lines."""
-    metadata = [read_metadata(folder / shard_file(k), settings) for k in range(settings["shards"])]
+    metadata = [read_metadata(folder / shard_file(k), settings, ShardMetadata) for k in range(settings["shards"])]
     if missing := metadata.count(None):
         print(f"rank {rank} is done; {missing} of {settings['shards']} shards are left to other ranks")
         return
-    lines = [line for shard in metadata for line in shard["report"]]
+    lines = [line for shard in metadata for line in shard.report]
     with suppress(FileNotFoundError):  # another rank came to its end at the same moment, with the same report
         _save_text(folder / "report.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     reasons = Counter(line["reason"] for line in lines if "reason" in line)
     clips, size = rows - reasons.total(), sum((folder / shard_file(k)).stat().st_size for k in range(len(metadata)))
-    print(f"{folder}: {clips:,} of {rows:,} clips, {size / 2**20:,.1f} MiB in {len(metadata)} shards")
+    print(f"{folder}: {clips:,} of {rows:,} clips, {_amount(size)} in {len(metadata)} shards")
     for reason, count in reasons.most_common():
         print(f"  left out, {reason}: {count:,}")
     if len(lines) > reasons.total():

@@ -7,49 +7,38 @@ A manifest is a CSV or JSONL file, one clip per row:
     b.mp4      "A girl ..."             anna       3.5     9.0                                                     (1)
     c.mp4      "A girl ..."                                      d.mp4            12.25           [.3, .2, .5, .6]  (2)
 
-Only `video` and `caption` are required; times are seconds from the video's first frame, and relative paths are
-relative to the manifest's folder. A reference is an image file, or (2) a face in a frame of some video, its box
-(left, top, right, bottom) in fractions of the frame; or (1) nothing is said, and a face is cut out of a random frame of
+Only `video` and `caption` are required. Times are seconds from the video's first frame, and relative paths are relative
+to the manifest's folder. A reference is an image file, or (2) a face in a frame of some video, its box (left, top,
+right, bottom) in fractions of the frame. In row (1), which names no reference, a face is cut out of a random frame of
 the same video, or of another clip with the same `identity`.
 
 A row that cannot be used keeps its place and says why in `problem`: one bad line among 200,000 must not stop a night's
 work, and the row's number decides into which shard of the cache the others go.
-
-VIP-200K (`python data.py vip200k`) is a JSON list of persons over videos that everybody downloads for themselves:
-
-    [{"faces":    [{"id": "<YouTube id>", "clip": {"beg": {"frame_num": 1016, "framerate": 23.976}, "end": {...}},
-                    "fidx": 16, "xyxy_norm": [0.49, 0.16, 0.57, 0.31]}, ...],
-      "segments": [{"id", "clip", "fidx_beg": 0, "fidx_end": 130, "caption": "..."}, ...]}, ...]
-
-How it is read: `frame_num` counts frames of the video, `fidx*` those of the clip, as the dataset's own description
-says (and its numbers agree: a clip of frames 1016 to 1147 has a segment from 0 to 130, so `fidx_end` is still shown
-and the clip's `end` is not). Frame numbers become seconds by the annotation's own frame rate, because the copy that
-was downloaded may have another one.
 """
 
 import csv
 import io
-import json
-import math
+import os
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from common.errors import UserError, whole_file
+from common.errors import UserError
 from common.media import TooShort, probe_video, read_frame, read_image, read_video, to_tensor
+from common.schema import Text, foreign_record, parse_json, validate
 from face import FaceDetector
 
 FACE_MARGIN = 1.6  # side of a face crop over the longer side of the face's box: hair and chin, little background
-REFERENCE_TRIES = 5  # random frames in which a face is looked for
+REFERENCE_TRIES = 5  # random frames in which a face is searched
 REFERENCE_SIDE = 1024  # larger references are reduced to this, which is more than the letterbox of 480x832 shows
 REQUIRED = ("video", "caption")
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".ts", ".3gp", ".mpg", ".mpeg", ".wmv"}
@@ -63,9 +52,54 @@ class Rejected(Exception):
         self.reason, self.detail = reason, detail
 
 
+def _numbers_in(value: Any) -> Any:
+    """Text that holds numbers, as a CSV does, as a list of them."""
+    return re.split(r"[\s,]+", value.strip(" []()")) if isinstance(value, str) else value
+
+
+def _touches_the_frame(box: tuple[float, ...]) -> tuple[float, ...]:
+    left, top, right, bottom = box
+    if not (-1 < left < right < 2 and -1 < top < bottom < 2 and left < 1 and top < 1 and right > 0 and bottom > 0):
+        raise ValueError("should be left, top, right, bottom in fractions of the frame")
+    return box
+
+
+# A CSV has text for numbers, so these two read it; elsewhere a number is a number.
+Seconds = Annotated[float, Field(strict=False, ge=0)]
+Fraction = Annotated[float, Field(strict=False)]
+Box = Annotated[
+    tuple[Fraction, Fraction, Fraction, Fraction], BeforeValidator(_numbers_in), AfterValidator(_touches_the_frame)
+]
+AnyText = Annotated[Text, BeforeValidator(lambda value: str(value).strip())]
+PathText = Annotated[Text, AfterValidator(str.strip)]
+
+
+@foreign_record
+class Row:
+    """The columns of a manifest. Blank fields count as missing, other columns are ignored."""
+
+    video: PathText
+    caption: AnyText = ""
+    reference: PathText | None = None
+    identity: AnyText | None = None
+    start: Seconds = 0.0
+    end: Seconds | None = None
+    reference_video: PathText | None = None
+    reference_time: Seconds | None = None
+    reference_box: Box | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "Row":
+        if self.end is not None and self.end <= self.start:
+            raise ValueError(f"end {self.end:g} is not after start {self.start:g}")
+        if (self.reference_video is None) != (self.reference_time is None):
+            raise ValueError("reference_video and reference_time go together")
+        return self
+
+
 @dataclass(frozen=True)
 class Clip:
-    """One row. `problem` is None, or why the row cannot be used."""
+    """One row, its paths absolute. `problem` is None, or why the row cannot be used."""
 
     line: int  # of the manifest, the first is 1
     video: Path = Path()
@@ -81,7 +115,7 @@ class Clip:
 
     @property
     def name(self) -> str:
-        """What reports and error messages call it: the video and the manifest's line."""
+        """For reports and error messages: the video and the manifest's line."""
         return f"{self.video.stem}:{self.line}"
 
 
@@ -96,16 +130,14 @@ def read_manifest(path: str | Path) -> list[Clip]:
         raise UserError(f"no manifest at {path}")
     if path.suffix.lower() not in readers:
         raise UserError(f"{path} is no manifest: its name must end in .csv or .jsonl")
-    try:
-        rows = list(readers[path.suffix.lower()](path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    rows = list(readers[path.suffix.lower()](path))
     if not rows:
         raise UserError(f"{path} lists no clip")
     columns = {key for _, row in rows if isinstance(row, dict) for key in row}
     if columns and (missing := [name for name in REQUIRED if name not in columns]):
         raise UserError(f"{path}, line {rows[0][0]}: no column {missing[0]!r}; there are {', '.join(sorted(columns))}")
-    return [_clip(line, row, path.parent) for line, row in rows]
+    folder = Path(os.path.abspath(path.parent))
+    return [_clip(line, row, folder) for line, row in rows]
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
@@ -120,68 +152,29 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
                 yield reader.line_num, "more fields than columns" if "" in row else row
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, start=1):
-            if text.strip():
-                try:
-                    row = json.loads(text)
-                    yield line, row if isinstance(row, dict) else "not a JSON object"
-                except ValueError as error:
-                    yield line, f"not JSON: {error}"
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    for line, text in enumerate(lines, start=1):
+        if text.strip():
+            try:
+                yield line, parse_json(dict[str, Any], text, "row")
+            except UserError as error:
+                yield line, str(error)
 
 
 def _clip(line: int, row: dict[str, Any] | str, folder: Path) -> Clip:
     if isinstance(row, str):
         return Clip(line, problem=row)
-    row = {key: value for key, value in row.items() if value is not None and str(value).strip()}
-    fields: dict[str, Any] = {"line": line}
     try:
-        json.dumps(row, ensure_ascii=False).encode()  # raises for half an emoji
-        if "\\u0000" in json.dumps(row):
-            raise ValueError("a NUL character")
-        for key in ("video", "reference", "reference_video"):
-            if key in row:
-                fields[key] = folder / str(row[key]).strip()
-        fields["caption"] = str(row.get("caption", "")).strip()
-        fields["identity"] = str(row["identity"]).strip() if "identity" in row else None
-        for key in ("start", "end", "reference_time"):
-            if key in row:
-                fields[key] = _seconds(key, row[key])
-        if "reference_box" in row:
-            fields["reference_box"] = _box(row["reference_box"])
-        if "video" not in row:
-            raise ValueError("no video")
-        if "end" in fields and fields["end"] <= fields.get("start", 0.0):
-            raise ValueError(f"end {fields['end']:g} is not after start {fields.get('start', 0.0):g}")
-        if ("reference_video" in row) != ("reference_time" in row):
-            raise ValueError("reference_video and reference_time go together")
-    except ValueError as error:
-        return Clip(line, fields.get("video", Path()), problem=str(error))
-    return Clip(**fields)
-
-
-def _seconds(key: str, value: Any) -> float:
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{key} {value!r} is not a number of seconds")
-    return seconds
-
-
-def _box(value: Any) -> tuple[float, ...]:
-    """A list of four numbers, or text that holds four."""
-    try:
-        box = tuple(float(x) for x in (re.split(r"[\s,]+", value.strip(" []()")) if isinstance(value, str) else value))
-    except (TypeError, ValueError):
-        box = ()
-    if len(box) != 4 or not (-1 < box[0] < box[2] < 2 and -1 < box[1] < box[3] < 2):
-        raise ValueError(f"reference_box {value!r} is not left, top, right, bottom in fractions of the frame")
-    return box
+        fields = vars(validate(Row, {k: v for k, v in row.items() if v is not None and str(v).strip()}, "row"))
+    except UserError as error:
+        return Clip(line, problem=str(error))
+    paths = {key: folder / fields[key] for key in ("video", "reference", "reference_video") if fields[key]}
+    return Clip(line, **fields | paths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,80 +276,3 @@ def crop_face(image: Image.Image, box: np.ndarray) -> Image.Image:
     size = np.clip(np.round([side, side]), 1, image.size).astype(int)
     corner = np.clip(np.round(center - size / 2), 0, image.size - size).astype(int)
     return image.crop((*corner, *(corner + size)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# VIP-200K
-
-
-def clip_seconds(clip: dict, fidx: int) -> float:
-    """When frame `fidx` of an annotated clip begins, in seconds of the whole video. The one place that decides it."""
-    return (clip["beg"]["frame_num"] + fidx) / clip["beg"]["framerate"]
-
-
-def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: int = 0) -> Counter:
-    """Write a manifest of all segments whose video is in the folder `videos` as <id>.<any video suffix>.
-
-    The reference of a segment is one of the same person's faces, drawn by `seed`, that is not in the segment's own clip
-    and whose video is there too. Returns the counts: segments, written, and of those left out "video missing",
-    "no face in another clip" and "unreadable"; the numbers of videos named and missing.
-    """
-    out, files = Path(out), {}
-    if not Path(videos).is_dir():
-        raise UserError(f"no folder {videos}: give --videos the folder of the downloaded videos")
-    for file in sorted(Path(videos).iterdir(), reverse=True):
-        if file.suffix.lower() in VIDEO_SUFFIXES and file.stat().st_size:
-            files[file.stem] = file.resolve()
-    if out.suffix.lower() != ".jsonl":
-        raise UserError(f"--out {out} does not end in .jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    counts, named = Counter(), set()
-    with whole_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for index, person in enumerate(_read_annotations(annotations)):
-            for number, segment in enumerate(person["segments"]):
-                counts["segments"] += 1
-                try:
-                    named.add(segment["id"])
-                    rng = np.random.default_rng([seed, index, number])
-                    row = _vip_row(segment, person["faces"], files, rng)
-                except (KeyError, TypeError, ZeroDivisionError):
-                    row = "unreadable"
-                counts["written" if isinstance(row, dict) else row] += 1
-                if isinstance(row, dict):
-                    file.write(json.dumps({"identity": f"person-{index}"} | row, ensure_ascii=False) + "\n")
-        if not counts["written"]:
-            raise UserError(f"{annotations}: none of {counts['segments']} segments can be used with {videos}")
-    counts["videos"], counts["videos missing"] = len(named), len(named - files.keys())
-    return counts
-
-
-def _read_annotations(path: str | Path) -> list[dict]:
-    try:
-        persons = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    for index, person in enumerate(persons if isinstance(persons, list) else [persons]):
-        lists = [person.get(key) for key in ("faces", "segments")] if isinstance(person, dict) else [None]
-        if not isinstance(persons, list) or not all(isinstance(value, list) for value in lists):
-            raise UserError(f"{path}, item {index}: not a person of VIP-200K with lists of faces and segments")
-    return persons
-
-
-def _vip_row(segment: dict, faces: list[dict], files: dict[str, Path], rng: np.random.Generator) -> dict | str:
-    """A row of the manifest, or why there is none."""
-    clip = segment["clip"]
-    if segment["id"] not in files:
-        return "video missing"
-    others = [f for f in faces if (f["id"], f["clip"]) != (segment["id"], clip) and f["id"] in files]
-    if not others:
-        return "no face in another clip"
-    face = others[rng.integers(len(others))]
-    return {
-        "video": str(files[segment["id"]]),
-        "caption": segment["caption"],
-        "start": round(clip_seconds(clip, segment["fidx_beg"]), 6),
-        "end": round(clip_seconds(clip, segment["fidx_end"] + 1), 6),
-        "reference_video": str(files[face["id"]]),
-        "reference_time": round(clip_seconds(face["clip"], face["fidx"]), 6),
-        "reference_box": face["xyxy_norm"],
-    }

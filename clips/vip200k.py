@@ -1,0 +1,134 @@
+"""A manifest from VIP-200K, whose annotations name videos that everybody downloads for themselves.
+
+The file is a JSON list of persons:
+
+    [{"faces":    [{"id": "<YouTube id>", "clip": {"beg": {"frame_num": 1016, "framerate": 23.976}, "end": {...}},
+                    "fidx": 16, "xyxy_norm": [0.49, 0.16, 0.57, 0.31]}, ...],
+      "segments": [{"id", "clip", "fidx_beg": 0, "fidx_end": 130, "caption": "..."}, ...]}, ...]
+
+`frame_num` counts frames of the video, `fidx*` frames of the clip, as the dataset's description says. Its numbers
+agree: a clip of frames 1016 to 1147 has a segment from 0 to 130, so the frame `fidx_end` is shown and the clip's `end`
+is not. Frame numbers become seconds by the annotation's frame rate, because a downloaded copy may have another one.
+"""
+
+import json
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from clips.manifest import VIDEO_SUFFIXES, Box
+from common.errors import UserError, whole_file
+from common.schema import Text, foreign_record, validate
+
+Frame = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+@foreign_record
+class Moment:
+    frame_num: Frame
+    framerate: Annotated[float, Field(ge=0.1, le=1000)]
+
+
+@foreign_record
+class Span:
+    beg: Moment
+    end: Moment | None = None
+
+    def seconds(self, fidx: int) -> float:
+        """Begin of the clip's frame `fidx`, in seconds of the whole video."""
+        return round((self.beg.frame_num + fidx) / self.beg.framerate, 6)
+
+
+@foreign_record
+class Face:
+    id: Text
+    clip: Span
+    fidx: Frame
+    xyxy_norm: Box
+
+
+@foreign_record
+class Segment:
+    id: Text
+    clip: Span
+    fidx_beg: Frame
+    fidx_end: Frame
+    caption: Text
+
+
+@foreign_record
+class Person:
+    faces: list[Any]  # each read by itself: a bad item costs itself
+    segments: list[Any]
+
+
+def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: int = 0) -> Counter:
+    """Write a manifest of all segments whose video is in the folder `videos` as <id>.<any video suffix>.
+
+    The reference of a segment is a face of the same person, drawn by `seed`, that is not in the segment's own clip and
+    whose video is there too. Returns the counts: segments, written, the segments left out by reason, unreadable persons
+    if there are any, and the numbers of videos named and missing.
+    """
+    if Path(out).suffix.lower() != ".jsonl":
+        raise UserError(f"--out {out} does not end in .jsonl")
+    if not Path(videos).is_dir():
+        raise UserError(f"no folder {videos}: give --videos the folder of the downloaded videos")
+    files = sorted((file for file in Path(videos).iterdir() if file.suffix.lower() in VIDEO_SUFFIXES), reverse=True)
+    paths = {file.stem: str(file.resolve()) for file in files if file.is_file() and file.stat().st_size}
+    counts, named, rows, problem = Counter(), set(), [], ""
+    for index, item in enumerate(_persons(annotations)):
+        try:
+            person = validate(Person, item, f"item {index}")
+        except UserError as error:
+            counts["unreadable persons"] += 1
+            problem = problem or f" ({error})"
+            continue
+        faces = []
+        for face in person.faces:
+            with suppress(UserError):
+                faces.append(validate(Face, face, "face"))
+        for number, segment in enumerate(person.segments):
+            counts["segments"] += 1
+            try:
+                segment = validate(Segment, segment, "segment")
+            except UserError:
+                counts["unreadable"] += 1
+                continue
+            named.add(segment.id)
+            others = [f for f in faces if (f.id, f.clip) != (segment.id, segment.clip) and f.id in paths]
+            if segment.id not in paths or not others:
+                counts["no face in another clip" if segment.id in paths else "video missing"] += 1
+                continue
+            counts["written"] += 1
+            face = others[np.random.default_rng([seed, index, number]).integers(len(others))]
+            rows.append({
+                "identity": f"person-{index}",
+                "video": paths[segment.id],
+                "caption": segment.caption,
+                "start": segment.clip.seconds(segment.fidx_beg),
+                "end": segment.clip.seconds(segment.fidx_end + 1),
+                "reference_video": paths[face.id],
+                "reference_time": face.clip.seconds(face.fidx),
+                "reference_box": face.xyxy_norm,
+            })  # fmt: skip
+    if not rows:
+        raise UserError(f"{annotations}: none of {counts['segments']} segments can be used with {videos}{problem}")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    counts["videos"], counts["videos missing"] = len(named), len(named - paths.keys())
+    return counts
+
+
+def _persons(path: str | Path) -> list[Any]:
+    if not Path(path).is_file():
+        raise UserError(f"no annotations at {path}")
+    try:
+        persons = json.loads(Path(path).read_bytes())  # not parse_json: half an emoji in one caption costs itself only
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    return persons if isinstance(persons, list) else [persons]

@@ -1,0 +1,205 @@
+"""A cache on disk: names, metadata and contents of its files. clips/cache.py describes the folder and writes it."""
+
+import hashlib
+import io
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.errors import UserError
+from common.schema import Count, Positive, PositiveFloat, Text, foreign_record, parse_json, record
+
+PARTS = ("latents", "features", "image", "e_ref", "caption")  # of each clip in a shard: tensors ROW.latents, ...
+NULL = "null.safetensors"
+LARGEST_NUMBER = 1e6  # of latents, features and embeddings; real ones stay below a thousand
+M = TypeVar("M")
+
+
+@foreign_record
+class CacheSettings:
+    """cache.json, as far as reading needs it."""
+
+    height: Positive
+    width: Positive
+    frames: Positive
+    fps: PositiveFloat
+    latent_shape: tuple[Positive, Positive, Positive, Positive]  # C, T, h, w of every clip
+    shards: Positive
+    rows_per_shard: Positive
+    checkpoint: Text  # fingerprints of the models
+    gemma: Text
+    faces: Text
+
+
+@record
+class NullMetadata:
+    settings: str  # digest of the cache's settings
+    max_tokens: Annotated[int, Field(gt=0, le=2**16)]  # slots of the text context
+
+
+@record
+class CachedClip:
+    row: Annotated[int, Field(ge=0, lt=10**12)]
+    name: str
+
+
+@record
+class ShardMetadata:
+    settings: str
+    clips: list[CachedClip]
+    report: list[dict[str, str | Count]]  # rows that were left out, with `reason` and `detail`; remarks with `note`
+
+
+def shard_file(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """cache.json, or None if there is none. UserError where it is damaged."""
+    path = folder / "cache.json"
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise UserError(f"{path} is no file: give another folder")
+    text = path.read_bytes()
+    try:
+        parse_json(CacheSettings, text, path)
+        return json.loads(text)
+    except (UserError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): make the cache anew in another folder") from None
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Links each file of a cache to its cache.json."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_metadata(path: Path, settings: dict[str, Any], kind: type[M]) -> M | None:
+    """Metadata of a file of the cache; None if the file is missing, not whole, or of other settings."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text, names = (file.metadata() or {}).get("cache", ""), set(file.keys())
+        metadata = parse_json(kind, text, path)
+    except (SafetensorError, OSError, UserError):
+        return None
+    clips = getattr(metadata, "clips", ())
+    whole = all(f"{clip.row:07d}.{part}" in names for clip in clips for part in PARTS)
+    return metadata if whole and metadata.settings == digest(settings) else None
+
+
+def fingerprint_files(files: Iterable[Path]) -> str:
+    """Names, sizes, and the first and last 64 KiB of each file: cheap, and different for different weights."""
+    sha = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            sha.update(file.read(2**16))
+            file.seek(max(0, size - 2**16))
+            sha.update(file.read())
+    return sha.hexdigest()[:16]
+
+
+class CachedClips(Dataset):
+    """The clips of a cache.
+
+    settings: its cache.json, and max_tokens, the slots of the text context. latent_shape: (C, T, h, w) of every clip.
+    null_features: (tokens, D) of the empty prompt. names: of all clips. report: rows that were left out, and remarks.
+    It holds names and places only, and each process opens a shard once, when needed: so it can be pickled freely.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Raises UserError, saying which command to run, where the cache is missing, incomplete or damaged."""
+        self.folder = Path(folder)
+        settings = read_settings(self.folder)
+        if settings is None:
+            raise UserError(f"no cache in {folder} (it has no cache.json): make it with python prepare.py")
+        self.names: list[str] = []
+        self.report: list[dict[str, Any]] = []
+        places = []  # (shard, row) of each clip
+        for k in range(settings["shards"]):
+            metadata = self._metadata(shard_file(k), settings, ShardMetadata)
+            self.names += [clip.name for clip in metadata.clips]
+            self.report += metadata.report
+            places += [(k, clip.row) for clip in metadata.clips]
+        max_tokens = self._metadata(NULL, settings, NullMetadata).max_tokens
+        if not places:
+            raise UserError(f"the cache in {folder} holds no clip: {self.folder / 'report.jsonl'} says why")
+        self.settings: dict[str, Any] = settings | {"max_tokens": max_tokens}
+        self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
+        self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit
+        self.opened: dict[int, Any] = {}  # shard -> its file; opening one takes longer than reading a small clip
+        with safe_open(self.folder / NULL, framework="pt") as file:
+            self.null_features = file.get_tensor("features")  # (tokens, D)
+        if not self.null_features.abs().max() < LARGEST_NUMBER:
+            raise UserError(f"{self.folder / NULL} holds numbers that are not finite: make the cache anew")
+        shard = self._open(int(places[0][0]))
+        shapes = Counter(tuple(shard.get_slice(k).get_shape()) for k in shard.keys() if k.endswith(".e_ref"))
+        self.e_ref_shape = shapes.most_common(1)[0][0]  # (E,)
+
+    def _metadata(self, name: str, settings: dict[str, Any], kind: type) -> Any:
+        metadata = read_metadata(self.folder / name, settings, kind)
+        if metadata is None:
+            raise UserError(
+                f"the cache in {self.folder} is not complete: {name} is missing or damaged; "
+                "run the same python prepare.py command again, it makes what is missing"
+            )
+        return metadata
+
+    def _open(self, shard: int) -> Any:
+        if shard not in self.opened:
+            self.opened[shard] = safe_open(self.folder / shard_file(shard), framework="pt")
+        return self.opened[shard]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"opened": {}}
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """name, latents (C, T, h, w) bf16, features (tokens, D) bf16, image (PIL, unaugmented), e_ref (E,), caption.
+
+        Raises UserError that names clip and part where one of them is damaged or holds numbers that are not finite.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"clip {i} of {len(self)}")
+        shard, row = self.places[i]
+        part = "file"
+        try:
+            item = {part: self._open(shard).get_tensor(f"{row:07d}.{part}") for part in PARTS}
+            tokens = min(max(1, item["features"].shape[0]), self.settings["max_tokens"])
+            shapes = {"latents": self.latent_shape, "features": (tokens, self.null_features.shape[1])}
+            for part, shape in (shapes | {"e_ref": self.e_ref_shape}).items():
+                _require_numbers(item[part], shape)
+            part = "image"
+            item[part] = _photo(item[part])
+            part = "caption"
+            item[part] = item[part].numpy().tobytes().decode()
+        except Exception as error:  # whatever a damaged file makes a library throw
+            raise UserError(f"clip {self.names[i]} in {self.folder}: its {part} is damaged ({error})") from None
+        return item | {"name": self.names[i]}
+
+
+def _require_numbers(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if not tensor.is_floating_point() or tuple(tensor.shape) != shape:
+        raise ValueError(f"{tensor.dtype} of shape {tuple(tensor.shape)}, not floating point of shape {shape}")
+    if not tensor.abs().max() < LARGEST_NUMBER:  # nor is NaN
+        raise ValueError("not all of its numbers are finite")
+
+
+def _photo(data: Tensor) -> Image.Image:
+    """Bytes of a PNG as an RGB image."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data.numpy().tobytes()), formats=["PNG"]).convert("RGB")

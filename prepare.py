@@ -1,0 +1,123 @@
+"""Make the cache that train.py reads, out of a list of clips.
+
+    python prepare.py --manifest clips.jsonl --ckpt ltx-2.3-22b-dev.safetensors --out cache
+    torchrun --nproc-per-node 8 prepare.py ...            # on 8 GPUs; run it again after any interruption
+    python prepare.py show cache                          # what a cache holds
+    python prepare.py vip200k --annotations vip200k.json --videos videos --out vip200k.jsonl
+
+clips/manifest.py lists the columns of a manifest.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from PIL import Image
+from pydantic import Field
+
+from clips.cache import prepare
+from clips.vip200k import vip200k
+from common.device import DTYPES, resolve_device
+from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.outputs import refuse_overwrite
+from common.processes import own_place
+from common.schema import Count, Positive, PositiveFloat, record, validate
+from config import ASSETS
+from data import CachedClips, letterbox
+from text import GEMMA
+
+
+@record
+class Numbers:
+    """Ranges of the options that are numbers."""
+
+    height: Positive | None = None
+    width: Positive | None = None
+    frames: Positive | None = None
+    fps: Annotated[float, Field(ge=0.1, le=1000)] | None = None
+    shard_gb: PositiveFloat = 2.0
+    seed: Count = 0
+    workers: Annotated[int, Field(ge=1, le=256)] = 4
+
+
+def main() -> None:
+    command, *arguments = sys.argv[1:] or [""]
+    if command == "show":
+        parser = Parser(prog="prepare.py show", description="Print what a cache holds; draw its first references.")
+        parser.add_argument("cache", help="its folder")
+        show(Path(parser.parse_args(arguments).cache))
+    elif command == "vip200k":
+        make_manifest(arguments)
+    else:
+        make_cache(sys.argv[1:])
+
+
+def make_cache(arguments: list[str]) -> None:
+    parser = Parser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", required=True, help="CSV or JSONL of clips")
+    parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint, for its VAE and text projection (default: the tiny one)")
+    parser.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA}, or the tiny one)")
+    parser.add_argument("--faces", help="insightface model pack, name or folder (default: buffalo_l, or the tiny one)")
+    parser.add_argument("--out", required=True, help="folder of the cache")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of the VAE's cell (default: the checkpoint's)")
+    parser.add_argument("--width", type=int, help="pixels, likewise (default: the checkpoint's)")
+    parser.add_argument("--frames", type=int, help="1 more than a multiple of the VAE's cell (default: the checkpoint's)")
+    parser.add_argument("--fps", type=float, help="frames per second (default: the checkpoint's)")
+    where = "for rows without one: a face from the same video, or from another clip of its identity (%(default)s)"
+    parser.add_argument("--reference", choices=["same", "other"], default="same", help=where)
+    parser.add_argument("--require-face-in-video", action="store_true", help="leave out clips without one midway")
+    parser.add_argument("--shard-gb", type=float, default=2.0, help="about the size of a shard (%(default)s)")
+    parser.add_argument("--device", help="default: this rank's GPU, else cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--seed", type=int, default=0, help="decides which frames references are cut from")
+    parser.add_argument("--workers", type=int, default=4, help="threads that read videos ahead (%(default)s)")
+    options, place = parser.parse_args(arguments), own_place()
+    numbers = {key: getattr(options, key) for key in Numbers.__dataclass_fields__}
+    validate(Numbers, {key: value for key, value in numbers.items() if value is not None}, "options")
+    if options.device is None:
+        options.device = f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu"
+    options.device, options.dtype = resolve_device(options)
+    if options.ckpt is None:
+        options.ckpt = ASSETS / "tiny.safetensors"
+        options.gemma, options.faces = options.gemma or ASSETS / "gemma", options.faces or ASSETS / "faces"
+        if place.rank == 0:
+            print("no --ckpt: this cache is for the tiny model, and its detector knows drawn faces only")
+    options.gemma, options.faces = options.gemma or GEMMA, options.faces or "buffalo_l"
+    prepare(**vars(options), rank=place.rank, world=place.world)
+
+
+def make_manifest(arguments: list[str]) -> None:
+    parser = Parser(prog="prepare.py vip200k", description="Write a manifest from VIP-200K's annotations.")
+    parser.add_argument("--annotations", required=True, help="the JSON file")
+    parser.add_argument("--videos", required=True, help="folder with <YouTube id>.mp4, .webm, ...")
+    parser.add_argument("--out", required=True, help="the manifest, .jsonl")
+    parser.add_argument("--seed", type=int, default=0, help="decides which of a person's faces is the reference")
+    options = parser.parse_args(arguments)
+    validate(Count, options.seed, "--seed")
+    refuse_overwrite([options.out], [options.annotations])
+    for name, count in vip200k(**vars(options)).items():
+        print(f"{name:24}{count:>10,}")
+    print(f"wrote {options.out}")
+
+
+def show(folder: Path) -> None:
+    """Print what a cache holds, and draw its first references as the trainer would letterbox them."""
+    clips = CachedClips(folder)
+    sheet = Image.new("RGB", (4 * 256, 2 * 256))
+    for k in range(min(8, len(clips))):
+        sheet.paste(letterbox(clips[k]["image"], 252, 252), (k % 4 * 256, k // 4 * 256))
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    for key, value in clips.settings.items():
+        print(f"{key:24}{value}")
+    left_out = sum("reason" in line for line in clips.report)
+    print(f"{len(clips):,} clips, {left_out:,} rows left out, {size / 2**20:,.1f} MiB")
+    with whole_file(folder / "references.png") as temporary:
+        sheet.save(temporary)
+    print(f"wrote {folder / 'references.png'}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
