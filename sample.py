@@ -31,7 +31,7 @@ from common.media import contact_sheet, read_image, to_tensor, to_uint8, write_v
 from config import ASSETS
 from data import FITS
 from engine.fp8 import store_in_fp8
-from engine.lora import LoRA, merge_lora
+from engine.lora_files import LoRA, merge_lora
 from engine.offload import offload
 from engine.parallel import join_processes
 from engine.recipe import PRESETS, begin_with, resolve_loras, resolve_settings
@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--phase-scale", type=float, help="for --placement phase (default 1)")
     parser.add_argument("--ref-timestep", choices=["clean", "shared"], help="its tokens say t = 0, or the video's t")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    parser.add_argument("--lora-ignore-unknown", action="store_true", help="leave out LoRA tensors that have no place")
     parser.add_argument("--preset", choices=list(PRESETS), help="what a LoRA without our metadata was trained with")
     parser.add_argument("--prompt-prefix", help="what the prompt is made to begin with (default: nothing)")
     parser.add_argument(
@@ -146,6 +147,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
     # ---- prompts to contexts; Gemma is gone when this is done
     reads_on = torch.device("cpu") if options.text_on_cpu else device
     encoder = TextEncoder.from_checkpoint(path, options.gemma or default_gemma(options), reads_on, dtype)
+    merge_lora(encoder.connector, loras)
     contexts = {}  # on the CPU: 8 MB each at full size
     for prompt in tqdm(dict.fromkeys(case.prompt for case in sound), "prompts", disable=len(sound) == 1):
         asked = begin_with(prefix, prompt)

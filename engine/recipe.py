@@ -3,13 +3,11 @@
 import argparse
 import math
 
-import torch
-
 from checkpoint import Checkpoint, distilled_sign
 from common.errors import UserError
-from engine.lora import REFERENCE, LoRA, describe, parse_lora, told_by, wanted_by
+from config import ASSETS
+from engine.lora_files import REFERENCE, LoRA, describe, open_loras, settings_of, settings_of_loras
 from guidance import DISTILLED_SIGMAS
-from model import LTXVideo
 from vae import latent_scale
 
 PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_text": 5.0, "s_ref": 7.5}
@@ -27,13 +25,26 @@ def begin_with(prefix: str, prompt: str) -> str:
 
 
 def resolve_loras(options: argparse.Namespace, checkpoint: Checkpoint) -> list[LoRA]:
-    """The LoRA files, checked against the model; their weights are read when they are merged."""
-    with torch.device("meta"):
-        model = LTXVideo(checkpoint.config["transformer"]) if options.lora else None
-    loras = [LoRA(path, model, strength) for path, strength in map(parse_lora, options.lora)]
+    """The LoRAs of --lora, checked against the model and finite. One of strength 0 is checked and left out."""
+    loras = open_loras(options.lora, checkpoint, options.lora_ignore_unknown)
     for lora in loras:
         print(f"lora: {describe(lora)}")
-    return [lora for lora in loras if lora.strength]  # at strength 0 it is as if it had not been named
+    return [lora for lora in loras if lora.strength]
+
+
+def text_encoder(checkpoint: Checkpoint) -> str | None:
+    """The text encoder that a checkpoint needs: "embedded" for the model in assets/ and for all that is made from it,
+    None for Gemma 3 12B. An export and a merged file carry it as `gemma` in their metadata."""
+    embedded = checkpoint.path.resolve() == (ASSETS / "tiny.safetensors").resolve()
+    return "embedded" if embedded else checkpoint.ours.get("gemma")
+
+
+def export_guidance(config: dict, base: Checkpoint) -> dict:
+    """The guidance scales that an export carries as defaults: those of the run's config where it changed them, else
+    the base model's own, else the paper's."""
+    defaults = base.ours.get("defaults", {})
+    scales = {key: config["guidance"][key] for key in ("s_text", "s_ref")}
+    return {key: defaults.get(key, value) if value == PAPER[key] else value for key, value in scales.items()}
 
 
 def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> dict:
@@ -45,8 +56,8 @@ def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras:
         raise UserError('the prompt is empty: say what the video shows with --prompt "..."')
     preset = PRESETS.get(options.preset, {})
     given = {key: v for key in (*PAPER, *REFERENCE, "prompt_prefix") if (v := getattr(options, key)) is not None}
-    settings = PAPER | REFERENCE | {"prompt_prefix": ""} | told_by(checkpoint.ours)
-    if wanted := wanted_by(loras, preset | given):
+    settings = PAPER | REFERENCE | {"prompt_prefix": ""} | settings_of(checkpoint.ours)
+    if wanted := settings_of_loras(loras, preset | given):
         print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in wanted.items())}")
     settings |= wanted | preset
     signs = {file.path: distilled_sign(file.path, file.metadata) for file in (checkpoint, *loras)}
