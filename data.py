@@ -250,6 +250,8 @@ class CachedClips(Dataset):
         self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
         self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit
         self.opened: dict[int, Any] = {}  # shard -> its file; opening one takes longer than reading a small clip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 

@@ -59,13 +59,13 @@ def stream_weights(s_y: float, s_r: float, with_reference: bool = True) -> tuple
 
 
 def three_stream_cfg(v_0: Tensor, v_y: Tensor, v_yr: Tensor, s_y: float = S_Y, s_r: float = S_R) -> Tensor:
-    """Eq. 13: v_cfg = v_0 + s_y (v_y - v_0) + s_r (v_yr - v_y), with the terms of each velocity collected.
+    """Eq. 13: v_cfg = v_0 + s_y (v_y - v_0) + s_r (v_yr - v_y)
+                    = (1 - s_y) v_0 + (s_y - s_r) v_y + s_r v_yr
 
     v_0 without conditions, v_y with the prompt, v_yr with prompt and reference, each (B, N, C). s_y is the strength
-    of the text, s_r that of the reference.
+    of the text, s_r that of the reference. By the second line a stream of weight zero may hold anything, zeros too.
     """
-    w_0, w_y, w_yr = stream_weights(s_y, s_r)
-    return w_0 * v_0 + w_y * v_y + w_yr * v_yr
+    return v_0 + s_y * (v_y - v_0) + s_r * (v_yr - v_y)
 
 
 @torch.no_grad()

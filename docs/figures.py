@@ -1,6 +1,6 @@
 """The figures of README and docs: python docs/figures.py --out out/tass.png
 
-    assets/tass.png    rotary coordinates of video and reference tokens, for TASS and for the rejected placements
+assets/tass.png    rotary coordinates of video and reference tokens, for TASS and for the rejected placements
 """
 
 import sys

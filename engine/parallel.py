@@ -25,27 +25,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Checkpoint, file_name, open_checkpoint
 from common.errors import UserError
+from common.processes import own_place
 from config import Config
 from engine.fp8 import store_in_fp8
 from engine.lora import new_lora
 from model import LTXVideo
 
 
-def torchrun_numbers() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK of torchrun; (0, 1, 0) without it. UserError where they are incomplete."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    values = [os.environ.get(name) for name in names]
-    if not any(values):
-        return 0, 1, 0
-    if not all(value and value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
-        found = ", ".join(f"{name}={value!r}" for name, value in zip(names, values))
-        raise UserError(f"the environment has {found}: start with torchrun, or unset all three")
-    return tuple(map(int, values))
-
-
 def join_processes() -> torch.device:
     """Join torchrun's ranks, or be a group of one without it. Returns this rank's device. UserError: no GPU for it."""
-    gpu, local = torch.cuda.is_available(), torchrun_numbers()[2]
+    gpu, local = torch.cuda.is_available(), own_place().local_rank
     if gpu and local >= (gpus := torch.cuda.device_count()):
         raise UserError(
             f"torchrun started a process number {local + 1} here, for {gpus} GPU(s): --nproc-per-node={gpus}"

@@ -1,26 +1,76 @@
-"""The recipe of a video: options before presets, LoRAs, the checkpoint's own metadata, and last the paper."""
+"""The recipe of a video: size, steps, guidance and reference, out of five sources.
+
+options of the user  >  distilled models  >  --preset  >  LoRA metadata  >  checkpoint metadata  >  the paper
+"""
 
 import argparse
 import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from checkpoint import Checkpoint, distilled_sign
 from common.errors import UserError
-from config import ASSETS
+from config import ASSETS, PAPER, Config
 from engine.lora_files import REFERENCE, LoRA, describe, open_loras, settings_of, settings_of_loras
 from guidance import DISTILLED_SIGMAS
+from rope import Reference
 from vae import latent_scale
 
-PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_text": 5.0, "s_ref": 7.5}
-PRESETS = {  # for LoRAs whose metadata does not say what they want
+PRESETS = {  # for LoRAs without metadata of this project
     # LTX-Best-Face-ID. The guidance is our choice, since we know of none documented: equal scales, so two streams.
     "best-face-id": REFERENCE
     | {"placement": "phase", "fit": "cover", "prompt_prefix": "ref_t2v: ", "s_text": 3.0, "s_ref": 3.0}
 }
 DISTILLED = {"steps": len(DISTILLED_SIGMAS) - 1, "s_text": 1.0, "s_ref": 1.0}  # one stream, with the reference
+LARGEST = {
+    "height": 16384,
+    "width": 16384,
+    "frames": 100_000,
+    "steps": 10_000,
+    "fps": 1000,
+    "s_text": 1e4,
+    "s_ref": 1e4,
+}
+LARGEST |= {"source_id": 1000, "phase_scale": 1000}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a video but its prompt, photo and seed."""
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+    steps: int
+    s_text: float  # s_y of Eq. 13
+    s_ref: float  # s_r of Eq. 13
+    reference: Reference
+    prompt_prefix: str = ""
+    sigmas: tuple[float, ...] | None = None  # instead of the schedule of `steps`
+
+    def for_generate(self) -> dict[str, Any]:
+        """Keyword arguments of guidance.generate."""
+        names = ("height", "width", "frames", "fps", "steps", "reference", "sigmas")
+        return {name: getattr(self, name) for name in names} | {"s_y": self.s_text, "s_r": self.s_ref}
+
+    def for_metadata(self) -> dict[str, Any]:
+        """The same as plain values, under the names of the options."""
+        flat = asdict(self)
+        reference = flat.pop("reference")
+        flat["ref_timestep"] = reference.pop("timestep")
+        return flat | reference
+
+    def line(self) -> str:
+        """For the terminal."""
+        return (
+            f"{self.width}x{self.height}, {self.frames} frames at {self.fps:g} fps, {self.steps} steps, s_text "
+            f"{self.s_text:g}, s_ref {self.s_ref:g}, placement {self.reference.placement}, fit {self.reference.fit}"
+        )
 
 
 def begin_with(prefix: str, prompt: str) -> str:
-    """The prompt with what a LoRA's prompts begin with, once."""
+    """The prompt behind the prefix of a LoRA's prompts, once."""
     return prompt if prompt.startswith(prefix) else prefix + prompt
 
 
@@ -39,51 +89,56 @@ def text_encoder(checkpoint: Checkpoint) -> str | None:
     return "embedded" if embedded else checkpoint.ours.get("gemma")
 
 
-def export_guidance(config: dict, base: Checkpoint) -> dict:
+def export_guidance(config: Config, base: Checkpoint) -> dict[str, float]:
     """The guidance scales that an export carries as defaults: those of the run's config where it changed them, else
     the base model's own, else the paper's."""
     defaults = base.ours.get("defaults", {})
-    scales = {key: config["guidance"][key] for key in ("s_text", "s_ref")}
+    scales = {key: getattr(config.guidance, key) for key in ("s_text", "s_ref")}
     return {key: defaults.get(key, value) if value == PAPER[key] else value for key, value in scales.items()}
 
 
-def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> dict:
-    """What `generate` is told, and "fit" and "prompt_prefix". The user's options come first, then what a distilled
-    model needs, the preset, what the LoRAs say, the checkpoint's own defaults, the paper's."""
-    if options.batch and (options.prompt or options.ref or options.samples != 1):
-        raise UserError("--batch has references, prompts and seeds of its own: leave out --prompt, --ref and --samples")
-    if not options.batch and (options.prompt is None or not options.prompt.strip()):
-        raise UserError('the prompt is empty: say what the video shows with --prompt "..."')
+def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> Recipe:
+    """The recipe of a command's options. It prints where a preset, a LoRA or a distilled model decides."""
     preset = PRESETS.get(options.preset, {})
-    given = {key: v for key in (*PAPER, *REFERENCE, "prompt_prefix") if (v := getattr(options, key)) is not None}
+    names = (*PAPER, *REFERENCE, "prompt_prefix")
+    chosen = {key: value for key in names if (value := getattr(options, key)) is not None}
     settings = PAPER | REFERENCE | {"prompt_prefix": ""} | settings_of(checkpoint.ours)
-    if wanted := settings_of_loras(loras, preset | given):
-        print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in wanted.items())}")
-    settings |= wanted | preset
+    if from_loras := settings_of_loras(loras, preset | chosen):
+        print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in from_loras.items())}")
+    settings |= from_loras | preset
     signs = {file.path: distilled_sign(file.path, file.metadata) for file in (checkpoint, *loras)}
-    if found := [f"{path} is distilled, says {sign}" for path, sign in signs.items() if sign]:
+    distilled = [f"{path} is distilled, says {sign}" for path, sign in signs.items() if sign]
+    if distilled:
         settings |= DISTILLED
-        print(f"{found[0]}: {DISTILLED['steps']} steps of its own schedule, without guidance, unless you say otherwise")
-    settings |= given
-    if found and settings["steps"] == DISTILLED["steps"]:
-        settings["sigmas"] = DISTILLED_SIGMAS
+        steps = DISTILLED["steps"]
+        print(f"{distilled[0]}: {steps} steps of its own schedule, without guidance, unless options say otherwise")
+    settings |= chosen
     if preset:
-        used = [f"{key} {settings[key]!r}{' (yours)' if key in given else ''}" for key in preset]
+        used = [f"{key} {settings[key]!r}{' (yours)' if key in chosen else ''}" for key in preset]
         print(f"preset {options.preset}: {', '.join(used)}")
-    time, rows, columns = latent_scale(checkpoint.config["vae"])
-    for name, step, extra in (("height", rows, 0), ("width", columns, 0), ("frames", time, 1)):
+    check_numbers(settings, latent_scale(checkpoint.config["vae"]))
+    reference = Reference(
+        timestep=settings["ref_timestep"], **{k: settings[k] for k in REFERENCE if k != "ref_timestep"}
+    )
+    return Recipe(
+        **{key: settings[key] for key in PAPER},
+        reference=Reference(**of_reference),
+        prompt_prefix=settings["prompt_prefix"],
+        sigmas=DISTILLED_SIGMAS if distilled and settings["steps"] == DISTILLED["steps"] else None,
+    )
+
+
+def check_numbers(settings: dict[str, Any], scale: tuple[int, int, int]) -> None:
+    """UserError for a size that the VAE cannot take, and for a number out of range."""
+    for name, most in LARGEST.items():
+        if not (math.isfinite(settings[name]) and abs(settings[name]) <= most):
+            raise UserError(f"--{name.replace('_', '-')} {settings[name]} is not a number up to {most:g}")
+    for name in ("fps", "steps", "height", "width", "frames"):
+        if settings[name] <= 0:
+            raise UserError(f"--{name} {settings[name]} is not above 0")
+    for name, step, extra in zip(("frames", "height", "width"), scale, (1, 0, 0)):
         value = settings[name]
         lower = max((value - extra) // step, 0 if extra else 1) * step + extra
         if value != lower:
             rule = f"{step}k+1" if extra else f"a multiple of {step}"
             raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
-    for name in ("fps", "s_text", "s_ref"):
-        if not math.isfinite(settings[name]):
-            raise UserError(f"--{name.replace('_', '-')} {settings[name]} is not a finite number")
-    if not 0 <= options.seed < 2**63 - options.samples:
-        raise UserError(f"--seed {options.seed} is not between 0 and 2^63")
-    for name in ("fps", "steps"):
-        if settings[name] <= 0:
-            raise UserError(f"--{name} {settings[name]} is not above 0")
-    settings["s_y"], settings["s_r"] = settings.pop("s_text"), settings.pop("s_ref")
-    return settings

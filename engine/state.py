@@ -34,7 +34,7 @@ from common.schema import Count, Text, foreign_record, parse_json
 from config import Config, as_dict, require_same_run
 from engine.average import Average
 from engine.lora import save_lora
-from guidance import S_R, S_Y
+from engine.recipe import export_guidance, text_encoder
 from model import LTXVideo
 
 
@@ -276,15 +276,11 @@ def export_run(config: Config, base: Checkpoint, out: Path) -> None:
     folder = newest(run)
     if out.exists() and any(out.samefile(path) for path in [base.path, *folder.iterdir()]):
         raise UserError(f"--export {out} would replace a file that it is made from: name another")
-    # The paper's scales suit the paper's model. A run that names no others exports those of its base.
-    own = {"s_text": config.guidance.s_text, "s_ref": config.guidance.s_ref}
-    own = own if own != {"s_text": S_Y, "s_ref": S_R} else {}
+    scales, encoder = export_guidance(config, base), text_encoder(base)
     defaults = base.ours.get("defaults", {})
-    scales = (
-        {"s_text": S_Y, "s_ref": S_R} | {key: defaults[key] for key in ("s_text", "s_ref") if key in defaults} | own
-    )
     ours = {key: getattr(reference, key) for key in ("placement", "source_id", "phase_scale", "fit")}
     ours |= {"ref_timestep": reference.timestep, "training": as_dict(config)}
+    ours |= {"gemma": encoder} if encoder else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     # What was trained is up to the run, whatever this command's options are.
     record = run / "config.json"

@@ -35,7 +35,7 @@ from common.errors import Parser, UserError, one_line_errors, whole_file
 from config import ASSETS, read_config
 from evaluation.metrics import FaceReader
 from toy.eye import Eye
-from toy.judge import GROUPS, cases, copied, make_videos, measure, settings_of
+from toy.judge import GROUPS, cases, copied, make_videos, measure, recipe_of
 from toy.make import ON_GPU, run_command, torchrun
 
 HERE = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def train_options(name: str, seed: int, budget: dict[str, Any], out: Path, commo
     of the device, and of the user, who may overrule both."""
     config = HERE / "configs" / "toy-ablation.toml"
     start = budget["change"] | (ON_GPU if torch.cuda.is_available() else {})
-    cache, clips = read_config(config, common)["data"]["cache"], budget["clips"]
+    cache, clips = read_config(config, common).data.cache, budget["clips"]
     options = changes(name) | {"data.toy": clips, "data.cache": f"{cache}-{clips}"}
     options |= {"run.out": str(out / f"{name}-{seed}"), "run.seed": seed}
     options["optim.steps"] = budget["base" if name == "base" else "row"]
@@ -141,11 +141,11 @@ def judge_row(name: str, train_seed: int, seed: int, people: int, out: Path, too
     if record.is_file():
         return
     path = weights(name, train_seed, out)
-    settings = settings_of(path)
-    told = cases(seed, people, settings["frames"], settings["fps"], settings["height"])
+    recipe = recipe_of(path)
+    told = cases(seed, people, recipe.frames, recipe.fps, recipe.height)
     photos, seeds = [case["reference"] for case in told], [seed * people + k for k in range(people)]
     videos = make_videos(
-        path, ASSETS / "gemma", told, photos, seeds, settings, tools["device"], tools["dtype"], title=f"{name} {seed}"
+        path, ASSETS / "gemma", told, photos, seeds, recipe, tools["device"], tools["dtype"], title=f"{name} {seed}"
     )
     rows = measure(videos, told, tools["reader"], tools["look"])
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ def report(out: Path, budget: str, common: list[str], figure: str) -> str:
     times = ", ".join(f"{name} {int(seconds) / 60:.0f}" for name, (seconds, _, _) in trained.items())
     where = "; ".join(sorted({place for _, _, place in trained.values()}))
     named = [key.split(".") for key in ("optim.batch", "optim.lr", "faces.min_weight")]
-    options = ", ".join(f"{section}.{key} = {config[section][key]}" for section, key in named)
+    options = ", ".join(f"{section}.{key} = {getattr(getattr(config, section), key)}" for section, key in named)
     given = " ".join([f"--budget {budget}", *[f"--set {change}" for change in common]])
     return (
         "# The ablation in the tiny world\n\n"

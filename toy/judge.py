@@ -29,9 +29,9 @@ from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.media import to_tensor, to_uint8
-from config import ASSETS
+from config import ASSETS, PAPER
 from data import FITS
-from engine.recipe import PAPER, begin_with, resolve_settings
+from engine.recipe import Recipe, begin_with, resolve_recipe
 from evaluation.metrics import FaceReader, face_sim, identity_drift
 from evaluation.report import bootstrap, draw_sheet
 from guidance import generate_batch
@@ -83,11 +83,10 @@ def cases(seed: int, count: int, frames: int = 17, fps: float = 12.0, size: int 
     return chosen
 
 
-def settings_of(path: str | Path, **changes: float | None) -> dict[str, Any]:
-    """What sample.py would tell `generate` for this checkpoint, with such of its options as are not None."""
+def recipe_of(path: str | Path, **changes: float | None) -> Recipe:
+    """The recipe that sample.py has for this checkpoint, with those of the changes that are not None."""
     options = dict.fromkeys((*PAPER, "placement", "source_id", "phase_scale", "fit", "ref_timestep", "prompt_prefix"))
-    options |= {"batch": None, "ref": None, "prompt": "-", "preset": None, "samples": 1, "seed": 0}
-    return resolve_settings(argparse.Namespace(**options | changes), Checkpoint(path))
+    return resolve_recipe(argparse.Namespace(preset=None, **options | changes), Checkpoint(path))
 
 
 def make_videos(
@@ -96,15 +95,14 @@ def make_videos(
     told: list[dict[str, Any]],
     photos: list[np.ndarray] | None,
     seeds: list[int],
-    settings: dict[str, Any],
+    recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
     batch: int = 16,
     title: str = "videos",
 ) -> np.ndarray:
     """The model's videos (N, F, H, W, 3) of the cases' prompts; photos None: plain text-to-video."""
-    settings = dict(settings)
-    fit, prefix = settings.pop("fit"), settings.pop("prompt_prefix")
+    fit, prefix = recipe.reference.fit, recipe.prompt_prefix
     encoder = TextEncoder.from_checkpoint(path, gemma, device, dtype)
     contexts = [encoder.encode([begin_with(prefix, case["caption"])]) for case in told]
     null_context = encoder.encode([""])
@@ -115,10 +113,10 @@ def make_videos(
     for at in tqdm(range(0, len(told), batch), title, unit="batch"):
         some = slice(at, at + batch)
         if photos is not None:
-            fitted = [FITS[fit](Image.fromarray(p), settings["height"], settings["width"]) for p in photos[some]]
+            fitted = [FITS[fit](Image.fromarray(p), recipe.height, recipe.width) for p in photos[some]]
             images = torch.stack([to_tensor(photo) for photo in fitted])
         context = torch.cat(contexts[some])
-        made = generate_batch(model, vae, context, null_context, images, seeds=seeds[some], **settings)
+        made = generate_batch(model, vae, context, null_context, images, seeds=seeds[some], **recipe.for_generate())
         videos += [to_uint8(video) for video in made]
     return np.stack(videos)
 
@@ -306,10 +304,10 @@ def main() -> None:
         return train(options, device)
     path, out = options.ckpt or ASSETS / "tiny.safetensors", Path(options.out)
     if options.write:
-        return write_cases(Path(options.write), options, settings_of(path))
+        return write_cases(Path(options.write), options, recipe_of(path))
     look = Eye.from_file(options.eye, device)
-    settings = settings_of(path, s_text=options.s_text, s_ref=options.s_ref, steps=options.steps)
-    size = {"frames": settings["frames"], "fps": settings["fps"], "size": settings["height"]}
+    recipe = recipe_of(path, s_text=options.s_text, s_ref=options.s_ref, steps=options.steps)
+    size = {"frames": recipe.frames, "fps": recipe.fps, "size": recipe.height}
     reader = FaceReader(options.faces, device=device, det_size=options.det_size)
     told = cases(options.seed, options.count, **size)
     photos = [case["reference"] for case in told]
@@ -322,7 +320,7 @@ def main() -> None:
     seeds = [options.seed * len(told) + k for k in range(len(told))]
     rows = {}
     for kind, (shown, given) in kinds.items():
-        videos = make_videos(path, options.gemma, told, shown, seeds, settings, device, dtype, options.batch, kind)
+        videos = make_videos(path, options.gemma, told, shown, seeds, recipe, device, dtype, options.batch, kind)
         rows[kind] = measure(videos, told, reader, look, given)
         if kind == "with reference":
             out.mkdir(parents=True, exist_ok=True)
@@ -339,10 +337,10 @@ def main() -> None:
     print(f"{text}\nwrote summary.md, rows.json and sheet.png into {out}")
 
 
-def write_cases(folder: Path, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+def write_cases(folder: Path, options: argparse.Namespace, recipe: Recipe) -> None:
     """Portraits and cases.jsonl, which sample.py --batch and eval.py read, of the same people, prompts and seeds."""
     folder.mkdir(parents=True, exist_ok=True)
-    told, lines = cases(options.seed, options.count, *(settings[key] for key in ("frames", "fps", "height"))), []
+    told, lines = cases(options.seed, options.count, recipe.frames, recipe.fps, recipe.height), []
     for k, case in enumerate(told):
         with whole_file(folder / f"{k:03}.png") as temporary:
             Image.fromarray(case["reference"]).save(temporary)
