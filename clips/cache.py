@@ -41,8 +41,17 @@ from tqdm import tqdm
 import config
 from checkpoint import NAMES, Checkpoint, open_checkpoint, write
 from clips.manifest import Clip, Rejected, load_clip, read_manifest
-from common.cache import LARGEST_NUMBER, NULL, PARTS, NullMetadata, ShardMetadata, digest, read_metadata, read_settings
-from common.cache import shard_file
+from common.cache import (
+    LARGEST_NUMBER,
+    NULL,
+    PARTS,
+    NullMetadata,
+    ShardMetadata,
+    digest,
+    read_metadata,
+    read_settings,
+    shard_file,
+)
 from common.device import free
 from common.errors import UserError, whole_file
 from common.outputs import refuse_overwrite
