@@ -211,48 +211,6 @@ def check_cache_fits(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Clips and batches
-
-
-class CachedClips(Dataset):
-    """The clips of a cache.
-
-    settings: its cache.json, and max_tokens, the slots of the text context. latent_shape: (C, T, h, w) of every clip.
-    null_features: (tokens, D) of the empty prompt. names: of all clips. report: the rows that were left out, remarks.
-    It holds names and places only, and each process opens a shard once, when needed: so it can be pickled freely.
-    """
-
-    def __init__(self, folder: str | Path):
-        """Raises UserError, saying which command to run, where the cache is missing, incomplete or damaged."""
-        self.folder = Path(folder)
-        settings = read_settings(self.folder)
-        if settings is None:
-            raise UserError(f"no cache in {folder} (it has no cache.json): make it with python prepare.py")
-        files = {path.name for path in self.folder.glob("*.safetensors")}
-        if settings["shards"] > len(files):  # before that many names are tried
-            raise self._incomplete(f"it has {len(files)} files for {settings['shards']} shards")
-        self.names: list[str] = []
-        self.report: list[dict] = []
-        places, shards = [], [shard_file(k) for k in range(settings["shards"])]
-        for k, name in enumerate(shards):
-            metadata = read_metadata(self.folder / name, settings, ShardMetadata)
-            if metadata is None:
-                raise self._incomplete(f"{name} is missing or damaged")
-            self.names += [clip.name for clip in metadata.clips]
-            self.report += metadata.report
-            places += [(k, clip.row) for clip in metadata.clips]
-        null = read_metadata(self.folder / NULL, settings, NullMetadata)
-        if null is None:
-            raise self._incomplete(f"{NULL} is missing or damaged")
-        if not places:
-            raise UserError(f"the cache in {folder} holds no clip: {self.folder / 'report.jsonl'} says why")
-        self.settings: dict[str, Any] = settings | {"max_tokens": null.max_tokens}
-        self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
-        self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit
-        self.opened: dict[int, Any] = {}  # shard -> its file; opening one takes longer than reading a small clip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
 

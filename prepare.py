@@ -63,9 +63,7 @@ def make_cache(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, help="folder of the cache")
     parser.add_argument("--height", type=int, help="pixels, a multiple of the VAE's cell (default: the checkpoint's)")
     parser.add_argument("--width", type=int, help="pixels, likewise (default: the checkpoint's)")
-    parser.add_argument(
-        "--frames", type=int, help="1 more than a multiple of the VAE's cell (default: the checkpoint's)"
-    )
+    parser.add_argument("--frames", type=int, help="a multiple of the VAE's cell, and 1 (default: the checkpoint's)")
     parser.add_argument("--fps", type=float, help="frames per second (default: the checkpoint's)")
     where = "for rows without one: a face from the same video, or from another clip of its identity (%(default)s)"
     parser.add_argument("--reference", choices=["same", "other"], default="same", help=where)

@@ -53,8 +53,9 @@ class Rejected(Exception):
 
 
 def _numbers_in(value: Any) -> Any:
-    """Text that holds numbers, as a CSV does, as a list of them."""
-    return re.split(r"[\s,]+", value.strip(" []()")) if isinstance(value, str) else value
+    """A list as a tuple; text that holds numbers, as in a CSV, likewise."""
+    value = re.split(r"[\s,]+", value.strip(" []()")) if isinstance(value, str) else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _touches_the_frame(box: tuple[float, ...]) -> tuple[float, ...]:

@@ -13,7 +13,6 @@ is not. Frame numbers become seconds by the annotation's frame rate, because a d
 
 import json
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,12 +59,6 @@ class Segment:
     caption: Text
 
 
-@foreign_record
-class Person:
-    faces: list[Any]  # each read by itself: a bad item costs itself
-    segments: list[Any]
-
-
 def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: int = 0) -> Counter:
     """Write a manifest of all segments whose video is in the folder `videos` as <id>.<any video suffix>.
 
@@ -81,21 +74,15 @@ def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: 
     paths = {file.stem: str(file.resolve()) for file in files if file.is_file() and file.stat().st_size}
     counts, named, rows, problem = Counter(), set(), [], ""
     for index, item in enumerate(_persons(annotations)):
-        try:
-            person = validate(Person, item, f"item {index}")
-        except UserError as error:
+        lists = [item.get(key) for key in ("faces", "segments")] if isinstance(item, dict) else [None]
+        if not all(isinstance(value, list) for value in lists):
             counts["unreadable persons"] += 1
-            problem = problem or f" ({error})"
+            problem = problem or f" (item {index} has no lists of faces and segments)"
             continue
-        faces = []
-        for face in person.faces:
-            with suppress(UserError):
-                faces.append(validate(Face, face, "face"))
-        for number, segment in enumerate(person.segments):
+        faces = [face for face in (_read(Face, value) for value in lists[0]) if face]
+        for number, segment in enumerate(_read(Segment, value) for value in lists[1]):
             counts["segments"] += 1
-            try:
-                segment = validate(Segment, segment, "segment")
-            except UserError:
+            if segment is None:
                 counts["unreadable"] += 1
                 continue
             named.add(segment.id)
@@ -122,6 +109,14 @@ def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: 
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     counts["videos"], counts["videos missing"] = len(named), len(named - paths.keys())
     return counts
+
+
+def _read(kind: type, value: Any) -> Any:
+    """An object of `kind`, or None where the value is none."""
+    try:
+        return validate(kind, value, "")
+    except UserError:
+        return None
 
 
 def _persons(path: str | Path) -> list[Any]:

@@ -144,7 +144,8 @@ class CachedClips(Dataset):
         if not self.null_features.abs().max() < LARGEST_NUMBER:
             raise UserError(f"{self.folder / NULL} holds numbers that are not finite: make the cache anew")
         shard = self._open(int(places[0][0]))
-        shapes = Counter(tuple(shard.get_slice(k).get_shape()) for k in shard.keys() if k.endswith(".e_ref"))
+        names = [name for name in list(shard.keys()) if name.endswith(".e_ref")]
+        shapes = Counter(tuple(shard.get_slice(name).get_shape()) for name in names)
         self.e_ref_shape = shapes.most_common(1)[0][0]  # (E,)
 
     def _metadata(self, name: str, settings: dict[str, Any], kind: type) -> Any:

@@ -1,47 +1,33 @@
-"""Eq. 5 by measuring what comes out, manifests with every fault, and a cache that is killed, shared and resumed.
-
-The clips are red squares (the hand-made detector of test_face takes red for a face) on a ground whose color says whose
-clip it is and whose brightness says which frame.
-"""
+"""Eq. 5 by measuring what comes out, the randomness of a sample, and batches compared with a plain loop."""
 
 import colorsys
 import json
 import math
-import os
-import pickle
-import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_face import build_detector, build_iresnet
-from test_media import make_video
 
-from clips import cache
+import data
 from clips.cache import prepare
-from clips.manifest import crop_face, read_manifest, vip200k
 from common.errors import UserError
-from common.media import read_frame, read_image, read_video, to_tensor
+from common.media import to_tensor
+from config import read_config
 from data import (
     AUGMENT,
     CachedClips,
     TrainingClips,
     augment_reference,
     collate,
+    draw_sample,
     epoch_order,
     letterbox,
     reference_tensor,
     sample_rng,
+    training_batches,
 )
-from face import ArcFace, FaceDetector, align, recognition_file
-from text import TextEncoder
-from vae import VideoVAE
+from losses import shifted_logit_normal
 
 OFF = {"flip": 0, "rotate": 0, "crop": 0, "jitter": 0}
 
@@ -228,639 +214,125 @@ def test_epoch_order_visits_each_once():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Manifests
+# The randomness of a sample
 
 
-def test_csv_and_jsonl_say_the_same(tmp_path):
-    (tmp_path / "m.csv").write_text(
-        "\ufeffvideo,caption,reference,identity,start,end,reference_video,reference_time,reference_box,extra\r\n"
-        'a/b.mp4,"She said ""hi"", then left.",r.png,7,1.5,4,,,,x\r\n'
-        'c.mp4," zwei\nZeilen ",,,,,d.webm,2.25,"0.1, 0.2 0.5,0.75",\r\n',
-        encoding="utf-8",
+def draws(seed, number, grid=(5, 2, 3), channels=4, p_text=0.05, p_ref=0.2, window=2, noise_tokens=0):
+    return draw_sample(seed, number, grid, channels, p_text, p_ref, window, noise_tokens)
+
+
+@pytest.mark.parametrize(("seed", "number", "window", "tokens"), [(0, 0, 2, 0), (3, 17, 1, 2048), (7, 2**40, 9, 0)])
+def test_draws_are_those_of_one_generator_in_this_order(seed, number, window, tokens):
+    """Level, three uniform numbers, noise; a run that was begun with earlier code continues with the same numbers."""
+    state = torch.get_rng_state()
+    a = draws(seed, number, window=window, noise_tokens=tokens, p_text=0.5, p_ref=0.5)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+    word = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+    generator = torch.Generator().manual_seed(word // 2)
+    assert a.t == shifted_logit_normal(1, tokens or 30, generator).item()
+    text, ref, place = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    assert (a.drop_text, a.drop_ref) == (text < 0.5, ref < 0.5)
+    assert a.window == math.floor(place * max(1, 5 - window + 1))
+    assert torch.equal(a.eps, torch.randn(30, 4, generator=generator)) and a.eps.dtype == torch.float32
+
+
+def test_every_window_fits_the_video_and_occurs():
+    for window in range(1, 8):
+        firsts = {draws(0, number, window=window).window for number in range(100)}
+        assert firsts == set(range(max(1, 5 - window + 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+BATCH = 6
+
+
+@pytest.fixture(scope="module")
+def clips(root, tmp_path_factory):
+    """The clips of assets/ as a cache of several shards."""
+    folder, assets = tmp_path_factory.mktemp("batches") / "cache", root / "assets"
+    models = {"ckpt": assets / "tiny.safetensors", "gemma": assets / "gemma", "faces": assets / "faces"}
+    prepare(assets / "clips" / "manifest.csv", out=folder, shard_gb=1e-4, **models)
+    assert json.loads((folder / "cache.json").read_text())["shards"] > 1
+    return CachedClips(folder)
+
+
+def options(*changes):
+    return read_config(
+        None, [f"optim.batch={BATCH}", "parallel.micro_batch=2", "run.seed=3", "data.workers=0", *changes]
     )
-    rows = [
-        {"video": "a/b.mp4", "caption": 'She said "hi", then left.', "reference": "r.png", "identity": 7, "start": 1.5,
-         "end": 4, "extra": [1]},
-        {"video": "c.mp4", "caption": "zwei\nZeilen", "reference_video": "d.webm", "reference_time": "2.25",
-         "reference_box": [0.1, 0.2, 0.5, 0.75], "start": None},
-    ]  # fmt: skip
-    (tmp_path / "m.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
-    csv, jsonl = read_manifest(tmp_path / "m.csv"), read_manifest(str(tmp_path / "m.jsonl"))
-    assert [clip.line for clip in csv] == [2, 4] and [clip.line for clip in jsonl] == [1, 3]
-    for a, b in zip(csv, jsonl):
-        assert vars(a) | {"line": 0} == vars(b) | {"line": 0} and a.problem is None
-    assert csv[0].video == tmp_path / "a/b.mp4" and csv[0].reference == tmp_path / "r.png"
-    assert (csv[0].identity, csv[0].start, csv[0].end) == ("7", 1.5, 4.0) and csv[
-        0
-    ].caption == 'She said "hi", then left.'
-    assert csv[1].reference_video == tmp_path / "d.webm" and csv[1].reference_box == (0.1, 0.2, 0.5, 0.75)
-    assert (csv[1].start, csv[1].end, csv[1].reference_time, csv[1].caption) == (0.0, None, 2.25, "zwei\nZeilen")
 
 
-def test_bad_rows_keep_their_place_and_say_why(tmp_path):
-    rows = [
-        ('{"video": "a.mp4", "caption": "good"}', None),
-        ('{"video": "a.mp4", "caption": ', "not JSON"),
-        ("[1, 2]", "not a JSON object"),
-        ('"text"', "not a JSON object"),
-        ('{"video": " ", "caption": "x"}', "no video"),
-        ('{"caption": "x"}', "no video"),
-        ('{"video": "a.mp4", "caption": "x", "start": "soon"}', "start 'soon'"),
-        ('{"video": "a.mp4", "caption": "x", "start": -1}', "start -1"),
-        ('{"video": "a.mp4", "caption": "x", "end": NaN}', "end nan"),
-        ('{"video": "a.mp4", "caption": "x", "start": 3, "end": 3}', "end 3 is not after start 3"),
-        ('{"video": "a.mp4", "caption": "x", "reference_video": "b.mp4"}', "reference_time go together"),
-        ('{"video": "a.mp4", "caption": "x", "reference_box": [0.1, 0.2, 0.3]}', "reference_box"),
-        ('{"video": "a.mp4", "caption": "x", "reference_box": [100, 20, 300, 400]}', "reference_box"),
-        (r'{"video": "a\u0000.mp4", "caption": "x"}', "NUL"),
-        (r'{"video": "a.mp4", "caption": "half an emoji \ud83d"}', "surrogates not allowed"),
-        ('{"video": "b.mp4", "caption": "good"}', None),
-    ]
-    (tmp_path / "m.jsonl").write_text("\n".join(text for text, _ in rows))
-    clips = read_manifest(tmp_path / "m.jsonl")
-    assert [clip.line for clip in clips] == list(range(1, len(rows) + 1))
-    for clip, (_, problem) in zip(clips, rows):
-        assert clip.problem is None if problem is None else problem in clip.problem
-    (tmp_path / "m.csv").write_text("video,caption\na.mp4,x\nb.mp4,x,y,z\nc.mp4\n,x\n")
-    clips = read_manifest(tmp_path / "m.csv")
-    assert [clip.problem for clip in clips] == [None, "more fields than columns", None, "no video"]
-    assert clips[2].caption == ""  # an empty caption is found in prepare, with the other reasons
-
-
-def test_what_is_no_manifest(tmp_path):
-    for name, content, said in [
-        ("a.csv", "video,text\na.mp4,x\n", r"a\.csv, line 1: no column 'caption'.*text"),
-        ("only.csv", "file,caption\n", r"only\.csv, line 1: no column 'video'"),
-        ("a.jsonl", '\n{"video": "a.mp4", "text": "x"}\n', r"a\.jsonl, line 2: no column 'caption'"),
-        ("empty.csv", "", r"empty\.csv lists no clip"),
-        ("head.csv", "video,caption\n", r"head\.csv lists no clip"),
-        ("a.txt", "x", r"a\.txt.*\.csv or \.jsonl"),
-        ("latin.csv", "video,caption\na.mp4,é".encode("latin-1"), r"latin\.csv is not UTF-8"),
-    ]:
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        with pytest.raises(UserError, match=said):
-            read_manifest(tmp_path / name)
-    with pytest.raises(UserError, match=r"no manifest at .*missing\.csv"):
-        read_manifest(tmp_path / "missing.csv")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# VIP-200K
-
-
-def annotation(video, first, last, rate, **more):
-    clip = {"beg": {"frame_num": first, "framerate": rate}, "end": {"frame_num": last, "framerate": rate}}
-    return {"id": video, "clip": clip} | more
-
-
-def test_vip200k_takes_references_from_other_clips_only(tmp_path):
-    """Of VIP-200K's own example: frames 1016 to 1147 at 23.976 fps, a segment 0 to 130 and a face in frame 16."""
-    rate, (a, b) = 23.976, ([0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.7, 0.8])
-    one = {
-        "faces": [
-            annotation("aaa", 1016, 1147, rate, fidx=16, xyxy_norm=a),
-            annotation("aaa", 2000, 2300, rate, fidx=5, xyxy_norm=b),
-            annotation("bbb", 1016, 1147, 30.0, fidx=60, xyxy_norm=b),
-            annotation("gone", 0, 50, 30.0, fidx=1, xyxy_norm=b),
-        ],
-        "segments": [
-            annotation("aaa", 1016, 1147, rate, fidx_beg=0, fidx_end=130, caption="First."),
-            annotation("aaa", 2000, 2300, rate, fidx_beg=24, fidx_end=200, caption="Zweitens: ä."),
-            annotation("gone", 0, 50, 30.0, fidx_beg=0, fidx_end=49, caption="Missing."),
-        ],
-    }
-    lonely = {
-        "faces": [
-            annotation("bbb", 5, 95, 30.0, fidx=3, xyxy_norm=a),
-            annotation("gone", 0, 9, 30.0, fidx=1, xyxy_norm=a),
-        ],
-        "segments": [
-            annotation("bbb", 5, 95, 30.0, fidx_beg=0, fidx_end=89, caption="Nobody else."),
-            {"id": "bbb", "caption": "no clip"},
-        ],
-    }  # fmt: skip
-    (tmp_path / "vip.json").write_text(json.dumps([one, lonely]))
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / "aaa.webm").write_bytes(b"x")
-    (tmp_path / "videos" / "bbb.mp4").write_bytes(b"x")
-    (tmp_path / "videos" / "gone.mp4.part").write_bytes(b"x")
-    (tmp_path / "videos" / "gone.mp4").write_bytes(b"")  # a download that never began
-    seen = Counter()
-    for seed in range(12):
-        counts = vip200k(tmp_path / "vip.json", tmp_path / "videos", tmp_path / "m.jsonl", seed)
-        first, second = read_manifest(tmp_path / "m.jsonl")
-        assert first.problem is None and second.problem is None and first.identity == second.identity
-        assert first.video.name == second.video.name == "aaa.webm" and first.caption == "First."
-        assert (first.start, first.end) == pytest.approx((1016 / rate, 1147 / rate), abs=1e-5)
-        assert (second.start, second.end) == pytest.approx((2024 / rate, 2201 / rate), abs=1e-5)
-        ours = {"aaa.webm": (2005 / rate, tuple(b)), "bbb.mp4": (1076 / 30, tuple(b))}
-        time, box = ours[first.reference_video.name]
-        assert first.reference_time == pytest.approx(time, abs=1e-5) and first.reference_box == box
-        ours["aaa.webm"] = (1032 / rate, tuple(a))
-        time, box = ours[second.reference_video.name]
-        assert second.reference_time == pytest.approx(time, abs=1e-5) and second.reference_box == box
-        seen[first.reference_video.name] += 1
-    assert len(seen) == 2  # drawn, not always the first
-    assert counts == {
-        "segments": 5, "written": 2, "video missing": 1, "no face in another clip": 1, "unreadable": 1,
-        "videos": 3, "videos missing": 1,
-    }  # fmt: skip
-    text = (tmp_path / "m.jsonl").read_text()
-    vip200k(tmp_path / "vip.json", tmp_path / "videos", tmp_path / "m.jsonl", 11)
-    assert (tmp_path / "m.jsonl").read_text() == text and "ä" in text
-
-
-def test_vip200k_says_what_is_wrong(tmp_path):
-    (tmp_path / "videos").mkdir()
-    for content, said in [
-        ("{", "vip.json is not JSON"),
-        ('{"faces": []}', "vip.json, item 0"),
-        ('[{"faces": [], "segments": []}, {"faces": []}]', "vip.json, item 1"),
-        ('[{"faces": [], "segments": []}]', "none of 0 segments"),
-    ]:
-        (tmp_path / "vip.json").write_text(content)
-        with pytest.raises(UserError, match=said):
-            vip200k(tmp_path / "vip.json", tmp_path / "videos", tmp_path / "m.jsonl")
-        assert not (tmp_path / "m.jsonl").exists()
-    with pytest.raises(UserError, match="nowhere"):
-        vip200k(tmp_path / "vip.json", tmp_path / "nowhere", tmp_path / "m.jsonl")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
-
-SIZE, FRAMES, FPS = 64, 17, 12
-GROUNDS = {"green": (20, 120, 40), "blue": (20, 60, 130), "grey": (90, 90, 90)}
-
-
-def draw(ground, number, face=True):
-    pixels = np.full((SIZE, SIZE, 3), GROUNDS[ground], np.uint8) + np.uint8(number)
-    if face:
-        x = 8 * (number % 5)
-        pixels[16:48, x : x + 32] = (255, 0, 0)
-    return pixels
-
-
-def film(path, ground, count=60, face=True, start=0):
-    return make_video(path, [draw(ground, start + k, face) for k in range(count)], rate=30)
-
-
-@pytest.fixture(scope="module")
-def world(root, tmp_path_factory):
-    """A folder with clips of every kind, a manifest, a pack of face models, a Gemma: what `prepare` takes."""
-    folder = tmp_path_factory.mktemp("world")
-    film(folder / "own.mp4", "green", 90)
-    film(folder / "anna1.mp4", "green")
-    film(folder / "anna2.mp4", "blue")
-    film(folder / "faceless.mp4", "grey", face=False)
-    film(folder / "short.mp4", "blue", 20)
-    (folder / "corrupt.mp4").write_bytes((folder / "own.mp4").read_bytes()[:700])
-    Image.fromarray(draw("grey", 0)).resize((96, 96), Image.Resampling.NEAREST).save(folder / "photo.png")
-    Image.fromarray(draw("blue", 3)).save(folder / "photo.jpg", quality=95)
-    Image.fromarray(draw("grey", 0, face=False)).save(folder / "wall.png")
-    (folder / "zero.png").write_bytes(b"")
-    rows = [
-        {"video": "own.mp4", "caption": "A woman smiles.", "reference": "photo.png", "start": 1.2},
-        {"video": "own.mp4", "caption": "The whole video, and a much longer caption than the other one has."},
-        {"video": "corrupt.mp4", "caption": "x"},
-        {"video": "own.mp4", "caption": "x", "reference": "zero.png"},
-        "{ not json",
-        {"video": "own.mp4", "caption": "  "},
-        {"video": "anna1.mp4", "caption": "Anna turns.", "identity": "anna"},
-        {"video": "anna2.mp4", "caption": "Anna again.", "identity": "anna"},
-        {"video": "short.mp4", "caption": "x", "reference": "photo.png"},
-        {"video": "own.mp4", "caption": "x", "reference": "wall.png"},
-        {"video": "faceless.mp4", "caption": "An empty room.", "reference": "photo.jpg"},
-        {"video": "faceless.mp4", "caption": "x"},
-        {"video": "anna2.mp4", "caption": "Ünal, from a box.", "reference_video": "own.mp4", "reference_time": 0.51,
-         "reference_box": [0.125, 0.25, 0.625, 0.75]},
-        {"video": "own.mp4", "caption": "Bob alone.", "identity": "bob", "start": 0.5, "end": 2.5},
-    ]  # fmt: skip
-    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
-    (folder / "clips.jsonl").write_text(text + "\n")
-    (folder / "pack").mkdir()
-    build_detector(folder / "pack" / "det.onnx")
-    build_iresnet(folder / "pack" / "rec.onnx")
-    from transformers import AutoTokenizer
-
-    shutil.copytree(root / "assets" / "gemma", folder / "gemma")
-    AutoTokenizer.from_pretrained(root / "assets" / "gemma", add_bos_token=True).save_pretrained(folder / "gemma")
-    return folder
-
-
-SHARD_GB = 4e-3 / 4  # 3 rows a shard
-
-
-@pytest.fixture(scope="module")
-def options(small, world):
-    return {
-        "manifest": world / "clips.jsonl",
-        "ckpt": small,
-        "gemma": world / "gemma",
-        "faces": world / "pack",
-        "height": SIZE,
-        "width": SIZE,
-        "frames": FRAMES,
-        "fps": FPS,
-        "reference": "other",
-        "shard_gb": SHARD_GB,
-        "seed": 3,
-    }
-
-
-@pytest.fixture(scope="module")
-def made(options, world):
-    prepare(out=world / "cache", **options)
-    return world / "cache"
-
-
-def everything(folder):
-    """Names and bytes of all files, also of those that should not be there."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))}
-
-
-def test_each_bad_row_is_reported_with_file_and_line_and_loses_nothing_else(made, world):
-    report = [json.loads(line) for line in (made / "report.jsonl").read_text().splitlines()]
-    assert {line["manifest"] for line in report} == {"clips.jsonl"}
-    reasons = {line["line"]: line["reason"] for line in report if "reason" in line}
-    assert reasons == {
-        3: "unreadable video",
-        4: "unreadable reference",
-        5: "bad row",
-        6: "empty caption",
-        9: "too short",
-        10: "no face in the reference",
-        12: "no face in the reference",
-    }
-    details = {line["line"]: line["detail"] for line in report if "reason" in line}
-    for line, said in {
-        3: "corrupt.mp4",
-        4: "zero.png",
-        5: "not JSON",
-        9: "short.mp4 is too short: 0.67",
-        10: "wall.png",
-    }.items():
-        assert said in details[line]
-    notes = {line["line"]: line["note"] for line in report if "note" in line}
-    assert notes.keys() == {2, 14} and "'bob'" in notes[14]  # asked for "other", and there was none
-    clips = CachedClips(made)
-    assert clips.names == ["own:1", "own:2", "anna1:7", "anna2:8", "faceless:11", "anna2:13", "own:14"]
-    assert sorted(path.name for path in made.iterdir()) == [
-        "cache.json", "null.safetensors", "report.jsonl", *(f"shard-{k:05d}.safetensors" for k in range(5))
-    ]  # fmt: skip
-
-
-def test_contents_are_what_the_parts_compute(made, options, world):
-    clips, rows = CachedClips(made), read_manifest(world / "clips.jsonl")
-    vae = VideoVAE.from_checkpoint(options["ckpt"])
-    encoder = TextEncoder.from_checkpoint(options["ckpt"], options["gemma"])
-    detector, arcface = FaceDetector(world / "pack"), ArcFace.from_onnx(recognition_file(world / "pack"))
-    assert clips.latent_shape == (16, 5, 8, 8) and len(clips) == 7
-    assert {key: clips.settings[key] for key in ("height", "width", "frames", "fps", "max_tokens")} == {
-        "height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "max_tokens": 48
-    }  # fmt: skip
-    assert torch.equal(clips.null_features, encoder.features([""])[0].bfloat16()) and len(clips.null_features) == 1
-    for i, name in enumerate(clips.names):
-        item, row = clips[i], rows[int(name.split(":")[1]) - 1]
-        assert item["name"] == name and item["caption"] == row.caption
-        video = read_video(row.video, FRAMES, FPS, SIZE, SIZE, row.start)
-        pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        with torch.no_grad():
-            latents = vae.encode(pixels)[0].bfloat16()
-        assert item["latents"].dtype == torch.bfloat16 and torch.equal(item["latents"], latents)
-        features = encoder.features([row.caption])[0].bfloat16()
-        assert item["features"].dtype == torch.bfloat16 and torch.equal(item["features"], features)
-        x = to_tensor(item["image"])[None]
-        landmarks, _, valid = detector.detect(x)
-        e_ref = arcface(align(x, landmarks))[0]
-        assert valid.all() and item["e_ref"].dtype == torch.float32 and torch.equal(item["e_ref"], e_ref)
-    assert len({item["e_ref"].numpy().tobytes() for item in clips}) > 4
-    assert np.array_equal(clips[0]["image"], read_image(world / "photo.png"))
-    assert np.array_equal(clips[4]["image"], read_image(world / "photo.jpg"))
-    assert not torch.equal(clips[0]["latents"], clips[1]["latents"])  # the same video from another time on
-
-
-def test_references_are_cut_from_the_right_video(made, options, world, tmp_path):
-    clips = CachedClips(made)
-    videos = {name: [np.asarray(read_frame(world / f"{name}.mp4", k / 30)) for k in range(count)]
-              for name, count in (("own", 90), ("anna1", 60), ("anna2", 60))}  # fmt: skip
-
-    def frame_of(clip, video):
-        """Numbers of the frames that hold the image as it is, anywhere."""
-        image = np.asarray(clip["image"])
-        height, width, _ = image.shape
-        assert height == width > 20
-        row = image[:1].transpose(2, 0, 1)  # (3, 1, w)
-        found = []
-        for k, frame in enumerate(videos[video]):
-            places = np.lib.stride_tricks.sliding_window_view(frame, (1, width), (0, 1))  # (y, x, 3, 1, w)
-            corners = np.argwhere((places == row).all((2, 3, 4)))  # where the first row fits
-            found += [k] * any(np.array_equal(frame[y : y + height, x : x + width], image) for y, x in corners)
-        return found
-
-    assert frame_of(clips[2], "anna2") and not frame_of(clips[2], "anna1")  # the other clip of the identity
-    assert frame_of(clips[3], "anna1") and not frame_of(clips[3], "anna2")
-    assert frame_of(clips[1], "own")  # no identity: the same video
-    assert all(15 <= k < 75 for k in frame_of(clips[6], "own")) and frame_of(clips[6], "own")  # from start to end
-    # box 8..40 x 16..48 of frame 15 (0.51 s at 30 fps), margin 1.6: 51 pixels square around (24, 32), moved in
-    assert np.array_equal(clips[5]["image"], read_frame(world / "own.mp4", 15 / 30).crop((0, 6, 51, 57)))
-
-    same = CachedClips(prepared(tmp_path / "same", options, reference="same"))
-    assert frame_of(same[2], "anna1") and not frame_of(same[2], "anna2")
-    assert same.names == clips.names and not any("note" in line for line in same.report)
-    seeded = CachedClips(prepared(tmp_path / "seed", options, reference="same", seed=4))
-    picked = [[frame_of(c[k], name) for c in (same, seeded)] for k, name in ((1, "own"), (2, "anna1"), (3, "anna2"))]
-    assert any(a != b for a, b in picked)
-
-
-def prepared(folder, options, **changes):
-    prepare(out=folder, **options | changes)
-    return folder
-
-
-def test_crop_face_is_a_square_inside_the_image():
-    image = Image.fromarray(np.arange(100 * 80 * 3).reshape(80, 100, 3).astype(np.uint8))  # 100 wide, 80 high
-    for box, corners in [
-        ((40, 30, 60, 50), (34, 24, 66, 56)),
-        ((40, 35, 60, 45), (34, 24, 66, 56)),
-        ((0, 0, 20, 20), (0, 0, 32, 32)),  # moved in
-        ((-10, 70, 10, 90), (0, 48, 32, 80)),
-        ((10, 0, 80, 80), (0, 0, 100, 80)),  # larger than the image
-    ]:
-        assert np.array_equal(crop_face(image, np.array(box, float)), image.crop(corners)), box
-
-
-def test_faces_can_be_required_in_the_video(options, tmp_path):
-    report = CachedClips(prepared(tmp_path / "c", options, require_face_in_video=True)).report
-    reasons = {line["line"]: line["reason"] for line in report if "reason" in line}
-    assert reasons[11] == reasons[12] == "no face in the video" and 1 not in reasons
-
-
-def test_large_references_are_reduced(options, world, tmp_path):
-    (tmp_path / "m.csv").write_text(f"video,caption,reference\n{world / 'own.mp4'},x,large.png\n")
-    Image.fromarray(draw("blue", 3)).resize((1500, 1500), Image.Resampling.NEAREST).save(tmp_path / "large.png")
-    assert CachedClips(prepared(tmp_path / "c", options, manifest=tmp_path / "m.csv"))[0]["image"].size == (1024, 1024)
-
-
-def test_dataset_in_workers_and_epochs(made):
-    clips = CachedClips(made)
-    training = TrainingClips(clips, seed=5)
-    counts = list(range(11))
-    alone = [collate([training[count]]) for count in counts]
-    loader = torch.utils.data.DataLoader(training, sampler=counts, batch_size=3, num_workers=2, collate_fn=collate)
-    batches = list(loader)
-    assert [name for batch in batches for name in batch["names"]] == [batch["names"][0] for batch in alone]
-    for key in ("latents", "references", "e_ref"):
-        assert torch.equal(torch.cat([batch[key] for batch in batches]), torch.cat([batch[key] for batch in alone]))
-    for a, b in zip((f for batch in batches for f in batch["features"]), (batch["features"][0] for batch in alone)):
-        assert torch.equal(a, b)
-    assert [count for batch in batches for count in batch["counts"]] == counts
-    first = batches[0]
-    assert first["latents"].shape == (3, 16, 5, 8, 8) and first["latents"].dtype == torch.bfloat16
-    assert first["references"].shape == (3, 3, SIZE, SIZE) and first["e_ref"].shape == (3, 16)
-    names = [batch["names"][0] for batch in alone]
-    assert sorted(names[:7]) == sorted(clips.names) and set(names[7:]) <= set(clips.names)
-    assert names[7:] == [clips.names[k] for k in epoch_order(7, 5, 1)[:4]]
-    index = int(epoch_order(7, 5, 1)[0])
-    again = reference_tensor(clips[index]["image"], SIZE, SIZE, sample_rng(5, 1, index))
-    assert torch.equal(alone[7]["references"][0], again)
-    plain = TrainingClips(clips, seed=5, augment=False)[7]
-    assert torch.equal(plain["reference"], reference_tensor(clips[index]["image"], SIZE, SIZE))
-    assert pickle.loads(pickle.dumps(clips)).names == clips.names
-    with pytest.raises(IndexError):
-        clips[7]
-    item = clips[0]["latents"]
-    assert item.untyped_storage().nbytes() == item.nbytes  # a view of the shard would be sent whole by a worker
-
-
-def test_damaged_caches_say_what_to_run(made, tmp_path):
-    with pytest.raises(UserError, match=r"no cache in .*data\.py prepare"):
-        CachedClips(tmp_path)
-
-    def spoil(name, change):
-        folder = tmp_path / name
-        shutil.copytree(made, folder)
-        change(folder)
-        with pytest.raises(UserError, match=rf"{name}.*prepare") as caught:
-            CachedClips(folder)
-        return str(caught.value)
-
-    shard = "shard-00002.safetensors"
-    assert shard in spoil("gone", lambda folder: (folder / shard).unlink())
-    data = (made / shard).read_bytes()
-    assert shard in spoil("cut", lambda folder: (folder / shard).write_bytes(data[:-5]))
-    assert "null" in spoil("null", lambda folder: (folder / "null.safetensors").unlink())
-    changed = (made / "cache.json").read_text().replace('"seed": 3', '"seed": 4')
-    assert "shard-00000" in spoil("other", lambda folder: (folder / "cache.json").write_text(changed))
-    with pytest.raises(UserError, match=r"cache\.json is damaged"):
-        (tmp_path / "cache.json").write_text("{")
-        CachedClips(tmp_path)
-
-
-def test_a_damaged_shard_is_made_again(made, options, tmp_path):
-    folder = tmp_path / "cache"
-    shutil.copytree(made, folder)
-    (folder / "shard-00001.safetensors").write_bytes(b"\0" * 50)
-    (folder / "shard-00003.safetensors").unlink()
-    (folder / ".shard-00003.99.part.safetensors").write_bytes(b"left over")
-    (folder / "text-00000.safetensors").write_bytes(b"left over")
-    prepare(out=folder, **options)
-    assert everything(folder) == everything(made)
-
-
-def test_other_settings_are_refused(made, options, world, tmp_path):
-    before = everything(made)
-    other = tmp_path / "clips.jsonl"
-    other.write_text((world / "clips.jsonl").read_text() + "\n")
-    shutil.copytree(world / "pack", tmp_path / "pack")
-    build_iresnet(tmp_path / "pack" / "extra.onnx")
-    for change, said in [
-        ({"height": 128}, "height = 64 and this run has 128"),
-        ({"fps": 24}, "fps = 12.0 and this run has 24.0"),
-        ({"frames": 13}, "frames"),
-        ({"reference": "same"}, "reference = other and this run has same"),
-        ({"seed": 4}, "seed"),
-        ({"shard_gb": 1}, "rows_per_shard"),
-        ({"dtype": torch.bfloat16}, "dtype"),
-        ({"manifest": other}, "manifest_sha256"),
-        ({"faces": tmp_path / "pack"}, "faces"),
-    ]:
-        with pytest.raises(UserError, match=rf"{made} was made with {said}"):
-            prepare(out=made, **options | change)
-    assert everything(made) == before
-
-
-def test_fingerprint_is_of_vae_and_projection(options, tmp_path):
-    """A fine-tuned DiT fits the same cache; another VAE or text projection does not."""
-    from checkpoint import Checkpoint
-
-    checkpoint = Checkpoint(options["ckpt"])
-    data, print_ = bytearray(options["ckpt"].read_bytes()), cache.fingerprint(checkpoint)
-    for name, same in [
-        ("model.diffusion_model.proj_out.weight", True),
-        ("vae.encoder.conv_in.conv.weight", False),
-        ("vae.per_channel_statistics.std-of-means", False),
-        ("text_embedding_projection.video_aggregate_embed.bias", False),
-    ]:
-        at = checkpoint.data_start + checkpoint.tensors[name]["data_offsets"][0]
-        (tmp_path / "c.safetensors").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        assert (cache.fingerprint(Checkpoint(tmp_path / "c.safetensors")) == print_) is same, name
-
-
-def test_sizes_that_the_vae_cannot_take(options, tmp_path):
-    for change, said in [
-        ({"height": 60}, r"--height 60 is not a multiple of 8: the nearest are 56 and 64"),
-        ({"frames": 16}, r"--frames 16 is not 4k\+1: the nearest are 13 and 17"),
-        ({"width": 0}, "--width 0"),
-        ({"fps": 0}, "--fps 0"),
-    ]:
-        with pytest.raises(UserError, match=said):
-            prepare(out=tmp_path / "c", **options | change)
-    assert not (tmp_path / "c").exists()
-
-
-def test_nothing_usable(options, world, tmp_path):
-    Image.new("RGB", (3, 2000), "red").save(tmp_path / "strip.png")
-    rows = ["video,caption,reference", "missing.mp4,x,", f"{world / 'own.mp4'},,", f"{world / 'own.mp4'},x,strip.png"]
-    (tmp_path / "m.csv").write_text("\n".join(rows))
-    with pytest.raises(UserError, match=r"none of the 3 clips can be used.*report\.jsonl"):
-        prepare(out=tmp_path / "c", **options | {"manifest": tmp_path / "m.csv"})
-    with pytest.raises(UserError, match=r"holds no clip.*report\.jsonl"):
-        CachedClips(tmp_path / "c")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command: killed, shared
-
-
-def command(root, options, folder):
-    arguments = [sys.executable, str(root / "data.py"), "prepare", "--out", str(folder)]
-    for key, value in options.items():
-        arguments += [f"--{key.replace('_', '-')}", str(value)]
-    return arguments
-
-
-def environment(**more):
-    return os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""} | more
+def on_rank(rank, world, monkeypatch):
+    monkeypatch.setattr(data.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: world)
+
+
+def tensors(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for one in value for tensor in tensors(one)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
+def test_batches_are_those_of_a_plain_loop(rank, world, clips, monkeypatch):
+    on_rank(rank, world, monkeypatch)
+    batches = list(training_batches(options(), clips, 2, 4))
+    numbers = [n for n in range(2 * BATCH, 4 * BATCH) if n % world == rank]
+    assert [n for batch in batches for n in batch["numbers"]] == numbers
+    assert all(len(batch["numbers"]) <= 2 for batch in batches)
+    channels, frames, *sides = clips.latent_shape
+    for batch in batches:
+        assert set(batch) == {
+            "latents", "ref_images", "e_ref", "features", "draws", "names", "captions", "numbers", "problems"
+        }  # fmt: skip
+        for k, n in enumerate(batch["numbers"]):
+            epoch, place = divmod(n, len(clips))
+            index = int(epoch_order(len(clips), 3, epoch)[place])
+            clip = clips[index]
+            assert (batch["names"][k], batch["captions"][k], batch["problems"][k]) == (
+                clip["name"],
+                clip["caption"],
+                "",
+            )
+            for key in ("latents", "e_ref", "features"):
+                assert torch.equal(batch[key][k], clip[key])
+            rng = sample_rng(3, epoch, index)
+            size = clips.settings["height"], clips.settings["width"]
+            assert torch.equal(batch["ref_images"][k], reference_tensor(clip["image"], *size, rng))
+            same, own = draw_sample(3, n, (frames, *sides), channels, 0.05, 0.2, 2), batch["draws"][k]
+            assert torch.equal(own.eps, same.eps) and own._replace(eps=None) == same._replace(eps=None)
+
+
+def test_augmentation_and_noise_levels_are_those_of_the_config(clips, monkeypatch):
+    on_rank(0, 1, monkeypatch)
+    changes = ["optim.noise_tokens=2048", *(f"augment.{key}=0" for key in ("rotate", "crop", "jitter"))]
+    (first, *_) = training_batches(options(*changes, "augment.flip=1"), clips, 0, 1)
+    channels, *grid = clips.latent_shape
+    size = clips.settings["height"], clips.settings["width"]
+    for k, n in enumerate(first["numbers"]):
+        image = clips[int(epoch_order(len(clips), 3, 0)[n])]["image"]
+        assert torch.equal(first["ref_images"][k], to_tensor(letterbox(image, *size)).flip(2))
+        assert first["draws"][k].t == draw_sample(3, n, tuple(grid), channels, 0, 0, 2, 2048).t
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_same_cache_as_one(made, options, root, tmp_path):
-    """At the same time, in one folder, with a third rank's shards left to be made by one process."""
-    folder = tmp_path / "cache"
-    start = command(root, options, folder)
-    ranks = [
-        subprocess.Popen(start, env=environment(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank)))
-        for rank in range(2)
-    ]
-    assert [process.wait(60) for process in ranks] == [0, 0]
-    there = {path.name for path in folder.glob("shard-*")}
-    assert there == {f"shard-{k:05d}.safetensors" for k in (0, 1, 3, 4)} and not (folder / "report.jsonl").exists()
-    with pytest.raises(UserError, match="not complete"):
-        CachedClips(folder)
-    prepare(out=folder, **options)
-    assert everything(folder) == everything(made)
+def test_workers_change_nothing(clips, monkeypatch):
+    on_rank(0, 1, monkeypatch)
+    here, there = (list(training_batches(options(f"data.workers={w}"), clips, 0, 2)) for w in (0, 2))
+    assert len(here) == len(there) == BATCH
+    for a, b in zip(here, there):
+        assert a["names"] == b["names"] and torch.equal(a["ref_images"], b["ref_images"])
+        assert all(torch.equal(x.eps, y.eps) and x.t == y.t for x, y in zip(a["draws"], b["draws"], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a["features"], b["features"], strict=True))
 
 
-@pytest.mark.slow
-def test_killed_command_completes_when_run_again(made, options, root, tmp_path):
-    folder = tmp_path / "cache"
-    process = subprocess.Popen(command(root, options, folder), env=environment(), stderr=subprocess.DEVNULL)
-    while not (folder / "shard-00000.safetensors").exists():
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (folder / "report.jsonl").exists()
-    done = subprocess.run(command(root, options, folder), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and "7 of 14 clips" in done.stdout and "left out, bad row: 1" in done.stdout
-    assert "MiB and" in done.stderr + done.stdout and "hours" in done.stderr + done.stdout  # the estimate
-    assert everything(folder) == everything(made)
-
-
-KILLER = """
-    # Forks a process per life out of one that has imported everything; each is killed in the middle of its work.
-    import os, pathlib, random, signal, sys, threading
-    sys.path.insert(0, sys.argv[1])
-    import insightface.app, torch, transformers, cache  # noqa
-    options, folder, dice = eval(sys.argv[2]), sys.argv[3], random.Random(0)
-
-    def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def hook(owner, name, fatal):
-        # dies at the fatal-th change of a folder: before it when fatal is odd, after it when even
-        real = getattr(owner, name)
-        def hooked(*args, **kwargs):
-            count[0] += 1
-            if count[0] == (fatal + 1) // 2 and fatal % 2:
-                die()
-            result = real(*args, **kwargs)
-            if count[0] == (fatal + 1) // 2:
-                die()
-            return result
-        setattr(owner, name, hooked)
-
-    for life in range(60):
-        fatal, delay = (dice.randint(1, 10), None) if life % 3 else (0, dice.uniform(0.05, 1.2))
-        if (pid := os.fork()) == 0:
-            torch.set_num_threads(2)
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-            count = [0]
-            if life == 0:  # in the middle of cache.json
-                pathlib.Path.write_text = lambda path, text, **_: (path.write_bytes(text[:99].encode()), die())
-            elif fatal:
-                hook(os, "replace", fatal)
-                hook(pathlib.Path, "unlink", fatal)
-            else:
-                timer = threading.Timer(delay, die)
-                timer.daemon = True
-                timer.start()
-            cache.prepare(out=folder, **options)
-            os._exit(0)
-        status = os.waitpid(pid, 0)[1]
-        parts = sum(".part" in name for name in os.listdir(folder))
-        print("ended" if status == 0 else f"killed {os.WTERMSIG(status)}", len(os.listdir(folder)), parts, flush=True)
-        if status == 0:
-            break
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_the_result_is_the_same(made, options, root, tmp_path):
-    """SIGKILL before and after renames and deletions, and at random times, life after life, until one gets through."""
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    told = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in options.items()}
-    script = [sys.executable, "-c", textwrap.dedent(KILLER), str(root), repr(told), str(folder)]
-    run = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=100)
-    lives = run.stdout.splitlines()
-    assert run.returncode == 0 and lives[-1].startswith("ended"), run.stderr[-2000:]
-    assert len(lives) > 8 and all(life.startswith("killed 9") for life in lives[:-1])
-    assert len({life.split()[2] for life in lives}) > 4  # at different points of the work
-    assert any(life.split()[3] != "0" for life in lives)  # some in the middle of a file
-    assert everything(folder) == everything(made)
-
-
-@pytest.mark.slow
-def test_commands_report_in_one_line(options, made, root, tmp_path):
-    def run(*arguments):
-        script = [sys.executable, str(root / "data.py"), *map(str, arguments)]
-        return subprocess.run(script, env=environment(), capture_output=True, text=True)
-
-    shown = run("show", made)
-    assert shown.returncode == 0 and "7 clips, 7 rows left out" in shown.stdout
-    sheet = Image.open(made / "references.png")
-    sheet.load()
-    (made / "references.png").unlink()
-    assert sheet.getpixel((60, 126))[0] > 240 and sheet.getpixel((200, 126))[0] < 120  # photo.png
-    refused = run("show", tmp_path)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and refused.stderr.startswith("error: no cache")
-    (tmp_path / "m.csv").write_text("video,text\na.mp4,x\n")
-    failed = subprocess.run(
-        command(root, options | {"manifest": tmp_path / "m.csv"}, tmp_path / "c"),
-        env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert failed.returncode == 2 and "m.csv, line 1: no column 'caption'" in failed.stderr
-    assert failed.stderr.count("\n") == 1 and not (tmp_path / "c").exists()
-    (tmp_path / "vip.json").write_text("[]")
-    vip = run("vip200k", "--annotations", tmp_path / "vip.json", "--videos", tmp_path, "--out", tmp_path / "o.jsonl")
-    assert vip.returncode == 2 and vip.stderr.count("\n") == 1
+def test_a_larger_batch_has_no_more_tensors(clips):
+    """Each would be a file of its own between a worker and the training loop."""
+    samples = TrainingClips(clips, options())
+    few, many = (collate([samples[n] for n in range(size)]) for size in (1, 16))
+    assert len(tensors(few)) == len(tensors(many)) == 5
+    assert len(many["eps"]) == 16 and torch.equal(many["eps"][5], samples[5]["draws"].eps)
