@@ -13,7 +13,7 @@ changes are kept under the released checkpoint's tensor names, which cover the D
 import math
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from checkpoint import OUR_METADATA, Checkpoint, file_name, json_object
 from common.errors import UserError
-from model import LTXVideo, Reference
+from model import LTXVideo
 from text import TextConnector
 
-# How the reference is given, by the names that metadata and options have for it.
-REFERENCE = {"ref_timestep" if name == "timestep" else name: value for name, value in asdict(Reference()).items()}
 DIT = LTXVideo.PREFIXES[""]
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 UNDERSCORED = re.compile(r"lora_unet_(?:model_)?(?:diffusion_model_)?")
@@ -286,24 +284,6 @@ def describe(lora: LoRA) -> str:
     counts.append(f"{lora.audio} tensors of the audio branch set aside")
     counts += [f"{len(lora.ignored)} without a place ignored"] if lora.ignored else []
     return f"{lora.path} at strength {lora.strength:g}: {', '.join(counts)}"
-
-
-def settings_of(ours: dict) -> dict:
-    """The sampling settings in this project's metadata of a checkpoint or LoRA."""
-    return {key: ours[key] for key in REFERENCE if key in ours} | ours.get("defaults", {})
-
-
-def settings_of_loras(loras: list[LoRA], decided: dict) -> dict:
-    """The sampling settings in the metadata of LoRAs. UserError where two differ in a key that is not in `decided`."""
-    settings: dict = {}
-    for lora in loras:
-        for key, value in settings_of(lora.ours).items() if lora.strength else ():
-            if key not in decided and settings.setdefault(key, value) != value:
-                raise UserError(
-                    f"the LoRAs were trained with different {key}, {settings[key]} and {value}: "
-                    f"leave one out, or decide with --{key.replace('_', '-')} of sample.py"
-                )
-    return settings
 
 
 # ----------------------------------------------------------------------------------------------------------------------

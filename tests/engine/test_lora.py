@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import sample
 from checkpoint import OUR_METADATA, Checkpoint, distilled_sign, file_name
 from common.errors import UserError, one_line_errors
 from config import ASSETS, read_config
@@ -25,7 +24,7 @@ from engine.plan import Plan, dit_flops, weight_flops
 from guidance import sample_latents
 from model import LTXVideo
 from objective import Objective
-from text import TextConnector
+from text import GEMMA, TextConnector
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 # of a released file: six attentions and two feed-forwards a block
@@ -341,36 +340,39 @@ def test_a_kohya_alpha_scales_and_may_be_a_whole_number(model, tmp_path):
         torch.testing.assert_close(got, model.get_submodule(Q).weight + 2.0 * b @ a, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("magnitude_name", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"])
 @torch.no_grad()
-def test_dora_is_merged_as_peft_merges_it(magnitude_name, inputs, model, tmp_path):
+def test_dora_is_merged_as_peft_merges_it(inputs, model, tmp_path):
+    """With peft's names for the magnitude and with the name that other trainers have."""
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False, use_dora=True)
     theirs = inject_adapter_in_model(config, tiny(), adapter_name="a")
     for name, parameter in theirs.named_parameters():
-        if "magnitude" in name:  # trained: no row keeps the length of W + B A
+        if "magnitude" in name:  # as if trained: no row keeps the length of W + B A
             parameter.mul_(torch.rand_like(parameter) + 0.5)
-    saved, tensors = get_peft_model_state_dict(theirs, adapter_name="a"), {}
-    for name, tensor in saved.items():
-        if "magnitude" in name and magnitude_name == "dora_scale":
-            tensor = tensor[:, None]  # (out, 1), as trainers other than peft keep it
-        tensors[f"diffusion_model.{name}".replace("lora_magnitude_vector", magnitude_name)] = tensor.contiguous()
-        if ".lora_A" in name:
-            tensors[f"diffusion_model.{name.split('.lora_A')[0]}.alpha"] = torch.tensor(6.0)
-    assert sum(name.endswith(magnitude_name) for name in tensors) == len(lora.find_targets(model, TARGETS))
-    save_file(tensors, tmp_path / "dora.safetensors")
-    file = LoRA(tmp_path / "dora.safetensors", [model])
-    got = merge_lora(tiny(), [file])
-    want = theirs(**inputs)
+    saved, want = get_peft_model_state_dict(theirs, adapter_name="a"), theirs(**inputs)
     assert (want - model(**inputs)).abs().max() > 0.05
-    torch.testing.assert_close(got(**inputs), want, atol=1e-4, rtol=0)
-    for name, module in theirs.named_modules():
+    for module in theirs.modules():
         if isinstance(module, LoraLayer):
             module.merge()
-            torch.testing.assert_close(got.get_submodule(name).weight, module.weight, atol=1e-5, rtol=0)
+    for magnitude_name in ("lora_magnitude_vector", "lora_magnitude_vector.default.weight", "dora_scale"):
+        tensors = {}
+        for name, tensor in saved.items():
+            if "magnitude" in name and magnitude_name == "dora_scale":
+                tensor = tensor[:, None]  # (out, 1), as trainers other than peft keep it
+            tensors[f"diffusion_model.{name}".replace("lora_magnitude_vector", magnitude_name)] = tensor.contiguous()
+            if ".lora_A" in name:
+                tensors[f"diffusion_model.{name.split('.lora_A')[0]}.alpha"] = torch.tensor(6.0)
+        layers = lora.find_targets(model, TARGETS)
+        assert sum(name.endswith(f".{magnitude_name}") for name in tensors) == len(layers)
+        save_file(tensors, tmp_path / "dora.safetensors")
+        got = merge_lora(tiny(), [LoRA(tmp_path / "dora.safetensors", [model])])
+        for layer in layers:
+            ours, peft = (tree.get_submodule(layer).weight for tree in (got, theirs))
+            torch.testing.assert_close(ours, peft, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got(**inputs), want, atol=1e-4, rtol=0)
     half = merge_lora(tiny(), [LoRA(tmp_path / "dora.safetensors", [model], 0.5)])  # strength blends W and W'
-    middle = (model.get_submodule(Q).weight + got.get_submodule(Q).weight) / 2
-    torch.testing.assert_close(half.get_submodule(Q).weight, middle, atol=1e-6, rtol=0)
+    middle = (model.get_submodule(Q).weight + theirs.get_submodule(Q).weight) / 2
+    torch.testing.assert_close(half.get_submodule(Q).weight, middle, atol=1e-5, rtol=0)
 
 
 def test_a_dora_magnitude_per_column(model, tmp_path):
@@ -499,6 +501,8 @@ def test_changes_that_overflow_are_errors(model, tmp_path):
 
 
 def test_a_strange_file_ends_before_gemma_is_read(in_process, monkeypatch, tmp_path):
+    import sample
+
     monkeypatch.setattr(sample.TextEncoder, "from_checkpoint", lambda *_: pytest.fail("Gemma was read"))
     width = Checkpoint(ASSETS / "tiny.safetensors").tensors[f"model.diffusion_model.{Q}.weight"]["shape"][1]
     pair = {f"{Q}.lora_A.weight": torch.ones(2, width), f"{Q}.lora_B.weight": torch.ones(width, 2)}
@@ -606,6 +610,40 @@ def test_a_merged_checkpoint_says_how_to_sample_as_its_loras_do(face, model, tmp
     assert distilled_sign(TINY_A, Checkpoint(TINY_A).metadata) is None
     with pytest.raises(UserError, match="different placement, phase and remote"):
         lora.merge_file(Checkpoint(TINY_A), [one, LoRA(two, [model])], out)
+
+
+def test_what_is_made_from_the_embedded_model_finds_its_text_encoder(in_process, monkeypatch, tmp_path):
+    """A merged file, and a file merged from that one. A checkpoint of another origin needs Gemma 3 12B."""
+    import sample
+
+    width = Checkpoint(ASSETS / "tiny.safetensors").tensors[f"model.diffusion_model.{Q}.weight"]["shape"][1]
+    pair = {f"{Q}.lora_A.weight": torch.ones(2, width), f"{Q}.lora_B.weight": torch.ones(width, 2) / 100}
+    save_file(pair, tmp_path / "a.safetensors")
+    base, once, twice = ASSETS / "tiny.safetensors", tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
+    for ckpt, out in ((base, once), (once, twice)):
+        words = ["--ckpt", ckpt, "--lora", tmp_path / "a.safetensors", "--out", out]
+        assert in_process(lora.main, "engine.lora", *words)[0] == 0
+        assert Checkpoint(out).ours["gemma"] == "embedded"
+        assert Checkpoint(out).ours["defaults"] == Checkpoint(base).ours["defaults"]
+
+    def encoder(path, gemma, *_):
+        raise UserError(f"the text encoder is {gemma}")
+
+    monkeypatch.setattr(sample.TextEncoder, "from_checkpoint", encoder)
+    for ckpt, gemma in ((base, ASSETS / "gemma"), (twice, ASSETS / "gemma"), (TINY_A, GEMMA)):
+        words = ["--ckpt", ckpt, "--prompt", "x", "--out", tmp_path / "x.mp4"]
+        assert f"the text encoder is {gemma}" in in_process(sample.main, "sample.py", *words)[2]
+
+
+def test_a_merged_file_never_replaces_its_sources(in_process, face, tmp_path):
+    base, linked, file = tmp_path / "base.safetensors", tmp_path / "linked.safetensors", tmp_path / "lora.safetensors"
+    base.write_bytes(TINY_A.read_bytes())
+    file.write_bytes(face.read_bytes())
+    linked.hardlink_to(file)
+    for out in (base, file, linked, tmp_path / "." / "lora.safetensors"):
+        code, _, error = in_process(lora.main, "engine.lora", "--ckpt", base, "--lora", file, "--out", out)
+        assert code == 2 and "would replace" in error and error.count("\n") == 1
+    assert base.read_bytes() == TINY_A.read_bytes() and file.read_bytes() == face.read_bytes()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
