@@ -160,9 +160,7 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
         used = [f"{key} {settings[key]!r}{' (yours)' if key in chosen else ''}" for key in preset]
         print(f"preset {options.preset}: {', '.join(used)}")
     check_numbers(settings, latent_scale(checkpoint.config["vae"]))
-    reference = Reference(
-        timestep=settings["ref_timestep"], **{k: settings[k] for k in REFERENCE if k != "ref_timestep"}
-    )
+    of_reference = {key.removeprefix("ref_"): settings[key] for key in REFERENCE}
     return Recipe(
         **{key: settings[key] for key in PAPER},
         reference=Reference(**of_reference),

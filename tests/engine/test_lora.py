@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import OUR_METADATA, Checkpoint, distilled_sign, file_name
 from common.errors import UserError, one_line_errors
-from config import ASSETS, read_config
+from config import ASSETS, ReferenceOptions, read_config
 from engine import lora
 from engine.lora import new_lora, save_lora
 from engine.lora_files import LoRA, describe, merge_lora, parse_lora
@@ -24,6 +24,7 @@ from engine.plan import Plan, dit_flops, weight_flops
 from guidance import sample_latents
 from model import LTXVideo
 from objective import Objective
+from rope import Place
 from text import GEMMA, TextConnector
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -574,8 +575,8 @@ def test_a_merged_checkpoint_samples_like_the_lora(face, model, golden, tmp_path
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
     problem = {key: golden[key] for key in ("noise", "sigmas", "context", "null_context")}
-    problem |= {"positions": golden["video_positions"], "reference": golden["ref"]}
-    problem |= {"ref_positions": golden["tass_positions"]}
+    problem |= {"positions": golden["video_positions"], "z_ref": golden["ref"]}
+    problem |= {"place": Place(golden["tass_positions"])}
     exported = sample_latents(LTXVideo.from_checkpoint(out), **problem, s_y=2.0, s_r=2.0)
     stored = {name.removeprefix("diffusion_model."): tensor for name, tensor in load_file(face).items()}
     beside = sample_latents(adapted(stored, 4, 4 * 1.2), **problem, s_y=2.0, s_r=2.0)
@@ -700,21 +701,15 @@ def test_weights_in_bf16_beside_adapters_in_float32(inputs):
     "placement, source_id, phase_scale", [("phase", 2, 1.0), ("phase", 1, 0.5), ("overlap", 2, 1.0)]
 )
 def test_training_gives_the_phase_to_the_references_tokens(placement, source_id, phase_scale, vae):
-    grid, seen = (2, 2, 3), {}
-    objective = Objective(vae, None, None, 8, 24.0, None, None)
-    objective.placement, objective.source_id, objective.phase_scale = placement, source_id, phase_scale
-
-    def record(latents, timesteps, sigma, context, positions, mask, phase=None):
-        seen.update(positions=positions, mask=mask, phase=phase)
-        return latents
-
-    has_reference = torch.tensor([True, False])
-    z_t, t = torch.zeros(2, 12, 4), torch.tensor([0.5, 0.25])
-    objective.velocity(record, z_t, t, torch.zeros(2, 8, 128), torch.zeros(2, 3, 64, 96), has_reference, grid)
+    grid = (2, 2, 3)
+    reference = ReferenceOptions(placement=placement, source_id=source_id, phase_scale=phase_scale)
+    objective = Objective(vae, None, None, 8, 24.0, reference=reference)
+    z_t, z_ref, t = torch.zeros(2, 12, 4), torch.zeros(2, 6, 4), torch.tensor([0.5, 0.25])
+    tokens = objective.sequence(z_t, z_ref, t, torch.tensor([True, False]), grid)
     want = torch.cat([torch.zeros(2, 12), torch.full((2, 6), float(source_id * phase_scale))], dim=1)
-    assert seen["phase"] is None if placement == "overlap" else torch.equal(seen["phase"], want)
-    assert torch.equal(seen["positions"][:, :, 12:], seen["positions"][:, :, :6])  # on the first frame
-    assert seen["mask"].sum(1).tolist() == [18, 12]
+    assert tokens.phase is None if placement == "overlap" else torch.equal(tokens.phase, want)
+    assert torch.equal(tokens.positions[:, :, 12:], tokens.positions[:, :, :6])  # on the first frame
+    assert tokens.mask.sum(1).tolist() == [18, 12]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -725,7 +720,7 @@ def test_the_plan_counts_what_is_trained_and_fits_one_gpu(released):
     config = read_config(ROOT / "configs" / "lora.toml")
     plan = Plan(config, released["config"], (121, 480, 832), 1024)
     sides = [released["needed"][f"model.diffusion_model.transformer_blocks.0.{layer}.weight"] for layer in VIDEO]
-    assert plan.trained == 48 * config["lora"]["rank"] * sum(map(sum, sides))
+    assert plan.trained == 48 * config.lora.rank * sum(map(sum, sides))
     memory = plan.memory(1)
     assert memory["frozen: DiT"] == 2 * sum(torch.Size(s).numel() for s in dit_shapes(released))
     assert memory["adapters, fp32"] + memory["gradients, fp32"] + memory["AdamW moments, fp32"] == 16 * plan.trained
