@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_A, write_sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -19,7 +21,7 @@ from common.errors import UserError, one_line_errors
 from config import ASSETS, ReferenceOptions, read_config
 from engine import lora
 from engine.lora import new_lora, save_lora
-from engine.lora_files import LoRA, describe, merge_lora, parse_lora
+from engine.lora_files import LoRA, describe, merge_lora, merged, parse_lora
 from engine.plan import Plan, dit_flops, weight_flops
 from guidance import sample_latents
 from model import LTXVideo
@@ -221,6 +223,11 @@ Q = "transformer_blocks.0.attn1.to_q"
             "transformer_blocks.9.attn1.to_q.lora_A",
         ),
         ({f"{Q}.hada_w1": torch.ones(2, 128)}, f"{Q}.hada_w1"),
+        ({f"{Q}.lora_A.weight": None, f"{Q}.lora_B.weight": None, f"{Q}.weight": torch.ones(2)}, "goes to --ckpt"),
+        ({f"{Q}.dora_scale": torch.ones(127)}, f"{Q}.dora_scale [127]"),
+        ({f"{Q}.diff": torch.ones(128, 128)}, f"{Q}.lora_A.weight are for the same place"),
+        ({f"{Q}.diff_b": torch.ones(127)}, f"{Q}.diff_b [127] does not fit"),
+        ({"transformer_blocks.0.scale_shift_table.lora_A.weight": torch.ones(2, 128)}, "scale_shift_table.lora_A"),
         ({"lora_unet_transformer_blocks_0_attn3_to_q.lora_down.weight": torch.ones(2, 128)}, "lora_unet_transformer"),
         ({f"{Q}.lora_A.weight": torch.ones(3, 128)}, f"{Q}.lora_A.weight [3, 128]"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 64)}, f"{Q}.lora_A.weight [2, 64]"),
@@ -480,6 +487,37 @@ def test_what_is_not_floating_point_is_refused_before_its_shape_is_seen(dtype, m
         save_file(pair | {f"{Q}.{part}": tensor.to(dtype)}, tmp_path / "a")
         with pytest.raises(UserError, match=f"{Q}.{part} is stored as .*: a LoRA holds floating-point"):
             LoRA(tmp_path / "a", [model])
+
+
+LAYERS = (Q, "transformer_blocks.1.scale_shift_table", "proj_out", "x", "audio_x", "")
+PARTS = ("lora_A.weight", "lora_B.weight", "alpha", "dora_scale", "diff", "diff_b", "weight")
+NAMES = [f"{layer}.{part}" for layer in LAYERS for part in PARTS]
+NAMES += ["lora_unet_proj_out.lora_up.weight", "lora_unet_.alpha", "diffusion_model..diff", "a\nb.diff", "\u00e9.alpha"]
+SHAPES = [(), (1,), (128,), (128, 1), (1, 128), (2, 128), (128, 2), (4, 2), (2, 128, 1), (0,), (0, 128), (128, 128)]
+DTYPES = [torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.bool]
+FORMS = st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES))
+OURS = [None, "{}", "[]", "nope", "[" * 9999, '{"placement": 5}', '{"defaults": {"s_ref": "x"}}', '{"defaults": [1]}']
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(
+    tensors=st.dictionaries(st.sampled_from(NAMES), FORMS, max_size=5),
+    ours=st.sampled_from(OURS),
+    value=st.sampled_from([1.0, 1.0, float("nan"), 6e4]),
+    ignore_unknown=st.booleans(),
+)
+def test_any_file_is_read_or_refused_with_a_user_error(tensors, ours, value, ignore_unknown, model, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    full = {name: torch.full(shape, value).to(dtype) for name, (shape, dtype) in tensors.items()}
+    save_file(full, path, {OUR_METADATA: ours} if ours else None)
+    try:
+        file = LoRA(path, [model], 2.0, ignore_unknown)
+        file.require_finite()
+        for target in file.changes:
+            assert merged(torch.ones(file.shapes[target]), target, [file]).isfinite().all()
+    except UserError as error:
+        assert len(str(error)) < 2000
 
 
 def test_changes_that_overflow_are_errors(model, tmp_path):
