@@ -37,7 +37,7 @@ from engine.fp8 import store_in_fp8
 from engine.lora_files import LoRA, merge_lora
 from engine.offload import offload
 from engine.parallel import join_processes
-from engine.recipe import PRESETS, Recipe, begin_with, resolve_loras, resolve_recipe, text_encoder
+from engine.recipe import PRESETS, Recipe, begin_with, default_gemma, resolve_loras, resolve_recipe
 from evaluation.batch import Batch
 from evaluation.cases import Case, read_cases
 from evaluation.metrics import FaceReader, face_sim
@@ -98,7 +98,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
     reader = face_reader(options, device) if any(case.reference for case in ready) and not ranks[0] else None
 
     # ---- prompts to contexts; Gemma is gone when this is done
-    gemma = options.gemma or (ASSETS / "gemma" if text_encoder(checkpoint) == "embedded" else GEMMA)
+    gemma = options.gemma or default_gemma(checkpoint)
     text_device = torch.device("cpu") if options.text_on_cpu else device
     encoder = TextEncoder.from_checkpoint(checkpoint, gemma, text_device, dtype)
     merge_lora(encoder.connector, loras)

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import NAMES, OUR_METADATA, Checkpoint, distilled_sign, write
+from checkpoint import NAMES, OUR_METADATA, Checkpoint, write
 from common.errors import Parser, UserError, one_line_errors
-from engine.lora_files import REFERENCE, LoRA, describe, merged, open_loras, settings_of_loras
-from engine.recipe import text_encoder
+from common.outputs import refuse_overwrite
+from engine.lora_files import LoRA, describe, merged, open_loras
+from engine.recipe import merged_metadata
 
 # ----------------------------------------------------------------------------------------------------------------------
 # in the model
@@ -119,20 +120,6 @@ def merge_file(base: Checkpoint, loras: list[LoRA], out: str | Path) -> None:
     write(out, entries, base.metadata | {OUR_METADATA: json.dumps(merged_metadata(base, loras))})
 
 
-def merged_metadata(base: Checkpoint, loras: list[LoRA]) -> dict:
-    """This project's metadata of `base` with LoRAs: their settings go before its own."""
-    settings = settings_of_loras(loras, {})
-    ours = base.ours | {key: value for key, value in settings.items() if key in REFERENCE}
-    defaults = {key: value for key, value in settings.items() if key not in REFERENCE}
-    ours["defaults"] = base.ours.get("defaults", {}) | defaults
-    ours["loras"] = [f"{lora.path.name}:{lora.strength:g}" for lora in loras]
-    if encoder := text_encoder(base):
-        ours["gemma"] = encoder
-    if sign := distilled_sign(base.path, base.metadata):
-        ours["distilled"] = f"{base.path.name}, by {sign}"
-    return ours
-
-
 def main() -> None:
     parser = Parser(description="Merge LoRAs into a checkpoint: the released layout, loadable as the base is.")
     parser.add_argument("--ckpt", required=True, help="an LTX-2.3 checkpoint")
@@ -142,12 +129,9 @@ def main() -> None:
     options = parser.parse_args()
     base = Checkpoint(options.ckpt)
     loras = open_loras(options.lora, base, options.lora_ignore_unknown)
-    out = Path(options.out)
-    for path in (base.path, *(lora.path for lora in loras)):
-        if out.exists() and out.samefile(path):
-            raise UserError(f"--out {out} is the file {path} that is read: name another")
-    merge_file(base, loras, out)
-    print(f"wrote {out}: {'; '.join(map(describe, loras))}")
+    refuse_overwrite([options.out], [base.path, *(lora.path for lora in loras)])
+    merge_file(base, loras, options.out)
+    print(f"wrote {options.out}: {'; '.join(map(describe, loras))}")
 
 
 if __name__ == "__main__":

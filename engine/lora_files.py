@@ -1,19 +1,20 @@
-"""LoRA files in the dialects that trainers write: read, checked against the model, and merged into its weights.
+"""LoRA files in the dialects of many trainers: read, checked against the model, and merged into its weights.
 
-        W' = W + strength * alpha / rank * B A                      a low-rank pair; without alpha, alpha = rank
-        W' = W + strength * (m V / |V| - W), V = W + alpha / rank * B A      DoRA (Liu et al. 2024): m a magnitude per
-                                                                    row, or per column where m has that shape
-        W' = W + strength * D                                       a full difference, of a weight or of a bias
+        W' = W + strength * alpha / rank * B A      low rank (Hu et al. 2021); a file without alpha means alpha = rank
+        W' = W + strength * (m V / |V| - W)         DoRA (Liu et al. 2024), V = W + alpha / rank * B A; the magnitude m
+                                                    and the norm are per row, or per column where m has that shape
+        W' = W + strength * D                       full difference, of a weight or of a bias
 
-A tensor's name is [prefix][layer][part]. Known parts are in `PART`; prefixes are those of ComfyUI, diffusers and peft.
-kohya's trainers write the layer with underscores for dots, so it is looked up among the model's own layers. All
-changes are kept under the released checkpoint's tensor names, which cover the DiT, the connector and the projection.
+The name of a tensor is [prefix][layer].[part]. `PART` lists the parts; the prefixes are those of ComfyUI, diffusers and
+peft. kohya's trainers write the layer with underscores instead of dots, so the layer is searched among the model's
+own. Every change is kept under the released name of the tensor it changes. One mapping therefore serves the DiT, the
+connector and the projection, in memory and in a checkpoint.
 """
 
 import math
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,11 +23,9 @@ from torch import Tensor, nn
 
 from checkpoint import OUR_METADATA, Checkpoint, file_name, json_object
 from common.errors import UserError
-from model import LTXVideo, Reference
+from model import LTXVideo
 from text import TextConnector
 
-# How the reference is given, by the names that metadata and options have for it.
-REFERENCE = {"ref_timestep" if name == "timestep" else name: value for name, value in asdict(Reference()).items()}
 DIT = LTXVideo.PREFIXES[""]
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 UNDERSCORED = re.compile(r"lora_unet_(?:model_)?(?:diffusion_model_)?")
@@ -63,14 +62,17 @@ class Difference:
 
 
 class LoRA:
-    """A LoRA file, checked against modules on any device, meta too. Tensors are read when they are merged.
+    """A LoRA file, checked against modules, which may be on the meta device. Tensors are read when they are merged.
 
-    changes: by the released name of the tensor that each one changes; rank: the largest; audio: number of tensors for
-    the audio branch; ignored: names without a place; ours: this project's own metadata, {} in other people's files.
+    changes   {released name of a tensor: its change}
+    rank      the largest rank
+    audio     number of tensors for the audio branch, which are not used
+    ignored   names of tensors without a place in the modules
+    ours      this project's own metadata, {} in other files
     """
 
     def __init__(self, path: str | Path, modules: list[nn.Module], strength: float = 1.0, ignore_unknown: bool = False):
-        """Raises UserError for a tensor that has no place in the modules, does not fit it or lacks its other half."""
+        """UserError for a tensor without a place (unless ignored), of a wrong shape, or without its other half."""
         self.path, self.strength = Path(path), strength
         if not self.path.is_file():
             raise UserError(f"no LoRA at {path}: give --lora FILE or FILE:STRENGTH")
@@ -87,12 +89,17 @@ class LoRA:
             for name, parameter in module.named_parameters()
         }
         self.rank, self.audio, self.ignored = 0, 0, []
-        self.changes = {name: self._change(name, parts) for name, parts in self._sort(ignore_unknown).items()}
+        self.changes = {target: self._change(target, parts) for target, parts in self._parts(ignore_unknown).items()}
         if not self.changes:
             raise UserError(f"{path} holds nothing for the video branch ({self.audio} tensors for the audio branch)")
 
-    def _sort(self, ignore_unknown: bool) -> dict[str, dict[str, str]]:
-        """The file's names by the released tensor they change and by their part: {tensor: {"A": name, ...}}."""
+    def _parts(self, ignore_unknown: bool) -> dict[str, dict[str, str]]:
+        """The names in the file by the tensor they change and by part: {released name: {"A": name, "B": name}}."""
+        if self.names and not any(map(PART.fullmatch, self.names)):
+            raise UserError(
+                f"{self.path} is no LoRA that can be read here: it has tensors like {self.names[0][:100]} and none "
+                "like X.lora_A.weight; a checkpoint goes to --ckpt"
+            )
         dotted, underscored = _layers(self.shapes)
         parts: dict[str, dict[str, str]] = {}
         for name in self.names:
@@ -116,7 +123,7 @@ class LoRA:
         return parts
 
     def _target(self, layer: str, part: str, dotted: dict[str, str], underscored: dict[str, list[str]]) -> str | None:
-        """The released name of the tensor that the part of a layer changes, or None if there is no such tensor."""
+        """The released name of the tensor that a part of a layer changes; None if the model has no such tensor."""
         if prefix := UNDERSCORED.match(layer):
             layers = underscored.get(layer[prefix.end() :], [])
             if len(layers) > 1:
@@ -128,7 +135,7 @@ class LoRA:
             released = dotted.get(layer)
         target = f"{released}.bias" if part == "diff_b" else f"{released}.weight"
         if part == "diff" and target not in self.shapes:
-            target = released  # a table or register, which is no layer's weight
+            target = released  # a table or the registers: parameters of their own, not the weight of a layer
         return target if target in self.shapes else None
 
     def _change(self, target: str, parts: dict[str, str]) -> LowRank | Difference:
@@ -173,7 +180,7 @@ class LoRA:
         return self.file.get_slice(name).get_shape()
 
     def require_finite(self) -> None:
-        """Read the file once. Raises UserError for NaN or infinity, and for changes too large for float32."""
+        """Read the whole file once. UserError for NaN or infinity, and for changes too large for float32."""
         largest = {}
         for name in self.names:
             if name not in self.ignored:
@@ -199,7 +206,8 @@ class LoRA:
         return self.file.get_tensor(name).to(like)
 
     def add_to(self, total: Tensor, target: str, weight: Tensor) -> None:
-        """Add to `total`, in place, what the file changes of `weight`, the tensor `target` as it is without LoRAs."""
+        """Add the change of the tensor `target` to `total`, in place. `weight` is the tensor without any LoRA, from
+        which DoRA's change is computed, so that the order of several LoRAs does not matter."""
         change = self.changes[target]
         if isinstance(change, Difference):
             total.add_(self.read(change.diff, total), alpha=self.strength)
@@ -219,12 +227,12 @@ class LoRA:
 
 
 def _layers(shapes: dict[str, list[int]]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The released layers by the names that LoRA files have for them: with dots, and with underscores."""
+    """The released names of layers by their names in LoRA files: with dots, and with underscores."""
     dotted: dict[str, str] = {}
     for tensor in shapes:
         layer = tensor.removesuffix(".weight").removesuffix(".bias")
         dotted[layer.removeprefix(DIT)] = layer
-    for name, layer in list(dotted.items()):  # LTX-2.0 has one projection, and trainers keep its name
+    for name, layer in list(dotted.items()):  # LTX-2.0 has one projection, and some trainers keep its name
         dotted.setdefault(name.replace(".video_aggregate_embed", ".aggregate_embed"), layer)
     underscored: dict[str, list[str]] = {}
     for name, layer in dotted.items():
@@ -242,7 +250,7 @@ def _shortened(names: list[str], most: int = 12) -> str:
 
 
 def _largest(tensor: Tensor) -> float:
-    """The largest absolute value; NaN or infinity if the tensor holds one. One pass, without a copy."""
+    """The largest absolute value, which is NaN or infinite if a value is. One pass, seven times faster than reading."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
@@ -265,7 +273,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def open_loras(texts: list[str], checkpoint: Checkpoint, ignore_unknown: bool = False) -> list[LoRA]:
-    """The LoRAs that --lora names, checked against the checkpoint's DiT, connector and projection, and finite."""
+    """The LoRAs in the values of --lora, checked against the checkpoint's DiT, connector and projection, and finite."""
     if not texts:
         return []
     with torch.device("meta"):
@@ -277,7 +285,7 @@ def open_loras(texts: list[str], checkpoint: Checkpoint, ignore_unknown: bool = 
 
 
 def describe(lora: LoRA) -> str:
-    """One line: strength, and how many layers and tensors are changed, set aside and ignored."""
+    """One line: strength, and the numbers of layers and tensors that are changed, set aside and ignored."""
     kinds = Counter(type(change) for change in lora.changes.values())
     counts = [f"{kinds[LowRank]} layers of rank up to {lora.rank}"] if kinds[LowRank] else []
     counts += [f"{kinds[Difference]} full differences"] if kinds[Difference] else []
@@ -286,24 +294,6 @@ def describe(lora: LoRA) -> str:
     counts.append(f"{lora.audio} tensors of the audio branch set aside")
     counts += [f"{len(lora.ignored)} without a place ignored"] if lora.ignored else []
     return f"{lora.path} at strength {lora.strength:g}: {', '.join(counts)}"
-
-
-def settings_of(ours: dict) -> dict:
-    """The sampling settings in this project's metadata of a checkpoint or LoRA."""
-    return {key: ours[key] for key in REFERENCE if key in ours} | ours.get("defaults", {})
-
-
-def settings_of_loras(loras: list[LoRA], decided: dict) -> dict:
-    """The sampling settings in the metadata of LoRAs. UserError where two differ in a key that is not in `decided`."""
-    settings: dict = {}
-    for lora in loras:
-        for key, value in settings_of(lora.ours).items() if lora.strength else ():
-            if key not in decided and settings.setdefault(key, value) != value:
-                raise UserError(
-                    f"the LoRAs were trained with different {key}, {settings[key]} and {value}: "
-                    f"leave one out, or decide with --{key.replace('_', '-')} of sample.py"
-                )
-    return settings
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ class Plan:
         """Bytes per GPU by part, each at its largest moment of a step; not all are that large at once."""
         run = self.config.parallel
         if gpus < 1 or (run.mode == "fsdp" and gpus % run.replicas):
-            raise UserError(f"parallel.replicas = {run['replicas']} does not divide {gpus} GPUs")
+            raise UserError(f"parallel.replicas = {run.replicas} does not divide {gpus} GPUs")
         weights = parameters(self.dit)
         block = parameters(self.dit.transformer_blocks[0])
         rest = weights - block * len(self.dit.transformer_blocks)
@@ -210,13 +210,13 @@ class Plan:
     def report(self, gpus: int, mfu: float) -> str:
         """The plan as Markdown: memory per GPU by part, which cards hold it, and days for the whole run."""
         optim, run = self.config.optim, self.config.parallel
-        ways = f"{run['mode']}, {gpus} GPUs" + (f", {run['replicas']} replicas" if run.replicas > 1 else "")
+        ways = f"{run.mode}, {gpus} GPUs" + (f", {run.replicas} replicas" if run.replicas > 1 else "")
         adapters = f", adapters of rank {self.rank} with {self.trained / 1e6:,.1f} M" if self.rank else ""
         lines = [
             f"{self.width}x{self.height}, latent grid {'x'.join(map(str, self.grid))}: {self.tokens:,} video and "
             f"{self.reference_tokens:,} reference tokens, {self.text_tokens:,} text tokens",
-            f"DiT {parameters(self.dit) / 1e9:.2f} B parameters{adapters}; {ways}; micro-batch {run['micro_batch']}, "
-            f"global batch {optim['batch']}, {optim['steps']:,} steps",
+            f"DiT {parameters(self.dit) / 1e9:.2f} B parameters{adapters}; {ways}; micro-batch {run.micro_batch}, "
+            f"global batch {optim.batch}, {optim.steps:,} steps",
             "",
             "| per GPU | GiB |",
             "|---|---:|",
@@ -227,10 +227,10 @@ class Plan:
         lines += [f"| **sum, without fragmentation** | **{total:.1f}** |", ""]
         per_step = self.flops_per_sample() * optim.batch
         lines += [
-            f"{per_step / optim['batch'] / 1e12:,.1f} TFLOP a sample, {per_step / 1e15:,.2f} PFLOP a step "
+            f"{per_step / optim.batch / 1e12:,.1f} TFLOP a sample, {per_step / 1e15:,.2f} PFLOP a step "
             f"(identity losses on {self.decoded_share():.0%} of samples)",
             "",
-            f"| card | memory | at {mfu:.0%} MFU, {optim['steps']:,} steps |",
+            f"| card | memory | at {mfu:.0%} MFU, {optim.steps:,} steps |",
             "|---|---|---:|",
         ]
         for name, (tflops, gib) in CARDS.items():

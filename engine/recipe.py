@@ -6,16 +6,20 @@ options of the user  >  distilled models  >  --preset  >  LoRA metadata  >  chec
 import argparse
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from checkpoint import Checkpoint, distilled_sign
 from common.errors import UserError
 from config import ASSETS, PAPER, Config
-from engine.lora_files import REFERENCE, LoRA, describe, open_loras, settings_of, settings_of_loras
+from engine.lora_files import LoRA, describe, open_loras
 from guidance import DISTILLED_SIGMAS
 from rope import Reference
+from text import GEMMA
 from vae import latent_scale
 
+# How the reference is given, by the names that options and metadata have for it.
+REFERENCE = {"ref_timestep" if name == "timestep" else name: value for name, value in asdict(Reference()).items()}
 PRESETS = {  # for LoRAs without metadata of this project
     # LTX-Best-Face-ID. The guidance is our choice, since we know of none documented: equal scales, so two streams.
     "best-face-id": REFERENCE
@@ -82,11 +86,50 @@ def resolve_loras(options: argparse.Namespace, checkpoint: Checkpoint) -> list[L
     return [lora for lora in loras if lora.strength]
 
 
+def sampling_settings(ours: dict[str, Any]) -> dict[str, Any]:
+    """The settings for sampling in this project's metadata of a checkpoint or LoRA."""
+    defaults = ours.get("defaults", {})
+    settings = {key: ours[key] for key in REFERENCE if key in ours}
+    return settings | {key: defaults[key] for key in PAPER if key in defaults}
+
+
+def lora_settings(loras: list[LoRA], decided: dict[str, Any]) -> dict[str, Any]:
+    """The settings in the metadata of LoRAs, less those `decided`. UserError where two LoRAs differ."""
+    settings: dict[str, Any] = {}
+    for lora in loras:
+        for key, value in sampling_settings(lora.ours).items() if lora.strength else ():
+            if key not in decided and settings.setdefault(key, value) != value:
+                raise UserError(
+                    f"the LoRAs were trained with different {key}, {settings[key]} and {value}: "
+                    f"leave one out, or decide with --{key.replace('_', '-')} of sample.py"
+                )
+    return settings
+
+
+def merged_metadata(base: Checkpoint, loras: list[LoRA]) -> dict[str, Any]:
+    """This project's metadata of `base` with LoRAs merged in. Settings of the LoRAs replace those of the base."""
+    settings = lora_settings(loras, {})
+    ours = base.ours | {key: value for key, value in settings.items() if key in REFERENCE}
+    defaults = {key: value for key, value in settings.items() if key in PAPER}
+    ours["defaults"] = base.ours.get("defaults", {}) | defaults
+    ours["loras"] = [f"{lora.path.name}:{lora.strength:g}" for lora in loras]
+    if encoder := text_encoder(base):
+        ours["gemma"] = encoder
+    if sign := distilled_sign(base.path, base.metadata):
+        ours["distilled"] = f"{base.path.name}, by {sign}"
+    return ours
+
+
 def text_encoder(checkpoint: Checkpoint) -> str | None:
-    """The text encoder that a checkpoint needs: "embedded" for the model in assets/ and for all that is made from it,
-    None for Gemma 3 12B. An export and a merged file carry it as `gemma` in their metadata."""
+    """The text encoder that a checkpoint needs: "embedded" for the model in assets/ and for everything made from it,
+    None for Gemma 3 12B. Exports and merged files carry it as `gemma` in their metadata."""
     embedded = checkpoint.path.resolve() == (ASSETS / "tiny.safetensors").resolve()
     return "embedded" if embedded else checkpoint.ours.get("gemma")
+
+
+def default_gemma(checkpoint: Checkpoint) -> str | Path:
+    """The folder or repository of the text encoder that a checkpoint needs."""
+    return ASSETS / "gemma" if text_encoder(checkpoint) == "embedded" else GEMMA
 
 
 def export_guidance(config: Config, base: Checkpoint) -> dict[str, float]:
@@ -102,8 +145,8 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
     preset = PRESETS.get(options.preset, {})
     names = (*PAPER, *REFERENCE, "prompt_prefix")
     chosen = {key: value for key in names if (value := getattr(options, key)) is not None}
-    settings = PAPER | REFERENCE | {"prompt_prefix": ""} | settings_of(checkpoint.ours)
-    if from_loras := settings_of_loras(loras, preset | chosen):
+    settings = PAPER | REFERENCE | {"prompt_prefix": ""} | sampling_settings(checkpoint.ours)
+    if from_loras := lora_settings(loras, preset | chosen):
         print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in from_loras.items())}")
     settings |= from_loras | preset
     signs = {file.path: distilled_sign(file.path, file.metadata) for file in (checkpoint, *loras)}

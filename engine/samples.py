@@ -10,15 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import open_checkpoint
 from common.device import free
 from common.errors import whole_file
 from common.media import contact_sheet, read_image, to_tensor, to_uint8
-from config import ASSETS, Config
+from config import Config
 from data import FITS
 from engine.parallel import reshard
+from engine.recipe import default_gemma
 from guidance import generate
 from objective import Objective
-from text import GEMMA, TextEncoder
+from text import TextEncoder
 
 Sample = tuple[Image.Image | None, str, Tensor]  # reference image in the video's shape, prompt, context (1, S, D)
 
@@ -33,7 +35,7 @@ def encode_samples(config: Config, ckpt: Any, size: dict[str, Any], run: Path, d
     prompts = [prompt for _, prompt in entries] + [""]
     path = run / "prompts.safetensors"
     if dist.get_rank() == 0:  # one rank runs Gemma, the others read the result
-        gemma = config.model.gemma or (GEMMA if config.model.ckpt else ASSETS / "gemma")
+        gemma = config.model.gemma or default_gemma(open_checkpoint(ckpt))
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         encoder = TextEncoder.from_checkpoint(ckpt, gemma, device, dtype)
         with whole_file(path) as temporary:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_A, write_sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -14,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import sample
 from checkpoint import OUR_METADATA, Checkpoint, distilled_sign, file_name
 from common.errors import UserError, one_line_errors
-from config import ASSETS, read_config
+from config import ASSETS, ReferenceOptions, read_config
 from engine import lora
 from engine.lora import new_lora, save_lora
-from engine.lora_files import LoRA, describe, merge_lora, parse_lora
+from engine.lora_files import LoRA, describe, merge_lora, merged, parse_lora
 from engine.plan import Plan, dit_flops, weight_flops
 from guidance import sample_latents
 from model import LTXVideo
 from objective import Objective
-from text import TextConnector
+from rope import Place
+from text import GEMMA, TextConnector
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 # of a released file: six attentions and two feed-forwards a block
@@ -221,6 +223,11 @@ Q = "transformer_blocks.0.attn1.to_q"
             "transformer_blocks.9.attn1.to_q.lora_A",
         ),
         ({f"{Q}.hada_w1": torch.ones(2, 128)}, f"{Q}.hada_w1"),
+        ({f"{Q}.lora_A.weight": None, f"{Q}.lora_B.weight": None, f"{Q}.weight": torch.ones(2)}, "goes to --ckpt"),
+        ({f"{Q}.dora_scale": torch.ones(127)}, f"{Q}.dora_scale [127]"),
+        ({f"{Q}.diff": torch.ones(128, 128)}, f"{Q}.lora_A.weight are for the same place"),
+        ({f"{Q}.diff_b": torch.ones(127)}, f"{Q}.diff_b [127] does not fit"),
+        ({"transformer_blocks.0.scale_shift_table.lora_A.weight": torch.ones(2, 128)}, "scale_shift_table.lora_A"),
         ({"lora_unet_transformer_blocks_0_attn3_to_q.lora_down.weight": torch.ones(2, 128)}, "lora_unet_transformer"),
         ({f"{Q}.lora_A.weight": torch.ones(3, 128)}, f"{Q}.lora_A.weight [3, 128]"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 64)}, f"{Q}.lora_A.weight [2, 64]"),
@@ -341,36 +348,39 @@ def test_a_kohya_alpha_scales_and_may_be_a_whole_number(model, tmp_path):
         torch.testing.assert_close(got, model.get_submodule(Q).weight + 2.0 * b @ a, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("magnitude_name", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"])
 @torch.no_grad()
-def test_dora_is_merged_as_peft_merges_it(magnitude_name, inputs, model, tmp_path):
+def test_dora_is_merged_as_peft_merges_it(inputs, model, tmp_path):
+    """With peft's names for the magnitude and with the name that other trainers have."""
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False, use_dora=True)
     theirs = inject_adapter_in_model(config, tiny(), adapter_name="a")
     for name, parameter in theirs.named_parameters():
-        if "magnitude" in name:  # trained: no row keeps the length of W + B A
+        if "magnitude" in name:  # as if trained: no row keeps the length of W + B A
             parameter.mul_(torch.rand_like(parameter) + 0.5)
-    saved, tensors = get_peft_model_state_dict(theirs, adapter_name="a"), {}
-    for name, tensor in saved.items():
-        if "magnitude" in name and magnitude_name == "dora_scale":
-            tensor = tensor[:, None]  # (out, 1), as trainers other than peft keep it
-        tensors[f"diffusion_model.{name}".replace("lora_magnitude_vector", magnitude_name)] = tensor.contiguous()
-        if ".lora_A" in name:
-            tensors[f"diffusion_model.{name.split('.lora_A')[0]}.alpha"] = torch.tensor(6.0)
-    assert sum(name.endswith(magnitude_name) for name in tensors) == len(lora.find_targets(model, TARGETS))
-    save_file(tensors, tmp_path / "dora.safetensors")
-    file = LoRA(tmp_path / "dora.safetensors", [model])
-    got = merge_lora(tiny(), [file])
-    want = theirs(**inputs)
+    saved, want = get_peft_model_state_dict(theirs, adapter_name="a"), theirs(**inputs)
     assert (want - model(**inputs)).abs().max() > 0.05
-    torch.testing.assert_close(got(**inputs), want, atol=1e-4, rtol=0)
-    for name, module in theirs.named_modules():
+    for module in theirs.modules():
         if isinstance(module, LoraLayer):
             module.merge()
-            torch.testing.assert_close(got.get_submodule(name).weight, module.weight, atol=1e-5, rtol=0)
+    for magnitude_name in ("lora_magnitude_vector", "lora_magnitude_vector.default.weight", "dora_scale"):
+        tensors = {}
+        for name, tensor in saved.items():
+            if "magnitude" in name and magnitude_name == "dora_scale":
+                tensor = tensor[:, None]  # (out, 1), as trainers other than peft keep it
+            tensors[f"diffusion_model.{name}".replace("lora_magnitude_vector", magnitude_name)] = tensor.contiguous()
+            if ".lora_A" in name:
+                tensors[f"diffusion_model.{name.split('.lora_A')[0]}.alpha"] = torch.tensor(6.0)
+        layers = lora.find_targets(model, TARGETS)
+        assert sum(name.endswith(f".{magnitude_name}") for name in tensors) == len(layers)
+        save_file(tensors, tmp_path / "dora.safetensors")
+        got = merge_lora(tiny(), [LoRA(tmp_path / "dora.safetensors", [model])])
+        for layer in layers:
+            ours, peft = (tree.get_submodule(layer).weight for tree in (got, theirs))
+            torch.testing.assert_close(ours, peft, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got(**inputs), want, atol=1e-4, rtol=0)
     half = merge_lora(tiny(), [LoRA(tmp_path / "dora.safetensors", [model], 0.5)])  # strength blends W and W'
-    middle = (model.get_submodule(Q).weight + got.get_submodule(Q).weight) / 2
-    torch.testing.assert_close(half.get_submodule(Q).weight, middle, atol=1e-6, rtol=0)
+    middle = (model.get_submodule(Q).weight + theirs.get_submodule(Q).weight) / 2
+    torch.testing.assert_close(half.get_submodule(Q).weight, middle, atol=1e-5, rtol=0)
 
 
 def test_a_dora_magnitude_per_column(model, tmp_path):
@@ -479,6 +489,37 @@ def test_what_is_not_floating_point_is_refused_before_its_shape_is_seen(dtype, m
             LoRA(tmp_path / "a", [model])
 
 
+LAYERS = (Q, "transformer_blocks.1.scale_shift_table", "proj_out", "x", "audio_x", "")
+PARTS = ("lora_A.weight", "lora_B.weight", "alpha", "dora_scale", "diff", "diff_b", "weight")
+NAMES = [f"{layer}.{part}" for layer in LAYERS for part in PARTS]
+NAMES += ["lora_unet_proj_out.lora_up.weight", "lora_unet_.alpha", "diffusion_model..diff", "a\nb.diff", "\u00e9.alpha"]
+SHAPES = [(), (1,), (128,), (128, 1), (1, 128), (2, 128), (128, 2), (4, 2), (2, 128, 1), (0,), (0, 128), (128, 128)]
+DTYPES = [torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.bool]
+FORMS = st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES))
+OURS = [None, "{}", "[]", "nope", "[" * 9999, '{"placement": 5}', '{"defaults": {"s_ref": "x"}}', '{"defaults": [1]}']
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(
+    tensors=st.dictionaries(st.sampled_from(NAMES), FORMS, max_size=5),
+    ours=st.sampled_from(OURS),
+    value=st.sampled_from([1.0, 1.0, float("nan"), 6e4]),
+    ignore_unknown=st.booleans(),
+)
+def test_any_file_is_read_or_refused_with_a_user_error(tensors, ours, value, ignore_unknown, model, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    full = {name: torch.full(shape, value).to(dtype) for name, (shape, dtype) in tensors.items()}
+    save_file(full, path, {OUR_METADATA: ours} if ours else None)
+    try:
+        file = LoRA(path, [model], 2.0, ignore_unknown)
+        file.require_finite()
+        for target in file.changes:
+            assert merged(torch.ones(file.shapes[target]), target, [file]).isfinite().all()
+    except UserError as error:
+        assert len(str(error)) < 2000
+
+
 def test_changes_that_overflow_are_errors(model, tmp_path):
     large = {f"{Q}.lora_A.weight": torch.full((2, 128), 1e20), f"{Q}.lora_B.weight": torch.full((128, 2), 1e19)}
     save_file(large, tmp_path / "a")
@@ -499,6 +540,8 @@ def test_changes_that_overflow_are_errors(model, tmp_path):
 
 
 def test_a_strange_file_ends_before_gemma_is_read(in_process, monkeypatch, tmp_path):
+    import sample
+
     monkeypatch.setattr(sample.TextEncoder, "from_checkpoint", lambda *_: pytest.fail("Gemma was read"))
     width = Checkpoint(ASSETS / "tiny.safetensors").tensors[f"model.diffusion_model.{Q}.weight"]["shape"][1]
     pair = {f"{Q}.lora_A.weight": torch.ones(2, width), f"{Q}.lora_B.weight": torch.ones(width, 2)}
@@ -570,8 +613,8 @@ def test_a_merged_checkpoint_samples_like_the_lora(face, model, golden, tmp_path
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
     problem = {key: golden[key] for key in ("noise", "sigmas", "context", "null_context")}
-    problem |= {"positions": golden["video_positions"], "reference": golden["ref"]}
-    problem |= {"ref_positions": golden["tass_positions"]}
+    problem |= {"positions": golden["video_positions"], "z_ref": golden["ref"]}
+    problem |= {"place": Place(golden["tass_positions"])}
     exported = sample_latents(LTXVideo.from_checkpoint(out), **problem, s_y=2.0, s_r=2.0)
     stored = {name.removeprefix("diffusion_model."): tensor for name, tensor in load_file(face).items()}
     beside = sample_latents(adapted(stored, 4, 4 * 1.2), **problem, s_y=2.0, s_r=2.0)
@@ -606,6 +649,40 @@ def test_a_merged_checkpoint_says_how_to_sample_as_its_loras_do(face, model, tmp
     assert distilled_sign(TINY_A, Checkpoint(TINY_A).metadata) is None
     with pytest.raises(UserError, match="different placement, phase and remote"):
         lora.merge_file(Checkpoint(TINY_A), [one, LoRA(two, [model])], out)
+
+
+def test_what_is_made_from_the_embedded_model_finds_its_text_encoder(in_process, monkeypatch, tmp_path):
+    """A merged file, and a file merged from that one. A checkpoint of another origin needs Gemma 3 12B."""
+    import sample
+
+    width = Checkpoint(ASSETS / "tiny.safetensors").tensors[f"model.diffusion_model.{Q}.weight"]["shape"][1]
+    pair = {f"{Q}.lora_A.weight": torch.ones(2, width), f"{Q}.lora_B.weight": torch.ones(width, 2) / 100}
+    save_file(pair, tmp_path / "a.safetensors")
+    base, once, twice = ASSETS / "tiny.safetensors", tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
+    for ckpt, out in ((base, once), (once, twice)):
+        words = ["--ckpt", ckpt, "--lora", tmp_path / "a.safetensors", "--out", out]
+        assert in_process(lora.main, "engine.lora", *words)[0] == 0
+        assert Checkpoint(out).ours["gemma"] == "embedded"
+        assert Checkpoint(out).ours["defaults"] == Checkpoint(base).ours["defaults"]
+
+    def encoder(path, gemma, *_):
+        raise UserError(f"the text encoder is {gemma}")
+
+    monkeypatch.setattr(sample.TextEncoder, "from_checkpoint", encoder)
+    for ckpt, gemma in ((base, ASSETS / "gemma"), (twice, ASSETS / "gemma"), (TINY_A, GEMMA)):
+        words = ["--ckpt", ckpt, "--prompt", "x", "--out", tmp_path / "x.mp4"]
+        assert f"the text encoder is {gemma}" in in_process(sample.main, "sample.py", *words)[2]
+
+
+def test_a_merged_file_never_replaces_its_sources(in_process, face, tmp_path):
+    base, linked, file = tmp_path / "base.safetensors", tmp_path / "linked.safetensors", tmp_path / "lora.safetensors"
+    base.write_bytes(TINY_A.read_bytes())
+    file.write_bytes(face.read_bytes())
+    linked.hardlink_to(file)
+    for out in (base, file, linked, tmp_path / "." / "lora.safetensors"):
+        code, _, error = in_process(lora.main, "engine.lora", "--ckpt", base, "--lora", file, "--out", out)
+        assert code == 2 and "would replace" in error and error.count("\n") == 1
+    assert base.read_bytes() == TINY_A.read_bytes() and file.read_bytes() == face.read_bytes()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -662,21 +739,15 @@ def test_weights_in_bf16_beside_adapters_in_float32(inputs):
     "placement, source_id, phase_scale", [("phase", 2, 1.0), ("phase", 1, 0.5), ("overlap", 2, 1.0)]
 )
 def test_training_gives_the_phase_to_the_references_tokens(placement, source_id, phase_scale, vae):
-    grid, seen = (2, 2, 3), {}
-    objective = Objective(vae, None, None, 8, 24.0, None, None)
-    objective.placement, objective.source_id, objective.phase_scale = placement, source_id, phase_scale
-
-    def record(latents, timesteps, sigma, context, positions, mask, phase=None):
-        seen.update(positions=positions, mask=mask, phase=phase)
-        return latents
-
-    has_reference = torch.tensor([True, False])
-    z_t, t = torch.zeros(2, 12, 4), torch.tensor([0.5, 0.25])
-    objective.velocity(record, z_t, t, torch.zeros(2, 8, 128), torch.zeros(2, 3, 64, 96), has_reference, grid)
+    grid = (2, 2, 3)
+    reference = ReferenceOptions(placement=placement, source_id=source_id, phase_scale=phase_scale)
+    objective = Objective(vae, None, None, 8, 24.0, reference=reference)
+    z_t, z_ref, t = torch.zeros(2, 12, 4), torch.zeros(2, 6, 4), torch.tensor([0.5, 0.25])
+    tokens = objective.sequence(z_t, z_ref, t, torch.tensor([True, False]), grid)
     want = torch.cat([torch.zeros(2, 12), torch.full((2, 6), float(source_id * phase_scale))], dim=1)
-    assert seen["phase"] is None if placement == "overlap" else torch.equal(seen["phase"], want)
-    assert torch.equal(seen["positions"][:, :, 12:], seen["positions"][:, :, :6])  # on the first frame
-    assert seen["mask"].sum(1).tolist() == [18, 12]
+    assert tokens.phase is None if placement == "overlap" else torch.equal(tokens.phase, want)
+    assert torch.equal(tokens.positions[:, :, 12:], tokens.positions[:, :, :6])  # on the first frame
+    assert tokens.mask.sum(1).tolist() == [18, 12]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -687,7 +758,7 @@ def test_the_plan_counts_what_is_trained_and_fits_one_gpu(released):
     config = read_config(ROOT / "configs" / "lora.toml")
     plan = Plan(config, released["config"], (121, 480, 832), 1024)
     sides = [released["needed"][f"model.diffusion_model.transformer_blocks.0.{layer}.weight"] for layer in VIDEO]
-    assert plan.trained == 48 * config["lora"]["rank"] * sum(map(sum, sides))
+    assert plan.trained == 48 * config.lora.rank * sum(map(sum, sides))
     memory = plan.memory(1)
     assert memory["frozen: DiT"] == 2 * sum(torch.Size(s).numel() for s in dit_shapes(released))
     assert memory["adapters, fp32"] + memory["gradients, fp32"] + memory["AdamW moments, fp32"] == 16 * plan.trained
