@@ -44,7 +44,7 @@ from clips.manifest import Clip, Rejected, load_clip, read_manifest
 from common.errors import UserError, whole_file
 from face import ArcFace, FaceDetector, embed, recognition_file
 from text import GEMMA, PROJECTION, TextEncoder
-from vae import VideoVAE, latent_scale
+from vae import VideoVAE, check_size, latent_scale
 
 PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0}
 PARTS = ("latents", "features", "image", "e_ref", "caption")  # of each clip in a shard, as ROW.latents, ...
@@ -255,12 +255,7 @@ def made_with(
 def _latent_shape(settings: dict[str, Any], checkpoint: Checkpoint) -> list[int]:
     """(C, f, h, w) of every clip; UserError if the VAE cannot take the size."""
     scale = latent_scale(checkpoint.config["vae"])
-    for name, step, extra in zip(("frames", "height", "width"), scale, (1, 0, 0)):
-        value = settings[name]
-        lower = max((value - extra) // step, 1 - extra) * step + extra
-        if value != lower:
-            rule = f"{step}k+1" if extra else f"a multiple of {step}"
-            raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
+    check_size(scale, settings["frames"], settings["height"], settings["width"])
     if not settings["fps"] > 0:
         raise UserError(f"--fps {settings['fps']} is not above 0")
     time, rows, columns = scale

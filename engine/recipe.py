@@ -10,7 +10,7 @@ from common.errors import UserError
 from engine.lora import REFERENCE, LoRA, describe, parse_lora, told_by, wanted_by
 from guidance import DISTILLED_SIGMAS
 from model import LTXVideo
-from vae import latent_scale
+from vae import check_size, latent_scale
 
 PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_text": 5.0, "s_ref": 7.5}
 PRESETS = {  # for LoRAs whose metadata does not say what they want
@@ -59,13 +59,7 @@ def resolve_settings(options: argparse.Namespace, checkpoint: Checkpoint, loras:
     if preset:
         used = [f"{key} {settings[key]!r}{' (yours)' if key in given else ''}" for key in preset]
         print(f"preset {options.preset}: {', '.join(used)}")
-    time, rows, columns = latent_scale(checkpoint.config["vae"])
-    for name, step, extra in (("height", rows, 0), ("width", columns, 0), ("frames", time, 1)):
-        value = settings[name]
-        lower = max((value - extra) // step, 0 if extra else 1) * step + extra
-        if value != lower:
-            rule = f"{step}k+1" if extra else f"a multiple of {step}"
-            raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
+    check_size(latent_scale(checkpoint.config["vae"]), settings["frames"], settings["height"], settings["width"])
     for name in ("fps", "s_text", "s_ref"):
         if not math.isfinite(settings[name]):
             raise UserError(f"--{name.replace('_', '-')} {settings[name]} is not a finite number")
