@@ -1,22 +1,21 @@
 """Pixels to latents and back: the video VAE of LTX-2.3 (E_vae of Eq. 1, D_vae of Eq. 7).
 
-A causal 3-D convolutional encoder makes one latent cell of 8 frames x 32 x 32 pixels (the first latent frame of one
-single frame, so an image is a video of length 1), and a decoder that also looks ahead turns it back.
+One latent cell covers 8 frames of 32 x 32 pixels, and in the first latent frame only 1 frame: an image is a video of
+length 1. The encoder is causal, so no latent depends on a later frame. The decoder sees both directions in time.
 
-        video (B, 3, 8k+1, 32h, 32w)                                            in [-1, 1]
-          | space-to-depth by 4, conv                  E                        E: encoder blocks, in order
-          | residual blocks, compress space / time / all                        D: decoder blocks, in reverse
-        latents (B, 128, k+1, h, w)                    normalized per channel
-          | conv, residual blocks, expand time / space D
-          | conv, depth-to-space by 4
-        video (B, 3, 8k+1, 32h, 32w)
+        video (B, 3, F, H, W) in [-1, 1]                              F = 8k+1
+          | patches of 4 x 4 pixels, conv                   encoder
+          | residual blocks, compress space / time / all             blocks in the config's order
+        z (B, C, T, h, w), normalized per channel                     T = k+1, h = H/32, w = W/32, C = 128
+          | conv                                            decoder
+          | residual blocks, expand space / time / all               blocks in the config's order reversed
+          | conv, patches back to pixels
+        video (B, 3, F, H, W)
 
-Every size comes from the config: `compress_space*` halves height and width, `compress_time*` halves time,
-`compress_all*` both.
+Every size comes from the config. Inside a layer (B, C, F, H, W) are the sizes of the layer's input.
 
-With `chunk` both ways run piece by piece in time, each layer remembering the frames of the last piece that it still
-needs: the same sums in less memory. (Pieces that overlap would have to share 14 latent frames on either side of a cut,
-which is how far the released decoder sees.)
+With `chunk`, a few latent frames are processed at a time, and every layer keeps its last frames for the next piece: the
+same result in less memory. Overlapping pieces would cost more: the released decoder sees 14 latent frames either way.
 """
 
 import math
@@ -26,66 +25,62 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 
-STRIDES = {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
+STRIDES = {"res_x": (1, 1, 1), "compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
 
 
-def known_blocks(blocks: list, suffix: str = "") -> list:
-    """The config's blocks, if all are of a kind that the code here knows."""
-    for kind, _ in blocks:
-        if kind != "res_x" and kind not in {name + suffix for name in STRIDES}:
-            raise UserError(
-                f"the checkpoint's VAE has a block {kind!r}, unknown to this code: not the released LTX-2.3"
-            )
-    return blocks
+def block_stride(kind: str, suffix: str = "") -> tuple[int, int, int]:
+    """(frames, rows, columns) that a block of the config compresses into one. An unknown kind raises UserError."""
+    for name, stride in STRIDES.items():
+        if kind == (name if name == "res_x" else name + suffix):
+            return stride
+    raise UserError(f"the checkpoint's VAE has a block {kind!r}, unknown to this code: not the released LTX-2.3")
 
 
 def space_to_depth(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """(B, C, F p1, H p2, W p3) -> (B, C p1 p2 p3, F, H, W)"""
-    p1, p2, p3 = stride
-    x = x.unflatten(4, (-1, p3)).unflatten(3, (-1, p2)).unflatten(2, (-1, p1))  # (B, C, F, p1, H, p2, W, p3)
-    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+    """(B, C, F p, H q, W r) -> (B, C p q r, F, H, W)"""
+    p, q, r = stride
+    return rearrange(x, "b c (f p) (h q) (w r) -> b (c p q r) f h w", p=p, q=q, r=r)
 
 
 def depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """(B, C p1 p2 p3, F, H, W) -> (B, C, F p1, H p2, W p3), the inverse of `space_to_depth`"""
-    x = x.unflatten(1, (x.shape[1] // math.prod(stride), *stride))  # (B, C, p1, p2, p3, F, H, W), F may be 0
-    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    """(B, C p q r, F, H, W) -> (B, C, F p, H q, W r), the inverse of `space_to_depth`"""
+    p, q, r = stride
+    return rearrange(x, "b (c p q r) f h w -> b c (f p) (h q) (w r)", p=p, q=q, r=r)
 
 
 def pixel_norm(x: Tensor) -> Tensor:
-    """Divide each pixel (B, C, F, H, W) by the root mean square over its channels."""
+    """Divide each pixel of (B, C, F, H, W) by the root mean square of its C channels."""
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
 
 
 class Memory(dict):
-    """What each layer has to remember of a video that passes it in pieces; `last` is true with the last piece."""
+    """For a video in pieces: the frames that each layer keeps for the next piece, by layer."""
 
-    last = False
-
-
-Pieces = Iterable[tuple[Tensor, bool]]  # consecutive frames, and whether they are the last
+    last = False  # true while the last piece is processed
 
 
-def flow(layer: Callable[[Tensor, Memory], Tensor], pieces: Pieces, memory: Memory, most: int) -> Pieces:
-    """Pieces through a layer, out again in pieces of `most` frames: what it held back comes all with the last."""
-    for x, memory.last in pieces:
-        last = memory.last  # the layers behind change it
-        out = layer(x, memory).split(most, dim=2)
-        for k, piece in enumerate(out):
-            if piece.shape[2]:
-                yield piece, last and k + 1 == len(out)
+def run_in_pieces(layer: Callable, pieces: Iterable, memory: Memory, limit: int) -> Iterator[tuple[Tensor, bool]]:
+    """A layer from pieces to pieces of at most `limit` frames; each is (frames (B, C, F, H, W), true if the last)."""
+    for x, last in pieces:
+        memory.last = last  # between two pieces the layers behind this one set it too
+        parts = layer(x, memory).split(limit, dim=2)
+        for k, part in enumerate(parts):
+            if part.shape[2]:
+                yield part, last and k + 1 == len(parts)
 
 
 class Conv3d(nn.Module):
-    """A 3x3x3 convolution, zeros around in space; in time the edge frames are repeated.
+    """A 3x3x3 convolution. Space is padded with zeros, time with copies of the edge frames.
 
-    Causal (encoder): the first frame twice in front, so no frame sees a later one. Else once at either end.
+    Causal (encoder): two copies of the first frame in front, so an output frame depends on no later frame.
+    Otherwise (decoder): one copy of the first frame in front and one of the last frame behind.
     """
 
     def __init__(self, channels: int, out_channels: int, causal: bool):
@@ -94,25 +89,22 @@ class Conv3d(nn.Module):
         self.conv = nn.Conv3d(channels, out_channels, kernel_size=3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        """With `memory` x is a piece: all frames out that can be known by now, which may be none."""
-        first, last = x[:, :, :1], x[:, :, -1:]
-        if memory is None:
-            return self.conv(torch.cat([first, first, x] if self.causal else [first, x, last], dim=2))
-        if self in memory:
-            before = [memory[self]]
-            last = last if x.shape[2] else memory[self][:, :, -1:]
-        else:
-            before = [first, first] if self.causal else [first]
-        x = torch.cat([*before, x, last] if memory.last and not self.causal else [*before, x], dim=2)
-        if x.shape[2]:
-            memory[self] = x[:, :, -2:].clone()  # a view would keep all of x
-        if x.shape[2] < 3:
+        """(B, C, F, H, W) -> (B, C', F, H, W). With `memory` x is a piece, and the output has F-1 to F+1 frames:
+        a frame of the decoder's output waits for the input frame after it."""
+        kept = [] if memory is None else memory.get(self, [])  # the last two frames before this piece
+        parts = [*(kept or [x[:, :, :1]] * (2 if self.causal else 1)), x]
+        if not self.causal and (memory is None or memory.last):
+            parts.append((x if x.shape[2] else parts[0])[:, :, -1:])
+        x = torch.cat(parts, dim=2)
+        if memory is not None and x.shape[2]:
+            memory[self] = [x[:, :, -2:].clone()]  # a view would keep all of x alive
+        if x.shape[2] < 3:  # too few frames for one frame of output
             return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
         return self.conv(x)
 
 
 class ResBlock(nn.Module):
-    """PixelNorm, SiLU, conv, twice, plus the input."""
+    """x + conv2(SiLU(norm(conv1(SiLU(norm(x))))))"""
 
     def __init__(self, channels: int, causal: bool):
         super().__init__()
@@ -122,7 +114,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         h = self.conv1(F.silu(pixel_norm(x)), memory)
         h = self.conv2(F.silu(pixel_norm(h)), memory)
-        if memory is not None:  # h comes later than x where the convolutions look ahead
+        if memory is not None:  # the decoder's convolutions lag behind: x waits until its frame of h is there
             x = torch.cat([memory[self], x], dim=2) if self in memory else x
             memory[self] = x[:, :, h.shape[2] :].clone()
             x = x[:, :, : h.shape[2]]
@@ -130,7 +122,7 @@ class ResBlock(nn.Module):
 
 
 class ResStack(nn.Module):
-    """`res_x`: residual blocks at one resolution."""
+    """`res_x` of the config: residual blocks at one resolution."""
 
     def __init__(self, channels: int, layers: int, causal: bool):
         super().__init__()
@@ -143,7 +135,7 @@ class ResStack(nn.Module):
 
 
 class Downsample(nn.Module):
-    """`compress_*_res`: a strided convolution as conv and space-to-depth, plus the averaged input as a skip."""
+    """`compress_*_res` of the encoder: conv and space-to-depth, plus a mean over the input's channels as a skip."""
 
     def __init__(self, channels: int, out_channels: int, stride: tuple[int, int, int]):
         super().__init__()
@@ -151,14 +143,15 @@ class Downsample(nn.Module):
         self.conv = Conv3d(channels, out_channels // math.prod(stride), causal=True)
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """(B, C, 2k+1, H, W) -> (B, C', k+1, H/2, W/2) with the stride (2, 2, 2)"""
         if self.stride[0] == 2 and (memory is None or self.conv not in memory):
-            x = torch.cat([x[:, :, :1], x], dim=2)  # frames come as 1 + 2k: the first counts twice
-        skip = space_to_depth(x, self.stride).unflatten(1, (self.out_channels, -1)).mean(dim=2)
+            x = torch.cat([x[:, :, :1], x], dim=2)  # the first frame twice makes 2k+1 frames even
+        skip = reduce(space_to_depth(x, self.stride), "b (c g) f h w -> b c f h w", "mean", c=self.out_channels)
         return space_to_depth(self.conv(x, memory), self.stride) + skip
 
 
 class Upsample(nn.Module):
-    """`compress_*` of the decoder: conv to more channels, then depth-to-space; no skip."""
+    """`compress_*` of the decoder: conv to more channels, then depth-to-space. There is no skip."""
 
     def __init__(self, channels: int, out_channels: int, stride: tuple[int, int, int]):
         super().__init__()
@@ -166,98 +159,96 @@ class Upsample(nn.Module):
         self.conv = Conv3d(channels, out_channels * math.prod(stride), causal=False)
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        x = depth_to_space(self.conv(x, memory), self.stride)
-        if self.stride[0] == 1 or not x.shape[2] or (memory is not None and self in memory):
-            return x
-        if memory is not None:
-            memory[self] = True
-        return x[:, :, 1:]  # 2k frames are 1 + 2 (k-1) and the doubled first
+        """(B, C, k+1, H, W) -> (B, C', 2k+1, 2H, 2W) with the stride (2, 2, 2)"""
+        x = depth_to_space(self.conv(x, memory), self.stride)  # (B, C', 2k+2, 2H, 2W)
+        begun = Memory() if memory is None else memory
+        if self.stride[0] == 2 and x.shape[2] and self not in begun:
+            begun[self] = True
+            x = x[:, :, 1:]  # the video's first latent frame stands for 1 frame, not for 2
+        return x
 
 
 class Encoder(nn.Module):
+    """Video (B, 3, F, H, W) -> latents (B, C, T, h, w), not yet normalized."""
+
     def __init__(self, config: dict[str, Any]):
         super().__init__()
-        self.patch = config["patch_size"]
-        channels = config["encoder_base_channels"]
+        self.patch, channels = config["patch_size"], config["encoder_base_channels"]
         self.conv_in = Conv3d(config["in_channels"] * self.patch**2, channels, causal=True)
-        blocks: list[nn.Module] = []
-        for kind, options in known_blocks(config["encoder_blocks"], "_res"):
-            if kind == "res_x":
-                blocks.append(ResStack(channels, options["num_layers"], causal=True))
-            else:
-                out_channels = channels * options["multiplier"]
-                blocks.append(Downsample(channels, out_channels, STRIDES[kind.removesuffix("_res")]))
-                channels = out_channels
-        self.down_blocks = nn.ModuleList(blocks)
-        # The means and a single log-variance shared by all channels, which is not used.
-        self.conv_out = Conv3d(channels, config["latent_channels"] + 1, causal=True)
+        self.down_blocks = nn.ModuleList()
+        for kind, options in config["encoder_blocks"]:
+            before, stride = channels, block_stride(kind, "_res")
+            channels = before * options.get("multiplier", 1)
+            stack = kind == "res_x"
+            block = ResStack(channels, options["num_layers"], True) if stack else Downsample(before, channels, stride)
+            self.down_blocks.append(block)
+        self.conv_out = Conv3d(channels, config["latent_channels"] + 1, causal=True)  # means, and an unused variance
 
     def patches(self, video: Tensor) -> Tensor:
-        """(B, 3, F, H, W) -> (B, 3 p p, F, H/p, W/p). Here alone the released layout counts width before height."""
-        return space_to_depth(video.transpose(3, 4), (1, self.patch, self.patch)).transpose(3, 4)
+        """(B, 3, F, H, W) -> (B, 3 r q, F, H/q, W/r). Only here the released layout has width before height."""
+        return rearrange(video, "b c f (h q) (w r) -> b (c r q) f h w", q=self.patch, r=self.patch)
 
     def forward(self, video: Tensor, memory: Memory | None = None) -> Tensor:
-        x = self.conv_in(self.patches(video), memory)
+        x = self.conv_in(self.patches(video), memory)  # (B, base channels, F, H/4, W/4)
         for block in self.down_blocks:
             x = block(x, memory)
-        return self.conv_out(F.silu(pixel_norm(x)), memory)[:, :-1]
+        return self.conv_out(F.silu(pixel_norm(x)), memory)[:, :-1]  # (B, C, T, h, w)
 
 
 class Decoder(nn.Module):
+    """Latents (B, C, T, h, w), no more normalized, -> video (B, 3, F, H, W)."""
+
     def __init__(self, config: dict[str, Any]):
         super().__init__()
-        self.patch = config["patch_size"]
-        stages = config["decoder_blocks"]
-        channels = config["decoder_base_channels"] * math.prod(o.get("multiplier", 1) for _, o in stages)
+        self.patch, blocks = config["patch_size"], config["decoder_blocks"]
+        channels = config["decoder_base_channels"] * math.prod(o.get("multiplier", 1) for _, o in blocks)
         self.conv_in = Conv3d(config["latent_channels"], channels, causal=False)
-        blocks: list[nn.Module] = []
-        for kind, options in reversed(known_blocks(stages)):
-            if kind == "res_x":
-                blocks.append(ResStack(channels, options["num_layers"], causal=False))
-            else:
-                out_channels = channels // options["multiplier"]
-                blocks.append(Upsample(channels, out_channels, STRIDES[kind]))
-                channels = out_channels
-        self.up_blocks = nn.ModuleList(blocks)
+        self.up_blocks = nn.ModuleList()
+        for kind, options in reversed(blocks):
+            before, stride = channels, block_stride(kind)
+            channels = before // options.get("multiplier", 1)
+            stack = kind == "res_x"
+            block = ResStack(channels, options["num_layers"], False) if stack else Upsample(before, channels, stride)
+            self.up_blocks.append(block)
         self.conv_out = Conv3d(channels, config["out_channels"] * self.patch**2, causal=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
         for block in self.up_blocks:
-            # Under the identity losses a gradient goes through: keep only what goes in between the blocks.
+            # Under the identity losses only each block's input is kept; the backward pass runs the block again.
             x = recompute(block, x, use_reentrant=False) if x.requires_grad else block(x)
-        return self.to_pixels(x)
+        return self.to_pixels(x)  # (B, 3, F, H, W)
 
     def to_pixels(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        patches = self.conv_out(F.silu(pixel_norm(x)), memory)
-        return depth_to_space(patches.transpose(3, 4), (1, self.patch, self.patch)).transpose(3, 4)
+        """The output layer: (B, base channels, F, H/4, W/4) -> (B, 3, F, H, W)"""
+        x = self.conv_out(F.silu(pixel_norm(x)), memory)  # (B, 3 r q, F, H/q, W/r)
+        return rearrange(x, "b (c r q) f h w -> b c f (h q) (w r)", q=self.patch, r=self.patch)
 
-    def stream(self, x: Tensor, chunk: int) -> Iterator[Tensor]:
-        """What `forward` returns, in pieces of `chunk` latent frames; each layer runs as far as it can."""
-        parts, memory, most = x.split(chunk, dim=2), Memory(), chunk
-        pieces: Pieces = [(part, k + 1 == len(parts)) for k, part in enumerate(parts)]
+    def stream(self, z: Tensor, chunk: int) -> Iterator[Tensor]:
+        """The frames of `forward` in order, in pieces: each layer gets at most `chunk` latent frames at a time."""
+        parts, memory, limit = z.split(chunk, dim=2), Memory(), chunk
+        pieces: Iterable = [(part, k + 1 == len(parts)) for k, part in enumerate(parts)]
         for layer in (self.conv_in, *self.up_blocks, self.to_pixels):
-            most *= layer.stride[0] if isinstance(layer, Upsample) else 1
-            pieces = flow(layer, pieces, memory, most)
+            limit *= layer.stride[0] if isinstance(layer, Upsample) else 1
+            pieces = run_in_pieces(layer, pieces, memory, limit)
         return (piece for piece, _ in pieces)
 
 
 class ChannelStatistics(nn.Module):
-    """Mean and spread of each latent channel over the training data; the DiT sees normalized latents."""
+    """Mean and standard deviation of each latent channel over LTX's training data: the DiT sees (z - mean) / std."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.register_buffer("mean-of-means", torch.zeros(channels))
+        self.register_buffer("mean-of-means", torch.zeros(channels))  # the names in the released file
         self.register_buffer("std-of-means", torch.ones(channels))
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Both as (C, 1, 1, 1), to go with (B, C, f, h, w)."""
-        buffers = self._buffers["mean-of-means"], self._buffers["std-of-means"]
-        return tuple(buffer.view(-1, 1, 1, 1) for buffer in buffers)
+        """Both as (C, 1, 1, 1), to go with (B, C, T, h, w)."""
+        return tuple(rearrange(self._buffers[name], "c -> c 1 1 1") for name in ("mean-of-means", "std-of-means"))
 
 
 class VideoVAE(nn.Module):
-    """Encoder, decoder and latent statistics. `scale` is (frames, pixels, pixels) per latent cell."""
+    """Encoder, decoder and statistics. `scale` is the (frames, rows, columns) that one latent cell covers."""
 
     PREFIXES = {"": "vae."}
 
@@ -278,56 +269,64 @@ class VideoVAE(nn.Module):
         return checkpoint.load(vae, cls.PREFIXES, device, dtype)
 
     def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
-        """Eq. 1: video (B, 3, F, H, W) in [-1, 1] to normalized latents (B, C, f, h, w); the mean, nothing drawn.
+        """Eq. 1, z = E_vae(video): (B, 3, F, H, W) in [-1, 1] -> latents (B, C, T, h, w), normalized per channel.
 
-        `chunk`: so many latent frames at a time, None for all at once.
+        The latents are the encoder's means; nothing is drawn. `chunk`: latent frames processed at a time, None for all.
+        A size that does not fill whole cells (8k+1 frames, sides 32h and 32w) raises ValueError.
         """
         frames, height, width = video.shape[2:]
         time, rows, columns = self.scale
         if (frames - 1) % time or height % rows or width % columns:
-            raise ValueError(
-                f"video of {frames} frames, {height}x{width}: this VAE takes {time}k+1 frames, "
-                f"height a multiple of {rows} and width of {columns}"
-            )
+            raise ValueError(f"{frames} frames, {height}x{width}: the VAE takes {time}k+1 frames, {rows}h x {columns}w")
         mean, std = self.per_channel_statistics.mean_and_std()
         if chunk is None or frames <= chunk * time:
             return (self.encoder(video) - mean) / std
         first, memory = time * (chunk - 1) + 1, Memory()
         pieces = [video[:, :, :first], *video[:, :, first:].split(chunk * time, dim=2)]
-        return (torch.cat([self.encoder(piece, memory) for piece in pieces], dim=2) - mean) / std
+        z = torch.cat([self.encoder(piece, memory) for piece in pieces], dim=2)  # (B, C, T, h, w)
+        return (z - mean) / std
 
-    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
-        """Eq. 7: normalized latents (B, C, f, h, w) to video (B, 3, F, H, W), about [-1, 1] and not clamped.
+    def decode(self, z: Tensor, chunk: int | None = None) -> Tensor:
+        """Eq. 7, video = D_vae(z): normalized latents (B, C, T, h, w) -> (B, 3, F, H, W), about [-1, 1], not clamped.
 
-        `chunk`: so many latent frames at a time, None for all at once, which is what a backward pass wants.
+        `chunk`: latent frames processed at a time. None for all, as under a gradient: only then blocks are recomputed.
         """
         mean, std = self.per_channel_statistics.mean_and_std()
-        latents = latents * std + mean
-        if chunk is None or latents.shape[2] <= chunk:
-            return self.decoder(latents)
-        batch, _, frames, height, width = latents.shape
+        z = z * std + mean
+        if chunk is None or z.shape[2] <= chunk:
+            return self.decoder(z)
+        batch, _, frames, height, width = z.shape
         time, rows, columns = self.scale
-        video, done = latents.new_empty(batch, 3, time * (frames - 1) + 1, rows * height, columns * width), 0
-        for piece in self.decoder.stream(latents, chunk):
+        video, done = z.new_empty(batch, 3, time * (frames - 1) + 1, rows * height, columns * width), 0
+        for piece in self.decoder.stream(z, chunk):
             video[:, :, done : done + piece.shape[2]] = piece
             done += piece.shape[2]
         return video
 
 
-def to_tokens(latents: Tensor) -> Tensor:
-    """Latents (B, C, f, h, w) as the DiT's tokens (B, f*h*w, C), ordered t, h, w."""
-    return latents.flatten(2).transpose(1, 2)
+def to_tokens(z: Tensor) -> Tensor:
+    """Latents (B, C, T, h, w) -> the DiT's tokens (B, N, C), N = T h w, columns fastest"""
+    return rearrange(z, "b c t h w -> b (t h w) c")
 
 
 def from_tokens(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Tokens (B, f*h*w, C) back to latents (B, C, f, h, w), the inverse of `to_tokens`."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    """Tokens (B, N, C) -> latents (B, C, T, h, w) of the grid (T, h, w), the inverse of `to_tokens`"""
+    t, h, w = grid
+    return rearrange(tokens, "b (t h w) c -> b c t h w", t=t, h=h, w=w)
 
 
 def latent_scale(config: dict[str, Any]) -> tuple[int, int, int]:
-    """(frames, pixels, pixels) that one latent cell covers, from the VAE's config. The released model: (8, 32, 32)."""
-    time, space = 1, config["patch_size"]
-    for kind, _ in config["encoder_blocks"]:
-        time *= 2 if kind.startswith(("compress_time", "compress_all")) else 1
-        space *= 2 if kind.startswith(("compress_space", "compress_all")) else 1
-    return time, space, space
+    """The (frames, rows, columns) that one latent cell covers, from the VAE's config. LTX-2.3: (8, 32, 32)."""
+    strides = [block_stride(kind, "_res") for kind, _ in config["encoder_blocks"]]
+    time, rows, columns = (math.prod(axis) for axis in zip((1, config["patch_size"], config["patch_size"]), *strides))
+    return time, rows, columns
+
+
+def check_size(scale: tuple[int, int, int], frames: int, height: int, width: int) -> None:
+    """Raise UserError, with the option and the nearest sizes, unless a video of this size fills whole latent cells."""
+    sizes = (("frames", frames, 1), ("height", height, 0), ("width", width, 0))
+    for (option, size, first), step in zip(sizes, scale):
+        lower = max((size - first) // step, 1 - first) * step + first
+        if size != lower:
+            rule = f"{step}k+1" if first else f"a multiple of {step}"
+            raise UserError(f"--{option} {size} is not {rule}: the nearest are {lower} and {lower + step}")

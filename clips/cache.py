@@ -60,7 +60,7 @@ from common.settings import require_same
 from data import fingerprint, fingerprint_faces, fingerprint_gemma, latent_shape
 from face import ArcFace, FaceDetector, embed, recognition_file
 from text import GEMMA, PROJECTION, TextEncoder
-from vae import VideoVAE, latent_scale
+from vae import VideoVAE, check_size, latent_scale
 
 PAPER = {key: config.PAPER[key] for key in ("height", "width", "frames", "fps")}
 TYPICAL_TOKENS, TYPICAL_IMAGE = 256, 2**18  # tokens and bytes of a clip, to fix the number of clips in a shard
@@ -216,12 +216,7 @@ def made_with(
 
 def _require_size(settings: dict[str, Any], scale: tuple[int, int, int]) -> None:
     """Raise UserError if the VAE, one of whose latent cells covers `scale`, cannot take the settings' size."""
-    for name, step, extra in zip(("frames", "height", "width"), scale, (1, 0, 0)):
-        value = settings[name]
-        lower = max((value - extra) // step, 1 - extra) * step + extra
-        if value != lower:
-            rule = f"{step}k+1" if extra else f"a multiple of {step}"
-            raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
+    check_size(scale, settings["frames"], settings["height"], settings["width"])
     if not settings["fps"] > 0:
         raise UserError(f"--fps {settings['fps']} is not above 0")
 

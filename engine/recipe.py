@@ -16,7 +16,7 @@ from engine.lora_files import LoRA, describe, open_loras
 from guidance import DISTILLED_SIGMAS
 from rope import Reference
 from text import GEMMA
-from vae import latent_scale
+from vae import check_size, latent_scale
 
 # How the reference is given, by the names that options and metadata have for it.
 REFERENCE = {"ref_timestep" if name == "timestep" else name: value for name, value in asdict(Reference()).items()}
@@ -177,9 +177,4 @@ def check_numbers(settings: dict[str, Any], scale: tuple[int, int, int]) -> None
     for name in ("fps", "steps", "height", "width", "frames"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")
-    for name, step, extra in zip(("frames", "height", "width"), scale, (1, 0, 0)):
-        value = settings[name]
-        lower = max((value - extra) // step, 0 if extra else 1) * step + extra
-        if value != lower:
-            rule = f"{step}k+1" if extra else f"a multiple of {step}"
-            raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
+    check_size(scale, settings["frames"], settings["height"], settings["width"])

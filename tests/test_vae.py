@@ -8,7 +8,8 @@ import torch
 from conftest import LiveBytes
 
 import vae as vae_module
-from vae import Conv3d, VideoVAE, depth_to_space, from_tokens, latent_scale, space_to_depth, to_tokens
+from common.errors import UserError
+from vae import Conv3d, VideoVAE, check_size, depth_to_space, from_tokens, latent_scale, space_to_depth, to_tokens
 
 
 def randn(*shape, seed=0):
@@ -68,6 +69,32 @@ def test_sizes_that_do_not_fit_are_refused(vae, frames, height, width):
         vae.encode(torch.zeros(1, 3, frames, height, width))
 
 
+@pytest.mark.parametrize("scale", [(8, 32, 32), (4, 16, 8)])
+def test_sizes_that_fill_cells_and_the_nearest_ones(scale):
+    """Against a list of all sizes that fit: the largest below and the smallest above, or the two smallest."""
+    names = ("frames", "height", "width")
+    fitting = [list(range(step if axis else 1, 300, step)) for axis, step in enumerate(scale)]
+    size = dict(zip(names, (sizes[0] for sizes in fitting)))
+    check_size(scale, **size)
+    for name, sizes in zip(names, fitting):
+        for value in range(-40, 200):
+            if value in sizes:
+                check_size(scale, **size | {name: value})
+                continue
+            lower = max([fit for fit in sizes if fit < value], default=sizes[0])
+            nearest = f"the nearest are {lower} and {sizes[sizes.index(lower) + 1]}"
+            with pytest.raises(UserError, match=f"^--{name} {value} is not .*: {nearest}$"):
+                check_size(scale, **size | {name: value})
+
+
+def test_an_unknown_block_is_named(released):
+    config = released["config"]["vae"]
+    for key, kind in (("encoder_blocks", "compress_time"), ("decoder_blocks", "compress_time_res")):
+        blocks = [*config[key], [kind, {"multiplier": 1}]]
+        with torch.device("meta"), pytest.raises(UserError, match=f"block '{kind}'"):
+            VideoVAE(config | {key: blocks})
+
+
 @pytest.mark.parametrize("stride", vae_module.STRIDES.values())
 def test_space_to_depth_element_by_element(stride):
     """Facts: b c (d p1) (h p2) (w p3) -> b (c p1 p2 p3) d h w."""
@@ -88,6 +115,30 @@ def test_patches_count_width_before_height(vae, monkeypatch):
     vae.encoder(image)
     for c, q, r in itertools.product(range(3), range(4), range(4)):
         assert torch.equal(seen[0][:, (c * 4 + r) * 4 + q], image[:, c, :, q::4, r::4])
+
+
+@pytest.mark.parametrize("frames", [3, 0])  # a piece of the decoder's stream can be empty
+@pytest.mark.parametrize("stride", vae_module.STRIDES.values())
+def test_rearrangements_are_permutations(vae, stride, frames):
+    """Bit-equal to reshape and permute written out with torch alone, and contiguous."""
+    p, q, r = stride
+    x = randn(2, 12 * p * q * r, frames, 3, 5)
+    far = x.view(2, 12, p, q, r, frames, 3, 5).permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(2, 12, frames * p, 3 * q, 5 * r)
+    assert torch.equal(depth_to_space(x, stride), far)
+    near = far.view(2, 12, frames, p, 3, q, 5, r).permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(x.shape)
+    assert torch.equal(near, x) and torch.equal(space_to_depth(far, stride), near)
+    assert depth_to_space(x, stride).is_contiguous() and space_to_depth(far, stride).is_contiguous()
+
+
+def test_pixels_count_width_before_height(vae, monkeypatch):
+    """The decoder's last layer undoes the encoder's patches."""
+    monkeypatch.setattr(vae.decoder.conv_out, "forward", lambda x, _: x)
+    monkeypatch.setattr(vae_module, "pixel_norm", lambda x: x)
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x: x)
+    x = randn(1, 3 * 4 * 4, 2, 3, 5)
+    video = vae.decoder.to_pixels(x)
+    for c, q, r in itertools.product(range(3), range(4), range(4)):
+        assert torch.equal(video[:, c, :, q::4, r::4], x[:, (c * 4 + r) * 4 + q])
 
 
 @pytest.mark.parametrize("causal", [True, False])
