@@ -15,14 +15,13 @@ computed: faces, prompt and copying in evaluation/metrics.py, quality in vbench.
 """
 
 import argparse
-import json
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, JsonValue
+from pydantic import Field
 from tqdm import tqdm
 
 from clips.manifest import VIDEO_SUFFIXES
@@ -30,13 +29,12 @@ from common.device import resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.media import count_frames, read_frames, read_image
 from common.outputs import refuse_overwrite
-from common.schema import parse_json, validate
-from common.settings import require_same
+from common.schema import validate
 from evaluation.batch import one_line
 from evaluation.cases import Case, read_cases
 from evaluation.metrics import ClipScore, FaceReader, clip_frames, measure, read_reference, spaced_frames
 from evaluation.report import draw_sheet, extremes, markdown, write_csv
-from evaluation.results import Result, append_line, read_results, stamp
+from evaluation.results import Result, append_line, begin, read_results, stamp
 from evaluation.vbench import DIMENSIONS, read_vbench, run_vbench
 from face import recognition_file
 
@@ -164,14 +162,10 @@ def claim(out: Path, options: argparse.Namespace, inputs: list) -> None:
     begun = out / "eval.json"
     refuse_overwrite([begun, out / "results.jsonl", *(out / name for name in TABLES)], inputs)
     settings = {key: ascii(str(Path(vars(options)[key]).resolve()))[1:-1] for key in ("videos", "cases")}
-    if begun.is_file():
-        before = parse_json(dict[str, JsonValue], begun.read_bytes(), begun)
-        return require_same(before, settings, out, "give another --out")
-    if not (out / "results.jsonl").exists() and (there := [name for name in TABLES if (out / name).exists()]):
+    own = begun.exists() or (out / "results.jsonl").exists()
+    if not own and (there := [name for name in TABLES if (out / name).exists()]):
         raise UserError(f"{out / there[0]} is there, and eval.py has not made it: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(begun) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    begin(begun, settings, "give another --out")
 
 
 def other_photo(cases: list[Case], k: int) -> Path | None:

@@ -20,9 +20,10 @@ from pydantic import JsonValue
 
 from common.errors import UserError, whole_file
 from common.outputs import refuse_overwrite
+from common.processes import own_place
 from common.schema import parse_json
-from common.settings import require_same
 from evaluation.cases import Case
+from evaluation.results import begin
 
 
 class Batch:
@@ -33,17 +34,11 @@ class Batch:
         or if the folder was begun with other settings, whose videos would not be comparable."""
         self.folder, self.cases, self.failed = Path(folder), cases, 0
         self.settings = json.loads(json.dumps(settings))  # tuples as lists, as they come back from the file
-        self.rank, self.world = _share()
+        self.rank, self.world, _ = own_place()
         begun = self.folder / "batch.json"
         outputs = [path for case in cases for path in (self.video(case), self.sheet(case), self.note(case))]
         refuse_overwrite([begun, *outputs], [*(case.reference for case in cases if case.reference), *inputs])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if begun.is_file():
-            before = parse_json(dict[str, JsonValue], begun.read_bytes(), begun)
-            require_same(before, self.settings, folder, "run it with the same options, or give another --out")
-            return
-        with whole_file(begun) as temporary:  # every rank writes the same
-            temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
+        begin(begun, self.settings, "run it with the same options, or give another --out")
 
     def video(self, case: Case) -> Path:
         return self.folder / f"{case.id}.mp4"
@@ -60,7 +55,8 @@ class Batch:
 
     def is_complete(self, case: Case) -> bool:
         """Whether the sheet and the whole video are there, made with these settings from this case."""
-        return _is_png(self.sheet(case)) and self._is_own(case)
+        sheet = self.sheet(case)
+        return sheet.is_file() and sheet.stat().st_size > 0 and self._is_own(case)
 
     def _is_own(self, case: Case) -> bool:
         made = read_comment(self.video(case))
@@ -111,15 +107,6 @@ class Batch:
             raise UserError(f"{failures}: {self.folder}/*.failed.txt say why; run it again to retry")
 
 
-def _share() -> tuple[int, int]:
-    """Rank and number of processes, as torchrun sets them; (0, 1) without it."""
-    texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    rank, world = (int(text) if text.isdecimal() else -1 for text in texts)
-    if not 0 <= rank < world:
-        raise UserError(f"RANK={texts[0]} and WORLD_SIZE={texts[1]} in the environment are no rank of torchrun's")
-    return rank, world
-
-
 def one_line(error: Exception) -> str:
     """The message of an exception in one line, with its type where it is not one for users."""
     text = " ".join(str(error).split())
@@ -143,13 +130,3 @@ def read_comment(video: Path) -> dict[str, Any] | None:
             return parse_json(dict[str, JsonValue], container.metadata["comment"], video)
     except (av.FFmpegError, OSError, UserError, IndexError, KeyError):
         return None
-
-
-def _is_png(path: Path) -> bool:
-    """Whether a PNG is there, by its first and its last bytes."""
-    if not path.is_file() or path.stat().st_size < 64:
-        return False
-    with open(path, "rb") as file:
-        head = file.read(8)
-        file.seek(-8, os.SEEK_END)
-        return head == b"\x89PNG\r\n\x1a\n" and file.read(8) == b"IEND\xaeB`\x82"

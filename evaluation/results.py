@@ -1,13 +1,17 @@
-"""results.jsonl: the scores of each video, one line each, written as they come."""
+"""Folders of results: the settings they belong to, and results.jsonl, the scores of each video as they come."""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
 
 from common.errors import UserError, whole_file
 from common.schema import Count, FiniteFloat, Share, Text, parse_json, record
+from common.settings import require_same
 
 START = b'{"id": '  # of every line
 
@@ -28,6 +32,19 @@ class Result:
     pose_copy: FiniteFloat | None
     pose_chance: FiniteFloat | None = None
     identity_drift: FiniteFloat | None
+
+
+def begin(path: Path, settings: dict[str, Any], advice: str) -> None:
+    """Write the settings that a folder of results belongs to, or compare them with those of an earlier run."""
+    if path.is_file():
+        try:
+            before = parse_json(dict[str, JsonValue], path.read_bytes(), path)
+        except UserError as error:
+            raise UserError(f"{error}: {advice}") from None
+        return require_same(before, settings, path.parent, advice)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:  # every rank writes the same
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def stamp(files: Iterable[Path | None], texts: Iterable[object] = ()) -> str:
