@@ -3,36 +3,47 @@
     python eval.py --videos videos --cases cases.jsonl --curricular glint360k_curricular_face_r101_backbone.bin
     python eval.py --videos consisid --cases cases.jsonl --out out/consisid --vbench        # a baseline, all of Table 1
 
-A video is a case's if its name is the case's id (cases.py). What each number means is said where it is computed: faces,
-prompt, copying in metrics.py, quality in quality.py, means and intervals in report.py. The folder --out receives
+A video belongs to the case whose id is its name (evaluation/cases.py). The meaning of each number stands where it is
+computed: faces, prompt and copying in evaluation/metrics.py, quality in vbench.py, intervals in report.py. In --out:
 
-    results.jsonl   every video's scores, as they come: after a kill, the same command goes on where it was
-    scores.csv      a line per case, with the reason where there is no score
+    eval.json       the videos and the list that the results are of
+    results.jsonl   the scores of each video, as they come: after a kill, the same command continues
+    scores.csv      a line for each case, with the reason where there is no score
     summary.md      Table 1's row, means, spreads, intervals
     sheet.png       the best and the worst videos, to look at
-    vbench/         what VBench was given and what it said
+    vbench/         input and output of VBench
 """
 
 import argparse
-import hashlib
-import json
-import os
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from tqdm import tqdm
 
 from clips.manifest import VIDEO_SUFFIXES
+from common.device import resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.media import count_frames, read_frames, read_image
+from common.outputs import refuse_overwrite
+from common.schema import validate
+from evaluation.batch import one_line
 from evaluation.cases import Case, read_cases
-from evaluation.metrics import PROTOCOLS, ClipScore, FaceReader, clip_frames, measure, spaced_frames
+from evaluation.metrics import ClipScore, FaceReader, clip_frames, measure, read_reference, spaced_frames
 from evaluation.report import draw_sheet, extremes, markdown, write_csv
+from evaluation.results import Result, append_line, begin, read_results, stamp
 from evaluation.vbench import DIMENSIONS, read_vbench, run_vbench
 from face import recognition_file
 
 CLIP = "openai/clip-vit-base-patch32"
+TABLES = ("scores.csv", "summary.md", "sheet.png")
+RANGES = {
+    "det_size": Annotated[int, Field(ge=0, le=4096, multiple_of=32)],  # the detector's coarsest grid is 32 pixels
+    "gpus": Annotated[int, Field(ge=1, le=1024)],
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,91 +51,91 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--videos", required=True, help="folder of <id>.mp4 (or .webm, .mkv, ...)")
     parser.add_argument("--cases", required=True, help="JSONL of id, reference, prompt")
     parser.add_argument("--out", default="out/eval", help="folder of the results (%(default)s)")
-    parser.add_argument("--name", help="what Table 1's row is called (default: the videos' folder)")
+    parser.add_argument("--name", help="the name of Table 1's row (default: the videos' folder)")
     parser.add_argument("--faces", default="buffalo_l", help="insightface model pack, name or folder (%(default)s)")
-    parser.add_argument("--det-size", type=int, default=320, help="side the detector sees; 0: its own (%(default)s)")
-    parser.add_argument("--onnx", action="store_true", help="ArcFace by insightface and onnxruntime, to compare with")
+    parser.add_argument(
+        "--det-size", type=int, default=320, help="pixels of the detector's side; 0: its own (%(default)s)"
+    )
     parser.add_argument("--curricular", help="CurricularFace's IR-101, .bin or .safetensors; without it no FaceSim-Cur")
     parser.add_argument("--clip", default=CLIP, help="folder or hub id; none: no CLIP-Score (%(default)s)")
     parser.add_argument("--clip-bgr", action="store_true", help="colours reversed, as in the published script")
-    parser.add_argument(
-        "--protocol", choices=list(PROTOCOLS), default="consisid", help="frames and rules (%(default)s)"
-    )
     parser.add_argument("--vbench", action="store_true", help="AQ, IQ, MS, DD too; needs make vbench and a GPU")
     parser.add_argument("--gpus", type=int, default=1, help="for VBench (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    parser.set_defaults(dtype="float32")
+    options = parser.parse_args()
+    for key, kind in RANGES.items():
+        value = getattr(options, key)
+        validate(kind, value, f"--{key.replace('_', '-')} {value}")
+    if empty := [key for key in ("videos", "cases", "out", "faces", "curricular", "clip") if vars(options)[key] == ""]:
+        raise UserError(f"--{empty[0]} is empty")
+    return options
 
 
 def main() -> None:
-    # ---- which videos; what is there already
+    # ---- videos and cases; results of an earlier run
     options = parse_arguments()
+    device, _ = resolve_device(options)
     cases, out = read_cases(options.cases), Path(options.out)
     files = find_videos(options.videos)
     if strangers := files.keys() - {case.id for case in cases}:
-        print(f"note: {len(strangers)} videos belong to no case, {sorted(strangers)[0]} for one")
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "protocol": options.protocol,
-        "faces": str(recognition_file(options.faces)),
-        "det_size": options.det_size,
-        "onnx": options.onnx,
-        "clip": None if options.clip == "none" else options.clip,
-        "clip_bgr": options.clip_bgr,
-    }
-    told = json.dumps(settings), options.curricular and Path(options.curricular)
-    there = [case for case in cases if case.id in files]
-    stamps = {case.id: stamp(files[case.id], case.reference, case.prompt, *told) for case in there}
-    file_stamps = {case.id: stamp(files[case.id]) for case in there}  # VBench sees the video and nothing else
-    results = read_results(out / "results.jsonl")
-    todo = [case for case in cases if results.get(case.id, {}).get("stamp") != stamps.get(case.id, "")]
+        print(f"note: {len(strangers)} videos belong to no case, {min(strangers)!a} for one")
+    inputs = [options.cases, *files.values(), *(case.reference for case in cases if case.reference)]
+    claim(out, options, [*inputs, options.curricular] if options.curricular else inputs)
+    clip_name = None if options.clip == "none" else options.clip
+    faces = recognition_file(options.faces)
+    others = {case.id: other_photo(cases, k) for k, case in enumerate(cases)}
+    stamps, file_stamps = {}, {id: stamp([file]) for id, file in files.items()}  # VBench depends on the video alone
+    for case in (case for case in cases if case.id in files):
+        depends = files[case.id], case.reference, others[case.id], options.curricular and Path(options.curricular)
+        stamps[case.id] = stamp(depends, [case.prompt, faces, options.det_size, clip_name, options.clip_bgr])
+    results, of_vbench = read_results(out / "results.jsonl"), read_vbench(out / "vbench", file_stamps)
+    todo = [case for case in cases if case.id not in results or results[case.id].stamp != stamps.get(case.id)]
+    if changed := [case for case in todo if case.id in results and case.id in files]:
+        print(f"note: {len(changed)} videos are measured anew, since the file, the case or an option has changed")
 
     # ---- faces and prompt, one video after the other
     problems: dict[str, str] = {}
     if any(case.id in files and not case.problem for case in todo):
-        reader = FaceReader(options.faces, options.curricular, options.device, options.det_size or None, options.onnx)
-        clip = ClipScore(settings["clip"], options.device, options.clip_bgr) if settings["clip"] else None
+        reader = FaceReader(options.faces, options.curricular, device, options.det_size or None)
+        clip = ClipScore(clip_name, device, options.clip_bgr) if clip_name else None
     for case in tqdm(todo, "videos", disable=not todo):
         try:
             if case.problem or case.id not in files:
                 raise UserError(case.problem or f"no video {case.id}.mp4 in {options.videos}")
-            total = count_frames(files[case.id])
-            frames = read_frames(files[case.id], spaced_frames(total, PROTOCOLS[options.protocol]))
-            for_clip = read_frames(files[case.id], clip_frames(total)) if clip else None
-            scores = measure(frames, for_clip, case.prompt, read_image(case.reference), reader, clip, options.protocol)
-        except UserError as error:
-            problems[case.id] = str(error)
-            tqdm.write(f"{case.id} skipped: {error}")
-            continue
-        results[case.id] = {"id": case.id, "stamp": stamps[case.id], **scores}
-        append_line(out / "results.jsonl", results[case.id])
-
-    # ---- quality, by VBench
+            scores = {"id": case.id, "stamp": stamps[case.id]}
+            scores |= score(files[case.id], case, others[case.id], reader, clip)
+            results[case.id] = validate(Result, scores, "scores")  # a NaN is this case's problem
+        except Exception as error:
+            problems[case.id] = one_line(error)
+            tqdm.write(f"{case.id} skipped: {problems[case.id]}")
+        else:
+            append_line(out / "results.jsonl", asdict(results[case.id]))
     scored = {case.id: case for case in cases if case.id not in problems}
     if not scored:
         raise UserError(f"none of {len(cases)} cases could be scored: {next(iter(problems.values()))}")
-    of_vbench, failure = read_vbench(out / "vbench", file_stamps), None
+
+    # ---- quality, by VBench
+    failure = None
     lacking = [name for name in scored if of_vbench.get(name, {}).keys() < DIMENSIONS.keys()]
     if options.vbench and lacking:
         try:
             run_vbench({name: (files[name], file_stamps[name]) for name in lacking}, out / "vbench", options.gpus)
-        except UserError as error:  # said at the end: the rest of the table does not depend on it
+            of_vbench = read_vbench(out / "vbench", file_stamps)
+        except UserError as error:  # reported at the end: the rest of the table does not depend on it
             failure = error
-        of_vbench = read_vbench(out / "vbench", file_stamps)
 
     # ---- tables and pictures
-    rows = [
-        {"id": case.id, "reference": str(case.reference or ""), "video": str(files.get(case.id, ""))}
-        | ({"problem": problems[case.id]} if case.id in problems else results[case.id] | of_vbench.get(case.id, {}))
-        for case in cases
-    ]
+    rows = [{"id": c.id, "reference": str(c.reference or ""), "video": str(files.get(c.id, ""))} for c in cases]
+    for row in rows:
+        name = row["id"]
+        row |= {"problem": problems[name]} if name in problems else asdict(results[name]) | of_vbench.get(name, {})
     write_csv(out / "scores.csv", rows)
     good = [row for row in rows if "problem" not in row]
-    how = f"protocol {options.protocol}, faces by {Path(settings['faces']).name}"
-    how += ", CLIP sees BGR" if options.clip_bgr else ""
+    how = f"faces by {faces.name}" + (", CLIP receives BGR" if options.clip_bgr else "")
     text = markdown(options.name or Path(options.videos).resolve().name, good, len(cases), how)
     with whole_file(out / "summary.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     draw_sheet(out / "sheet.png", [picture(row, scored[row["id"]]) for row in extremes(good)])
     print(f"{text}\nwrote scores.csv, summary.md and sheet.png into {out}")
     if failure:
@@ -135,48 +146,43 @@ def find_videos(folder: str | Path) -> dict[str, Path]:
     """Video files by stem."""
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}: give --videos the folder of the videos")
-    files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in VIDEO_SUFFIXES)
     by_name: dict[str, Path] = {}
-    for file in files:
-        if not file.name.startswith("."):  # what a killed run left half written
+    for file in sorted(Path(folder).iterdir()):
+        if file.suffix.lower() in VIDEO_SUFFIXES and not file.name.startswith("."):  # hidden: half written
             if file.stem in by_name:
                 raise UserError(f"{file} and {by_name[file.stem].name} are both videos of {file.stem}: remove one")
             by_name[file.stem] = file
     if not by_name:
-        raise UserError(f"no video in {folder}: they are looked for as <id>.mp4, .webm, .mkv, ...")
+        raise UserError(f"no video in {folder}: they are named <id>.mp4, .webm, .mkv, ...")
     return by_name
 
 
-def stamp(*parts: Path | str | None) -> str:
-    """Of all that a result depends on: texts, and files by name, size and time of change."""
-    texts = []
-    for part in parts:
-        if isinstance(part, Path) and part.is_file():
-            part = f"{part.name} {part.stat().st_size} {part.stat().st_mtime_ns}"
-        texts.append(str(part))
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+def claim(out: Path, options: argparse.Namespace, inputs: list) -> None:
+    """Make the folder of the results. UserError if it holds results of other videos, or inputs of this run."""
+    begun = out / "eval.json"
+    refuse_overwrite([begun, out / "results.jsonl", *(out / name for name in TABLES)], inputs)
+    settings = {key: ascii(str(Path(vars(options)[key]).resolve()))[1:-1] for key in ("videos", "cases")}
+    own = begun.exists() or (out / "results.jsonl").exists()
+    if not own and (there := [name for name in TABLES if (out / name).exists()]):
+        raise UserError(f"{out / there[0]} is there, and eval.py has not made it: give another --out")
+    begin(begun, settings, "give another --out")
 
 
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Results by id, later lines over earlier ones. A last line without its end, from a kill, is cut off."""
-    if not path.is_file():
-        return {}
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with whole_file(path) as temporary:
-            temporary.write_bytes(whole)
-    try:
-        return {row["id"]: row for row in map(json.loads, whole.splitlines())}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: remove it, and everything is measured anew") from None
+def other_photo(cases: list[Case], k: int) -> Path | None:
+    """The photo of the next case with another one, for the chance level of copying."""
+    photos = [case.reference for case in cases[k + 1 :] + cases[:k] if case.reference]
+    return next((photo for photo in photos if photo != cases[k].reference), None)
 
 
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def score(file: Path, case: Case, other: Path | None, reader: FaceReader, clip: ClipScore | None) -> dict[str, Any]:
+    if not file.is_file():  # a pipe would be waited for
+        raise UserError(f"{file} is not a file")
+    reference, stranger = read_reference(read_image(case.reference), reader), None
+    with suppress(Exception):  # a photo of another case, which has its own line in the report
+        stranger = read_reference(read_image(other), reader)
+    total = count_frames(file)
+    for_clip = read_frames(file, clip_frames(total)) if clip else None
+    return measure(read_frames(file, spaced_frames(total)), for_clip, case.prompt, reference, stranger, reader, clip)
 
 
 def picture(row: dict[str, Any], case: Case) -> tuple:

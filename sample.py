@@ -78,8 +78,9 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
     metadata |= {"loras": [f"{lora.path.name}:{lora.strength:g}" for lora in loras]}
     if options.batch:
         cases = read_cases(options.batch)
-        batch = Batch(options.out, metadata)
-        outputs, one_case = {case: batch.video(case) for case in batch.missing(cases)}, batch.one_case
+        inputs = [options.batch, checkpoint.path, *(lora.path for lora in loras)]
+        batch = Batch(options.out, metadata, cases, inputs)
+        outputs, one_case = {case: batch.video(case) for case in batch.missing()}, batch.one_case
     else:
         batch, one_case = None, nullcontext  # an error ends the run
         outputs = single_outputs(options, recipe, ranks[1])
@@ -91,7 +92,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
             read_reference(case, recipe)
             ready.append(case)
     if not ready:
-        return batch.finish(cases)
+        return batch.finish()
     print(f"{checkpoint.path.name}: {recipe.line()}, seed {', '.join(str(case.seed) for case in ready[:8])}")
     if checkpoint.ours.get("weights") == "random":
         print(f"note: the weights in {checkpoint.path} are random, not trained: the video will be noise")
@@ -134,7 +135,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     if batch:
-        batch.finish(cases)
+        batch.finish()
 
 
 def load_dit(
@@ -174,9 +175,9 @@ def face_reader(options: argparse.Namespace, device: torch.device) -> FaceReader
 def likeness(reader: FaceReader, ref_image: Image.Image, frames: np.ndarray) -> str:
     """FaceSim of metrics.py over all frames, in words."""
     reference, faces = reader.read(np.array(ref_image)[None]), reader.read(frames)
-    if not reference.found.any():
+    if not reference.valid.any():
         return "no face was found in the photo"
-    count, score = int(faces.found.sum()), face_sim(faces.arc, reference.arc[0], faces.found)
+    count, score = int(faces.valid.sum()), face_sim(faces.arc, reference.arc[0], faces.valid)
     return f"similarity to the photo {score:.2f} (ArcFace), a face in {count} of {len(frames)} frames"
 
 

@@ -14,17 +14,19 @@ def refuse_overwrite(outputs: Names, inputs: Names) -> None:
 
     Every command calls it with all its inputs and all its outputs, before the first slow step.
     """
-    inputs = [name for name in inputs if name is not None]
+    reads = {key: name for name in inputs if name is not None for key in _keys(name)}
     for output in (name for name in outputs if name is not None):
-        for name in inputs:
-            if _same(output, name):
-                raise UserError(f"{output} would replace {name}, which is an input: choose another output")
+        for key in _keys(output) & reads.keys():
+            raise UserError(f"{output} would replace {reads[key]}, which is an input: choose another output")
 
 
-def _same(a: str | Path, b: str | Path) -> bool:
-    if os.path.realpath(a) == os.path.realpath(b):
-        return True
+def _keys(name: str | Path) -> set[str | tuple[int, int]]:
+    """The real path of a file and, if it is there, its number on the disk: equal for two names of one file."""
     try:
-        return os.path.samefile(a, b)
-    except OSError:  # one of the two is not there yet
-        return False
+        path = os.path.realpath(name)
+        status = os.stat(name)
+    except FileNotFoundError:
+        return {path}
+    except (OSError, ValueError):  # a name that no file can have
+        return {os.path.abspath(name)}
+    return {path, (status.st_dev, status.st_ino)}

@@ -1,93 +1,132 @@
-"""Many videos in one folder: whose turn it is, what is there already, and what became of the ones that failed.
+"""Many videos in one folder: the share of each process, what is complete, the reasons of failed cases.
 
-    out/batch.json        what all videos of the folder have in common: sizes, steps, guidance, checkpoint
+    out/batch.json        the settings that all videos of the folder have in common: sizes, steps, guidance, checkpoint
     out/<id>.mp4, .png    a case's video and its contact sheet; with both there, the case is complete
-    out/<id>.failed.txt   why there is none, in one line; gone when a later run makes it
+    out/<id>.failed.txt   the reason of a failure, in one line; removed when a later run makes the video
 
-So the folder is all the state there is. After a kill, the same command makes what is missing; failed cases are tried
-again. Under torchrun case k belongs to rank k mod world. The ranks never talk to each other, so a slow one holds up
-nobody, and there is nothing to hang.
+The folder is the only state. After a kill, the same command makes the videos that are missing; failed cases are tried
+again. Under torchrun case k belongs to rank k mod world. The ranks exchange nothing, so a slow one delays no other.
 """
 
 import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import av
+from pydantic import JsonValue
 
 from common.errors import UserError, whole_file
+from common.outputs import refuse_overwrite
+from common.processes import own_place
+from common.schema import parse_json
 from evaluation.cases import Case
-
-# What a killed run leaves of a file of case [1]: errors.whole_file's names.
-HALF_WRITTEN = re.compile(r"\.(.+?)(\.failed)?\.\d+\.part\.\w+")
+from evaluation.results import begin
 
 
 class Batch:
-    """The folder of a batch. `failed` counts the cases of this process that could not be made."""
+    """The folder of a batch. `failed` counts the cases of this process that failed."""
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]):
-        """Raises UserError if the folder was begun with other settings: its videos would not be comparable."""
-        settings = json.loads(json.dumps(settings))  # as they read when they come back
-        self.folder, self.failed = Path(folder), 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, folder: str | Path, settings: dict[str, Any], cases: list[Case], inputs: Iterable[Path] = ()):
+        """Raises UserError if an output would replace a reference or one of `inputs` (the list, the checkpoint, ...),
+        or if the folder was begun with other settings, whose videos would not be comparable."""
+        self.folder, self.cases, self.failed = Path(folder), cases, 0
+        self.settings = json.loads(json.dumps(settings))  # tuples as lists, as they come back from the file
+        self.rank, self.world, _ = own_place()
         begun = self.folder / "batch.json"
-        if begun.is_file():
-            before = json.loads(begun.read_text())
-            for key in before | settings:
-                if before.get(key) != settings.get(key):
-                    raise UserError(
-                        f"{folder} was begun with {key} = {before.get(key)} and this run has {settings.get(key)}: "
-                        "run it with the same options, or give another --out"
-                    )
-            return
-        with whole_file(begun) as temporary:  # every rank writes the same
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        outputs = [path for case in cases for path in (self.video(case), self.sheet(case), self.note(case))]
+        refuse_overwrite([begun, *outputs], [*(case.reference for case in cases if case.reference), *inputs])
+        begin(begun, self.settings, "run it with the same options, or give another --out")
 
     def video(self, case: Case) -> Path:
         return self.folder / f"{case.id}.mp4"
 
-    def is_complete(self, case: Case) -> bool:
-        return self.video(case).is_file() and self.video(case).with_suffix(".png").is_file()
+    def sheet(self, case: Case) -> Path:
+        return self.folder / f"{case.id}.png"
 
-    def missing(self, cases: list[Case]) -> list[Case]:
-        """This rank's share of the cases that are not complete, after removing what killed runs left half written."""
-        mine = cases[self.rank :: self.world]
-        names = {case.id for case in mine}
-        for file in self.folder.iterdir():  # another rank may be writing its own just now
-            if (match := HALF_WRITTEN.fullmatch(file.name)) and match[1] in names:
-                file.unlink(missing_ok=True)
-        return [case for case in mine if not self.is_complete(case)]
+    def note(self, case: Case) -> Path:
+        return self.folder / f"{case.id}.failed.txt"
+
+    def missing(self) -> list[Case]:
+        """The cases of this rank that are not complete."""
+        return [case for case in self.cases[self.rank :: self.world] if not self.is_complete(case)]
+
+    def is_complete(self, case: Case) -> bool:
+        """Whether the sheet and the whole video are there, made with these settings from this case."""
+        sheet = self.sheet(case)
+        return sheet.is_file() and sheet.stat().st_size > 0 and self._is_own(case)
+
+    def _is_own(self, case: Case) -> bool:
+        made = read_comment(self.video(case))
+        return (
+            made is not None
+            and case.reference is not None
+            and all(key in made and made[key] == value for key, value in self.settings.items())
+            and made.get("seed") == case.seed
+            and str(made.get("prompt")).endswith(case.prompt)
+            and Path(str(made.get("ref"))).name == case.reference.name
+        )
 
     def check(self, case: Case) -> None:
-        """Raises UserError for a case that nothing can be made of."""
+        """Raises UserError for a case with a problem, and where files lie that this batch has not written."""
         if case.problem:
             raise UserError(case.problem)
-        if case.reference.resolve() == self.video(case).with_suffix(".png").resolve():
-            raise UserError(f"its contact sheet would replace its reference {case.reference}: give another --out")
+        if not self._is_own(case):
+            for path in (self.video(case), self.sheet(case)):
+                if os.path.lexists(path):
+                    raise UserError(
+                        f"{path} is there, not of this case or not whole: move it away, or give another --out"
+                    )
 
     @contextmanager
     def one_case(self, case: Case) -> Iterator[None]:
-        """Work on a case: what its own photo, prompt or size brings about is noted, and costs no other case."""
-        note = self.folder / f"{case.id}.failed.txt"
+        """Work on one case: an exception of any kind is written into its note and stops no other case."""
         try:
             yield
             if self.is_complete(case):
-                note.unlink(missing_ok=True)
-        except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            reason = " ".join(str(error).split())
+                self.note(case).unlink(missing_ok=True)
+        except Exception as error:
+            reason = one_line(error)
             self.failed += 1
-            with whole_file(note) as temporary:
-                temporary.write_text(reason + "\n", encoding="utf-8")
             print(f"{case.id} failed: {reason}")
+            try:
+                with whole_file(self.note(case)) as temporary:
+                    temporary.write_text(reason + "\n", encoding="utf-8", errors="backslashreplace")
+            except OSError as error:  # the disk is full, or a folder has the note's name
+                print(f"{case.id}: the reason could not be written: {one_line(error)}")
 
-    def finish(self, cases: list[Case]) -> None:
-        """The last line, and exit code 2 if a case failed; under torchrun 0, because it kills all ranks for one's 2."""
-        done = sum(map(self.is_complete, cases))
-        print(f"{done} of {len(cases)} videos are in {self.folder}, {self.failed} of this process's cases failed")
+    def finish(self) -> None:
+        """The last line, and exit code 2 if a case failed; 0 under torchrun, which kills all ranks after one's 2."""
+        done = sum(map(self.is_complete, self.cases))
+        failures = f"{self.failed} case{'' if self.failed == 1 else 's'} failed"
+        process = f" in process {self.rank} of {self.world}" if self.world > 1 else ""
+        print(f"{done} of {len(self.cases)} videos are in {self.folder}" + f"; {failures}{process}" * bool(self.failed))
         if self.failed and self.world == 1:
-            raise UserError(f"{self.failed} cases failed: {self.folder}/*.failed.txt say why; run it again to retry")
+            raise UserError(f"{failures}: {self.folder}/*.failed.txt say why; run it again to retry")
+
+
+def one_line(error: Exception) -> str:
+    """The message of an exception in one line, with its type where it is not one for users."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def read_comment(video: Path) -> dict[str, Any] | None:
+    """The metadata that sample.py writes into an MP4. None for other files, and for one whose frames are not all there.
+
+    The packets are counted, not decoded: a few milliseconds a video.
+    """
+    if not video.is_file():
+        return None
+    options = {"format": "mp4", "metadata_errors": "ignore", "options": {"protocol_whitelist": "file"}}
+    try:
+        with av.open(str(video), **options) as container:
+            stream = container.streams.video[0]
+            count = sum(packet.size > 0 and not packet.is_corrupt for packet in container.demux(stream))
+            if not 0 < stream.frames == count:
+                return None
+            return parse_json(dict[str, JsonValue], container.metadata["comment"], video)
+    except (av.FFmpegError, OSError, UserError, IndexError, KeyError):
+        return None

@@ -1,24 +1,30 @@
-"""What to make or to score: a list of cases, one JSON object a line.
+"""A list of cases: what to make or to score, one JSON object a line.
 
     {"id": "0001", "reference": "faces/ada.jpg", "prompt": "She turns to the window and smiles.", "seed": 0}
 
 `id` names the files: <id>.mp4 is the video, made by sample.py --batch or by anything else and scored by eval.py.
-`reference` is a photo, relative to the list; `seed` is 0 if left out. More keys are ignored: a list may carry notes.
+`reference` is a photo, its path relative to the list; `seed` is 0 by default. Other keys are ignored.
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from common.errors import UserError
+from common.schema import Count, Text, foreign_record, validate
 
 NAME = re.compile(r"[\w-][\w .+-]*")  # a file's name on every system, not hidden and in no other folder
+LONGEST = 200  # bytes of an id; file systems take names of 255, and suffixes need room
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line. `problem` is None, or why nothing can be made from it."""
+    """One line of a list. `problem`: why nothing can be made or scored from it, or None."""
 
     id: str
     reference: Path | None = None  # never None in a list; sample.py without --ref has such a case
@@ -27,26 +33,46 @@ class Case:
     problem: str | None = None
 
 
-def read_cases(path: str | Path) -> list[Case]:
-    """All cases, in order. A case that is wrong in itself carries its `problem`.
+def _file_name(value: str | int) -> str:
+    if not NAME.fullmatch(str(value)):
+        raise ValueError("it cannot name a file")
+    return str(value)
 
-    Raises UserError, naming file and line, where it is unknown which video a line means: no list, no id, one id twice.
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+@foreign_record
+class _Name:
+    id: Annotated[str | int, AfterValidator(_file_name)]
+
+
+@foreign_record
+class _Content:
+    reference: Annotated[Text, AfterValidator(_not_blank)]
+    prompt: Annotated[str, AfterValidator(_not_blank), AfterValidator(str.strip)]
+    seed: Count = 0
+
+
+def read_cases(path: str | Path) -> list[Case]:
+    """All cases, in order. A case with a reference, prompt, seed or id that is unusable carries its `problem`.
+
+    Raises UserError, with file and line, where a line does not say which video it means: no list, no id, one id twice.
     """
     path, cases = Path(path), {}
     if not path.is_file():
         raise UserError(f"no list of cases at {path}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            case = _case(row, path.parent)
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f'{path}, line {number}: not a JSON object with an "id" that can name a file') from None
+        case = _read_case(line, f"{path}, line {number}", number, path.parent)
         if case.id in cases:
             raise UserError(f"{path}, line {number}: the id {case.id!r} is there twice")
         cases[case.id] = case
@@ -55,18 +81,20 @@ def read_cases(path: str | Path) -> list[Case]:
     return list(cases.values())
 
 
-def _case(row: dict, folder: Path) -> Case:
-    name = row["id"] if isinstance(row["id"], str) else str(int(row["id"]))
-    if not NAME.fullmatch(name):
-        raise ValueError(name)
-    reference, prompt, seed = row.get("reference"), row.get("prompt"), row.get("seed", 0)
-    problem = None
-    if not isinstance(reference, str) or not reference.strip():
-        problem = 'no "reference"'
-    elif not isinstance(prompt, str) or not prompt.strip():
-        problem = 'the "prompt" is empty'
-    elif not isinstance(seed, int) or not 0 <= seed < 2**63:
-        problem = f'"seed" {seed!r} is not a whole number'
-    if problem:
-        return Case(name, problem=problem)
-    return Case(name, folder / reference, prompt.strip(), seed)
+def _read_case(line: str, where: str, number: int, folder: Path) -> Case:
+    try:
+        row = json.loads(line)  # Python's parser: for pydantic's, half an emoji in the prompt spoils the id too
+        name = validate(_Name, {"id": row["id"]}, where).id
+    except (ValueError, TypeError, KeyError, RecursionError, UserError):
+        raise UserError(f'{where}: not a JSON object with an "id" that can name a file') from None
+    if len(os.fsencode(name)) > LONGEST:
+        return Case(f"line-{number}", problem=f"its id is longer than {LONGEST} bytes")
+    try:
+        row = {key: row[key] for key in ("reference", "prompt", "seed") if key in row}
+        json.dumps(row, ensure_ascii=False).encode()
+        content = validate(_Content, row, where)
+    except UnicodeEncodeError:
+        return Case(name, problem=f"{where}: half a character (a lone surrogate) in the reference or the prompt")
+    except (UserError, RecursionError) as error:
+        return Case(name, problem=str(error))
+    return Case(name, folder / content.reference, content.prompt, content.seed)

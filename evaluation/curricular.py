@@ -1,7 +1,7 @@
 """IR-101, the recognizer behind FaceSim-Cur: crops (n, 3, 112, 112), RGB in [-1, 1] -> embeddings (n, 512).
 
-The second opinion on identity. ArcFace is what the training looks at (Eq. 8-10); a model can learn to please it. This
-one was trained apart, with CurricularFace's loss on Glint360K, and is never trained against.
+The second opinion on identity. The training loss contains ArcFace (Eq. 8-10), and a model can learn to please it. This
+network was trained apart, with CurricularFace's loss on Glint360K, and no loss contains it.
 
     crop 112 -> conv, BN, PReLU (64) -> 3, 13, 30, 3 blocks of 64, 128, 256, 512 channels, each stage halving the side
              -> (n, 512, 7, 7) -> BN -> linear -> BN -> (n, 512)
@@ -11,11 +11,10 @@ The modules carry the names of the published file, glint360k_curricular_face_r10
 ConsisID and OpenS2V loads (their backbone is TFace's recognition/torchkit/backbone/model_irse.py, IR_101).
 """
 
-import pickle
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -73,26 +72,43 @@ class CurricularFace(nn.Module):
     def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "CurricularFace":
         """Frozen, in float32. `path`: the published .bin, or the same tensors as .safetensors.
 
-        The .bin is a pickle, the one that this repository reads: by torch's weights-only reader, which builds tensors
-        and nothing else. UserError where the file is not there, is damaged, or is another network's.
+        The .bin is a pickle, the only one that this repository reads: by torch's weights-only reader, which builds
+        tensors and nothing else. UserError where the file is missing, damaged or another network's, or a weight is NaN.
         """
         if not Path(path).is_file():
             raise UserError(f"no CurricularFace backbone at {path}: {WHERE}")
         try:
-            safe = Path(path).suffix == ".safetensors"
-            weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            with warnings.catch_warnings():  # torch comments on other kinds of its own files
+                warnings.simplefilter("ignore")
+                safe = Path(path).suffix == ".safetensors"
+                weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises almost any type in zipfile, pickle and torch
             reason = str(error).strip().split("\n")[0] or "it is cut short"
             raise UserError(f"{path} cannot be read as weights ({reason}): {WHERE}") from None
         with torch.device("meta"):
             model = cls()
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {k: tuple(v.shape) for k, v in weights.items()} if isinstance(weights, dict) else {}
-        if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
+        expected = {name: _layout(tensor) for name, tensor in model.state_dict().items()}
+        stored = {str(name): _layout(value) for name, value in weights.items()} if isinstance(weights, dict) else {}
+        if wrong := [name for name in expected | stored if expected.get(name) != stored.get(name)]:
             name = wrong[0]
             raise UserError(
-                f"{path} is not CurricularFace's IR-101: {name} is {found.get(name, 'missing')}, expected "
-                f"{wanted.get(name, 'no such tensor')} ({len(wrong)} differ): {WHERE}"
+                f"{path} is not CurricularFace's IR-101: {name} is {stored.get(name, 'missing')}, expected "
+                f"{expected.get(name, 'no such tensor')} ({len(wrong)} differ): {WHERE}"
             )
+        require_finite(weights, path)
         model.load_state_dict(weights, assign=True)
         return model.float().to(device).eval().requires_grad_(False)
+
+
+def _layout(value: object) -> str:
+    """Kind and shape of a tensor, to compare two files by."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{'float' if value.is_floating_point() else value.dtype} {tuple(value.shape)}"
+
+
+def require_finite(weights: dict[str, Tensor], where: str | Path) -> None:
+    """Raises UserError with the name of the first tensor that holds NaN or infinity."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds values that are not finite: take the file anew")

@@ -1,4 +1,4 @@
-"""What people read of an evaluation: scores per video, means with intervals, Table 1's row, a sheet of pictures."""
+"""The results of an evaluation: scores of each video, means with intervals, Table 1's row, a sheet of pictures."""
 
 import csv
 from collections import defaultdict
@@ -20,15 +20,23 @@ TABLE = {  # Table 1's columns in its order: heading, digits
     "dd": ("DD", 2),
 }
 OURS = {  # not in the paper
-    "face_rate": ("frames with a face", 3),
-    "background_copy": ("background copied (ours)", 3),
-    "pose_copy": ("pose copied (ours)", 3),
-    "identity_drift": ("identity drift (ours)", 3),
+    "face_rate": ("frames with a face ↑", 3),
+    "background_copy": ("background copied (ours) ↓", 3),
+    "background_chance": ("background, by chance", 3),
+    "pose_copy": ("pose copied (ours) ↓", 3),
+    "pose_chance": ("pose, by chance", 3),
+    "identity_drift": ("identity drift (ours) ↓", 3),
 }
+LEGEND = (
+    "Copied: how much of the colours around the photo's face, and of its head pose, the video repeats; 1 is a copy. "
+    "By chance: the same against the photo of another case. Drift: how far the face of a frame is from the video's "
+    "mean face, 1 - cosine; 0 is a face that stays the same. ↑ more is better, ↓ less is better."
+)
 COLUMNS = ["id", "facesim_arc", "facesim_cur", "face_rate", "retried", "clip_score", "aq", "iq", "ms", "dd"]
-COLUMNS += ["background_copy", "pose_copy", "identity_drift", "video", "reference", "problem"]
-FILL = {  # how to fill a column that is empty
-    "facesim_cur": "give --curricular glint360k_curricular_face_r101_backbone.bin (README says from where)",
+COLUMNS += ["background_copy", "background_chance", "pose_copy", "pose_chance", "identity_drift"]
+COLUMNS += ["video", "reference", "problem"]
+FILL = {  # the way to fill a column that is empty
+    "facesim_cur": "give --curricular glint360k_curricular_face_r101_backbone.bin (docs/table1.md says from where)",
     "clip_score": "give --clip openai/clip-vit-base-patch32",
     **dict.fromkeys(("aq", "iq", "ms", "dd"), "run make vbench once, then add --vbench"),
 }
@@ -36,8 +44,11 @@ RESAMPLES = 2000
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One line per case, scored or not; empty cells where nothing was measured."""
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    """One line for each case, scored or not; empty cells where nothing was measured."""
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
@@ -46,7 +57,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def bootstrap(values: np.ndarray, groups: list[str], seed: int = 0) -> tuple[float, float] | None:
     """95 % interval of the mean by resampling groups with replacement, percentiles 2.5 and 97.5.
 
-    A group is a reference: the videos of one face rise and fall together, and to draw them one by one would make the
+    A group is a reference: the videos of one face rise and fall together, so drawing them one by one would make the
     interval too narrow. None with fewer than two groups.
     """
     sums, counts = defaultdict(float), defaultdict(int)
@@ -73,9 +84,10 @@ def summarize(rows: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
 
 
 def markdown(name: str, rows: list[dict[str, Any]], cases: int, how: str) -> str:
-    """Table 1's row, then every column's mean, spread and interval, then what is empty and how to fill it."""
-    found = {key: summarize(rows, key) for key in TABLE | OURS}
-    cells = [f"{found[key]['mean']:.{digits}f}" if found[key] else "" for key, (_, digits) in TABLE.items()]
+    """Table 1's row, then mean, spread and interval of every column, then the empty columns and how to fill them."""
+    sums = {key: summarize(rows, key) for key in TABLE | OURS}
+    cells = [f"{sums[key]['mean']:.{digits}f}" if sums[key] else "" for key, (_, digits) in TABLE.items()]
+    name = " ".join(name.split()).replace("|", "\\|")
     lines = [
         f"| Method | {' | '.join(f'{title} ↑' for title, _ in TABLE.values())} |",
         "|---|" + "---:|" * len(TABLE),
@@ -87,15 +99,16 @@ def markdown(name: str, rows: list[dict[str, Any]], cases: int, how: str) -> str
         "|---|---:|---:|---:|---|",
     ]
     for key, (title, digits) in (TABLE | OURS).items():
-        if s := found[key]:
+        if s := sums[key]:
             spread = "" if s["spread"] is None else f"{s['spread']:.{digits}f}"
             interval = "{:.{d}f} to {:.{d}f}".format(*s["interval"], d=digits) if s["interval"] else ""
             lines.append(f"| {title} | {s['videos']} | {s['mean']:.{digits}f} | {spread} | {interval} |")
+    lines += ["", LEGEND]
     if faceless := sum(row["face_rate"] == 0 for row in rows):
-        lines += ["", f"{faceless} videos show no face in any frame; their FaceSim of 0 is in the means."]
+        lines += ["", f"{faceless} videos show no face in any frame; their FaceSim of 0 counts in the means."]
     empty = defaultdict(list)
     for key, way in FILL.items():
-        if not found[key]:
+        if not sums[key]:
             empty[way].append(TABLE[key][0])
     lines += ["", *[f"- {', '.join(titles)} empty: {way}." for way, titles in empty.items()]] if empty else []
     return "\n".join(lines) + "\n"
@@ -108,10 +121,11 @@ def extremes(rows: list[dict[str, Any]], count: int = 4) -> list[dict[str, Any]]
 
 
 def draw_sheet(path: Path, pictures: list[tuple[str, Image.Image, np.ndarray]], cell: int = 160) -> None:
-    """A PNG with a line per video: its title, the reference, some frames (n, H, W, 3)."""
+    """A PNG with a line for each video: its title, the reference, some frames (n, H, W, 3)."""
     gap, text = 4, 18
     columns = 1 + max(len(frames) for _, _, frames in pictures)
-    heights = [text + round(cell * frames.shape[1] / frames.shape[2]) + gap for _, _, frames in pictures]
+    shapes = [frames.shape[1] / frames.shape[2] for _, _, frames in pictures]
+    heights = [text + round(cell * min(max(shape, 0.1), 4)) + gap for shape in shapes]  # also of a strip
     sheet = Image.new("RGB", (columns * (cell + gap), sum(heights)), "white")
     y = 0
     for (title, reference, frames), height in zip(pictures, heights):

@@ -14,12 +14,16 @@ whatever `python` comes first in PATH and hides its exit code, so the module beh
 pictures in a folder for videos: hence links to the videos alone. It needs an NVIDIA GPU, wget and unzip.
 """
 
-import json
-import shutil
+import math
+import os
 import subprocess
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from common.errors import UserError
+from common.schema import foreign_record, parse_json
 
 DIMENSIONS = {
     "aq": "aesthetic_quality",
@@ -27,8 +31,24 @@ DIMENSIONS = {
     "ms": "motion_smoothness",
     "dd": "dynamic_degree",
 }
-SCALE = {"iq": 100}  # its per-video figures are divided by this
+SCALE = {"iq": 100}  # its figures per video are divided by this
 PYTHON = Path(__file__).parent.parent / ".venv-vbench" / "bin" / "python"
+
+
+@foreign_record
+class _Score:
+    video_path: str
+    video_results: bool | Annotated[float, Field(allow_inf_nan=True)]  # NaN is a missing score, not a damaged file
+
+
+@foreign_record
+class _Scores:
+    """A results file of VBench: for each dimension the mean, then the scores of the videos."""
+
+    aesthetic_quality: tuple[Any, list[_Score]] = (None, ())
+    imaging_quality: tuple[Any, list[_Score]] = (None, ())
+    motion_smoothness: tuple[Any, list[_Score]] = (None, ())
+    dynamic_degree: tuple[Any, list[_Score]] = (None, ())
 
 
 def vbench_command(videos: Path, out: Path, gpus: int = 1) -> list[str]:
@@ -43,17 +63,20 @@ def run_vbench(videos: dict[str, tuple[Path, str]], folder: Path, gpus: int = 1)
         raise UserError(f"--vbench: there is no {PYTHON.parent.parent.name} beside eval.py: run make vbench")
     folder = folder.resolve()
     links = folder / "videos"
-    shutil.rmtree(links, ignore_errors=True)
-    links.mkdir(parents=True)
-    for name, (file, stamp) in videos.items():
-        (links / f"{name}@{stamp}.mp4").symlink_to(file.resolve())  # it only looks at files named .mp4
+    links.mkdir(parents=True, exist_ok=True)
+    for link in links.iterdir():
+        if not link.is_symlink():
+            raise UserError(f"{link} is there, and eval.py has not made it: give another --out")
+        link.unlink()
     try:
+        for name, (file, stamp) in videos.items():
+            (links / f"{name}@{stamp}.mp4").symlink_to(file.resolve())  # VBench takes only files named .mp4
         # In a folder without Python files: from here, this repository's modules would hide those of its packages.
         subprocess.run(vbench_command(links, folder, gpus), cwd=folder, check=True)
     except subprocess.CalledProcessError as error:
-        raise UserError(
-            f"VBench ended with code {error.returncode}, its last lines say why; the rest is written"
-        ) from None
+        raise UserError(f"VBench ended with code {error.returncode}, its last lines say why") from None
+    except OSError as error:
+        raise UserError(f"VBench could not be started: {error}") from None
 
 
 def read_vbench(folder: Path, stamps: dict[str, str]) -> dict[str, dict[str, float]]:
@@ -63,16 +86,14 @@ def read_vbench(folder: Path, stamps: dict[str, str]) -> dict[str, dict[str, flo
     made without eval.py, on <id>.mp4, count too.
     """
     scores: dict[str, dict[str, float]] = {}
-    for file in sorted(folder.glob("*_eval_results.json"), key=lambda file: file.stat().st_mtime):
+    for file in sorted(folder.glob("*_eval_results.json"), key=os.path.getmtime):
         try:
-            results = json.loads(file.read_text())
-            for key, dimension in DIMENSIONS.items():
-                _mean, videos = results.get(dimension, (None, []))
-                for entry in videos:
-                    name, _, stamp = Path(entry["video_path"]).stem.partition("@")
-                    if name in stamps and stamp in ("", stamps[name]):
-                        value = float(entry["video_results"]) / SCALE.get(key, 1)
-                        scores.setdefault(name, {})[key] = value
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"{file} is not a results file of VBench: remove it") from None
+            results = parse_json(_Scores, file.read_bytes(), file)
+        except UserError as error:
+            raise UserError(f"{error}: not a results file of VBench, move it away") from None
+        for key, dimension in DIMENSIONS.items():
+            for entry in getattr(results, dimension)[1]:
+                name, _, stamp = Path(entry.video_path).stem.partition("@")
+                if name in stamps and stamp in ("", stamps[name]) and math.isfinite(entry.video_results):
+                    scores.setdefault(name, {})[key] = float(entry.video_results) / SCALE.get(key, 1)
     return scores

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -39,6 +40,32 @@ def in_process(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def insightface_embeddings():
+    """insightface_embeddings(frames) -> raw embeddings of the largest face of each frame, None without a face.
+
+    By insightface, OpenCV and onnxruntime alone, with the models of assets/faces; frames (n, H, W, 3) RGB bytes.
+    """
+    import numpy as np
+    from insightface.app import FaceAnalysis
+
+    folder, parts = str(ROOT / "assets" / "faces"), ["detection", "recognition"]
+    app = FaceAnalysis(name=folder, allowed_modules=parts, providers=["CPUExecutionProvider"])
+    app.prepare(ctx_id=-1, det_size=(128, 128))
+
+    def embed(frames):
+        rows = []
+        for frame in frames:
+            with warnings.catch_warnings():  # insightface calls a method that skimage deprecates
+                warnings.simplefilter("ignore")
+                faces = app.get(np.ascontiguousarray(frame[..., ::-1]))
+            areas = [np.prod(face.bbox[2:] - face.bbox[:2]) for face in faces]
+            rows.append(faces[int(np.argmax(areas))].embedding if faces else None)
+        return rows
+
+    return embed
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from evaluation import metrics, report
 from evaluation import vbench as quality
 from evaluation.curricular import CurricularFace
 from evaluation.metrics import ClipScore, FaceReader
+from face import embed
 
 ROOT = Path(__file__).resolve().parent.parent
 FACES, CLIPS = ROOT / "assets" / "faces", ROOT / "assets" / "clips"
@@ -84,29 +85,11 @@ def scores(out):
 # FaceSim: videos with known answers
 
 
-def insightface_embeddings(frames):
-    """Raw embeddings of the largest face of each frame, by insightface and onnxruntime alone; None without a face."""
-    from insightface.app import FaceAnalysis
-
-    app = FaceAnalysis(
-        name=str(FACES), allowed_modules=["detection", "recognition"], providers=["CPUExecutionProvider"]
-    )
-    app.prepare(ctx_id=-1, det_size=(128, 128))
-    rows = []
-    for frame in frames:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            faces = app.get(np.ascontiguousarray(frame[..., ::-1]))
-        areas = [np.prod(face.bbox[2:] - face.bbox[:2]) for face in faces]
-        rows.append(faces[int(np.argmax(areas))].embedding if faces else None)
-    return rows
-
-
 def cosine(a, b):
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def test_videos_with_known_answers(command, tmp_path):
+def test_videos_with_known_answers(command, insightface_embeddings, tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()
     same, other = np.repeat(photo(0)[None], 16, 0), np.repeat(photo(2)[None], 16, 0)
@@ -120,29 +103,28 @@ def test_videos_with_known_answers(command, tmp_path):
     rows = [{"id": name, "reference": str(CLIPS / ("2.png" if name == "compressed" else "0.png"))} for name in order]
     cases = listed(tmp_path / "cases.jsonl", *rows)
 
-    for options, tolerance in (([], 2e-3), (["--onnx"], 1e-5)):  # torch's crop is not rounded to bytes
-        out = tmp_path / f"out{len(options)}"
-        code, stdout, stderr = command("--videos", videos, "--cases", cases, "--out", out, *TINY, *options)
-        assert code == 0, stderr
-        found = {name: float(row["facesim_arc"]) for name, row in scores(out).items()}
-        assert list(found) == order
-        assert found["same"] == pytest.approx(1, abs=1e-5)
-        assert 0.99 < found["compressed"] < 1 - 1e-4  # H.264 at crf 16, chroma halved
-        ours, theirs = insightface_embeddings([photo(0), photo(2)])
-        assert found["other"] == pytest.approx(max(0, cosine(ours, theirs)), abs=tolerance)
-        assert found["other"] < 0.9
-        assert found["none"] == 0
-        assert found["half"] == pytest.approx(1, abs=1e-5)  # the mean of the frames that show a face
-        picked = moving[[int(x) for x in np.linspace(0, 16, 16)]]
-        by_hand = np.mean([max(0, cosine(ours, e)) for e in insightface_embeddings(picked)])
-        assert found["moving"] == pytest.approx(by_hand, abs=tolerance)
-        rates = {name: float(row["face_rate"]) for name, row in scores(out).items()}
-        assert rates == dict.fromkeys(order, 1.0) | {"none": 0, "half": 6 / 16}
-        retried = {name: int(row["retried"]) for name, row in scores(out).items()}
-        assert (retried["none"], retried["half"], retried["same"]) == (16, 10, 0)
-        mean = np.mean(list(found.values()))  # with the 0
-        assert f"| FaceSim-Arc | 6 | {mean:.3f} |" in stdout and "1 videos show no face" in stdout
-        assert f"| videos | {mean:.3f} |  |  |" in (out / "summary.md").read_text()
+    out, tolerance = tmp_path / "out", 2e-3  # insightface rounds its crop to bytes
+    code, stdout, stderr = command("--videos", videos, "--cases", cases, "--out", out, *TINY)
+    assert code == 0, stderr
+    arc = {name: float(row["facesim_arc"]) for name, row in scores(out).items()}
+    assert list(arc) == order
+    assert arc["same"] == pytest.approx(1, abs=1e-5)
+    assert 0.99 < arc["compressed"] < 1 - 1e-4  # H.264 at crf 16, chroma halved
+    e, e_other = insightface_embeddings([photo(0), photo(2)])
+    assert arc["other"] == pytest.approx(max(0, cosine(e, e_other)), abs=tolerance)
+    assert arc["other"] < 0.9
+    assert arc["none"] == 0
+    assert arc["half"] == pytest.approx(1, abs=1e-5)  # the mean of the frames that show a face
+    picked = moving[[int(x) for x in np.linspace(0, 16, 16)]]
+    by_hand = np.mean([max(0, cosine(e, row)) for row in insightface_embeddings(picked)])
+    assert arc["moving"] == pytest.approx(by_hand, abs=tolerance)
+    rates = {name: float(row["face_rate"]) for name, row in scores(out).items()}
+    assert rates == dict.fromkeys(order, 1.0) | {"none": 0, "half": 6 / 16}
+    retried = {name: int(row["retried"]) for name, row in scores(out).items()}
+    assert (retried["none"], retried["half"], retried["same"]) == (16, 10, 0)
+    mean = np.mean(list(arc.values()))  # with the 0
+    assert f"| FaceSim-Arc | 6 | {mean:.3f} |" in stdout and "1 videos show no face" in stdout
+    assert f"| videos | {mean:.3f} |  |  |" in (out / "summary.md").read_text()
 
 
 def test_own_references_score_higher_than_foreign_ones(command, tmp_path):
@@ -200,9 +182,8 @@ def test_negative_cosines_count_as_zero_and_frames_without_a_face_not_at_all():
     found = torch.tensor([True, True, True, False])
     e_ref = torch.tensor([2.0, 0])
     assert metrics.face_sim(e, e_ref, found) == pytest.approx((1 + 0 + 0.6) / 3)
-    assert metrics.face_sim(e, e_ref, found, skip_zeros=True) == pytest.approx((1 + 0.6) / 2)
     assert metrics.face_sim(e, e_ref, torch.zeros(4, dtype=torch.bool)) == 0
-    assert metrics.face_sim(-e[:1], e_ref, found[:1], skip_zeros=True) == 0
+    assert metrics.face_sim(-e[:1], e_ref, found[:1]) == 0
 
 
 def test_which_frames():
@@ -242,14 +223,17 @@ def test_one_retry_with_a_gray_border(reader, helps, monkeypatch):
     padded = ((watched.shown[1] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     truth = [cv2.copyMakeBorder(f, top, top, left, left, cv2.BORDER_CONSTANT, value=(128, 128, 128)) for f in frames]
     assert np.array_equal(padded, np.stack(truth))
-    assert faces.retried.all() and (faces.found == helps).all()
+    assert faces.retried.all() and (faces.valid == helps).all()
     if helps:
         np.testing.assert_allclose(faces.landmarks[0], POINTS - [left, top])
         assert faces.boxes[0].tolist() == [10 - left, 20 - top, 50 - left, 60 - top]
         # ArcFace's crop comes from the padded picture: gray, not black, beyond the edge
-        expected = reader.arc(watched.shown[1], torch.from_numpy(POINTS).float().expand(3, -1, -1))
+        points = torch.from_numpy(POINTS).float().expand(3, -1, -1)
+        expected = embed(watched.shown[1], points, reader.arcface)
         torch.testing.assert_close(faces.arc, expected)
-        black = reader.arc(watched.shown[0], torch.from_numpy(POINTS - [left, top]).float().expand(3, -1, -1))
+        black = embed(
+            watched.shown[0], torch.from_numpy(POINTS - [left, top]).float().expand(3, -1, -1), reader.arcface
+        )
         assert (faces.arc - black).abs().max() > 1e-3
 
 
@@ -257,7 +241,7 @@ def test_a_frame_with_a_face_is_looked_at_once(reader, monkeypatch):
     watched = Watched(POINTS, 70)
     monkeypatch.setattr(reader, "detector", watched)
     faces = reader.read(np.zeros((2, 50, 70, 3), np.uint8))
-    assert len(watched.shown) == 1 and faces.found.all() and not faces.retried.any()
+    assert len(watched.shown) == 1 and faces.valid.all() and not faces.retried.any()
 
 
 def test_crops_of_curricular_face_are_opencvs(reader, monkeypatch):
@@ -279,28 +263,6 @@ def test_crops_of_curricular_face_are_opencvs(reader, monkeypatch):
     # OpenCV 5 interpolates in floating point, OpenCV 4 rounds coordinates to 1/32 pixel; both round to bytes, twice
     assert np.abs(ours - truth).mean() < (0.6 if int(cv2.__version__.split(".")[0]) >= 5 else 4)
     assert np.abs(ours[..., ::-1] - truth).mean() > 10  # the colours are not the same the other way round
-
-
-def test_the_protocols_differ_in_frames_and_in_zeros(reader, monkeypatch, command, tmp_path):
-    seen = []
-    read = FaceReader.read
-    monkeypatch.setattr(FaceReader, "read", lambda self, frames: seen.append(len(frames)) or read(self, frames))
-    cases = listed(tmp_path / "cases.jsonl", {"id": "0", "reference": str(CLIPS / "0.png")})
-    for protocol, frames in (("consisid", 16), ("opens2v", 32)):
-        seen.clear()
-        out = tmp_path / protocol
-        assert command("--videos", CLIPS, "--cases", cases, "--out", out, *TINY, "--protocol", protocol)[0] == 0
-        assert sorted(seen) == [1, frames]
-
-    e = torch.tensor([[1.0, 0], [-1, 0]])
-    faces = metrics.Faces(*[torch.ones(2, dtype=torch.bool)] * 2, torch.rand(2, 5, 2), torch.rand(2, 4), e, e)
-    ref = metrics.Faces(*[torch.ones(1, dtype=torch.bool)] * 2, torch.rand(1, 5, 2), torch.rand(1, 4), e[:1], e[:1])
-    for protocol, cur in (("consisid", 0.5), ("opens2v", 1.0)):
-        answers = iter([ref, faces])
-        monkeypatch.setattr(FaceReader, "read", lambda *_: next(answers))  # noqa: B023
-        image = Image.new("RGB", (8, 8))
-        found = metrics.measure(np.zeros((2, 8, 8, 3), np.uint8), None, "", image, reader, None, protocol)
-        assert (found["facesim_arc"], found["facesim_cur"]) == (0.5, cur)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -733,14 +695,17 @@ def test_a_changed_video_prompt_or_option_is_measured_again(command, monkeypatch
 
     def run(*options, prompt="A face."):
         measured.clear()
+        again = (out / "results.jsonl").exists()
         rows = [{"id": str(k), "reference": str(CLIPS / f"{k}.png"), "prompt": prompt if k else "P"} for k in range(2)]
         cases = listed(tmp_path / "cases.jsonl", *rows)
-        assert command("--videos", videos, "--cases", cases, "--out", out, *TINY, *options)[0] == 0
+        code, stdout, _ = command("--videos", videos, "--cases", cases, "--out", out, *TINY, *options)
+        assert code == 0 and (f"{len(measured)} videos are measured anew" in stdout) == (again and bool(measured))
         return len(measured)
 
-    assert [run(), run(), run(prompt="Another."), run("--onnx"), run("--onnx", prompt="Another.")] == [2, 0, 1, 2, 1]
+    assert [run(), run(), run(prompt="Another."), run("--clip-bgr")] == [2, 0, 1, 2]
+    assert run("--clip-bgr", prompt="Another.") == 1
     (videos / "0.mp4").write_bytes((CLIPS / "3.mp4").read_bytes())
-    assert run("--onnx", prompt="Another.") == 1
+    assert run("--clip-bgr", prompt="Another.") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -830,7 +795,7 @@ def test_vbench_is_called_on_the_videos_that_lack_it(command, monkeypatch, tmp_p
     rows = scores(out)
     assert all((row["aq"], row["iq"], row["dd"]) == ("0.25", "0.0025", "0.25") for row in rows.values())
     python.unlink()  # all are there: it is not called again, whatever else is asked for
-    assert command(*options, "--onnx")[0] == 0
+    assert command(*options, "--clip-bgr")[0] == 0
     assert scores(out)["3"]["aq"] == "0.25"
 
 

@@ -146,8 +146,8 @@ def measure(
     rows = []
     for k, (frames, case) in enumerate(zip(videos, told)):
         faces, seen, scene = reader.read(frames), look.read(frames), case["scene"]
-        mean = torch.nn.functional.normalize(faces.arc[faces.found], dim=1).mean(0)
-        nearest = int(torch.cosine_similarity(mean[None], e_ref).argmax()) if faces.found.any() else None
+        mean = torch.nn.functional.normalize(faces.arc[faces.valid], dim=1).mean(0)
+        nearest = int(torch.cosine_similarity(mean[None], e_ref).argmax()) if faces.valid.any() else None
         right = {motion: moves(seen["scene"], motion) for motion in scene.motions}
         directed = [right[motion] for motion in right if toy.MOVES[motion].direction]
         photo = k if given is None else given[k]
@@ -155,11 +155,11 @@ def measure(
         read = seen["scene"].mean(0)
         rows.append(
             {
-                "similarity": face_sim(faces.arc, e_ref[k], faces.found),
+                "similarity": face_sim(faces.arc, e_ref[k], faces.valid),
                 "retrieved": nearest == k,
                 "retrieved_permuted": nearest == (k + 1) % len(told),
-                "face_rate": faces.found.float().mean().item(),
-                "drift": identity_drift(faces.arc, faces.found),
+                "face_rate": faces.valid.float().mean().item(),
+                "drift": identity_drift(faces.arc, faces.valid),
                 "motion": all(right.values()),
                 "direction": all(directed) if directed else None,
                 "background": shows_background(frames, scene),

@@ -1,6 +1,7 @@
 """sample.py --batch: the folder holds whole videos, whatever fails or is killed, and each is the video made alone."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,10 +12,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import sample
 from common.errors import UserError
+from common.media import contact_sheet, write_video
 from evaluation.batch import Batch
 from evaluation.cases import read_cases
 
@@ -165,16 +169,6 @@ def test_ranks_share_the_cases(command, listed, monkeypatch, tmp_path):
     assert made == [f"{k}.mp4" for k in range(5)]
 
 
-def test_only_ones_own_half_written_files_are_removed(listed, monkeypatch, tmp_path):
-    cases = read_cases(listed({"id": "a"}, {"id": "a.1"}, {"id": "a.1.failed"}))
-    others = [".a.1.77.part.mp4", ".a.1.77.part.png", ".a.1.failed.77.part.txt", "a.77.part.mp4", ".b.77.part.mp4"]
-    for name in [*others, ".a.77.part.mp4", ".a.77.part.png", ".a.failed.77.part.txt"]:
-        (tmp_path / name).touch()
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert [case.id for case in Batch(tmp_path, {}).missing(cases)] == ["a"]
-    assert names(tmp_path) == sorted([*others, "batch.json", "cases.jsonl"])
-
-
 def test_gemma_reads_all_prompts_and_is_freed_before_the_dit_comes(command, listed, monkeypatch, tmp_path):
     order = []
     encode, load = sample.TextEncoder.encode, sample.LTXVideo.from_checkpoint
@@ -194,14 +188,131 @@ def test_one_folder_has_one_kind_of_video(command, listed, tmp_path):
     assert len(stderr.splitlines()) == 1
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder itself, with videos that are written here in place of sampled ones
+
+SETTINGS = {"height": 16, "width": 16, "frames": 5, "s_y": 5.0, "loras": ("a.safetensors:1",)}
+
+
+@pytest.fixture
+def made(listed, tmp_path):
+    """made(rows) -> the batch of these cases, whose videos and sheets are all there as sample.py writes them."""
+
+    def make(*rows):
+        batch = Batch(tmp_path / "v", SETTINGS, read_cases(listed(*rows)))
+        for case in batch.cases:
+            used = SETTINGS | {"prompt": "prefix " + case.prompt, "seed": case.seed, "ref": str(case.reference)}
+            frames = np.random.default_rng(case.seed).integers(0, 255, (5, 16, 16, 3)).astype(np.uint8)
+            write_video(batch.video(case), frames, 12, json.dumps(used))
+            contact_sheet(batch.sheet(case), None, frames)
+        return batch
+
+    return make
+
+
+def test_a_whole_video_of_the_case_is_complete(made, listed):
+    batch = made({"id": "a"}, {"id": "b", "seed": 1})
+    assert batch.missing() == []
+    for change in ({"prompt": "A cat."}, {"seed": 5}, {"reference": str(CLIPS / "1.png")}):
+        again = Batch(batch.folder, SETTINGS, read_cases(listed({"id": "a"} | change, {"id": "b", "seed": 1})))
+        (case,) = again.missing()
+        with pytest.raises(UserError, match="is there, not of this case"):
+            again.check(case)
+    batch.sheet(batch.cases[0]).unlink()  # a kill between video and sheet
+    assert [case.id for case in batch.missing()] == ["a"]
+    batch.check(batch.cases[0])
+
+
+@pytest.mark.parametrize("cut", [1, 50, 500, 10**9])
+def test_a_video_that_breaks_off_is_not_complete(cut, made):
+    batch = made({"id": "a"})
+    video = batch.video(batch.cases[0])
+    video.write_bytes(video.read_bytes()[:-cut])
+    assert batch.missing() == batch.cases
+    with pytest.raises(UserError, match="not whole"):
+        batch.check(batch.cases[0])
+
+
+def test_files_of_others_are_not_replaced(command, listed, tmp_path):
+    """A photo under the sheet's name, a foreign video, empty files, folders: their cases fail, and the rest is made."""
+    out = tmp_path / "v"
+    out.mkdir()
+    (out / "holiday.png").write_bytes((CLIPS / "0.png").read_bytes())
+    (out / "film.mp4").write_bytes((CLIPS / "0.mp4").read_bytes())
+    (out / "empty.mp4").touch()
+    (out / "folder.mp4").mkdir()
+    (out / "note.failed.txt").mkdir()
+    (out / "link.png").symlink_to(tmp_path / "nowhere")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    rows = [{"id": name} for name in ("holiday", "film", "empty", "folder", "link", "good")]
+    cases = listed(*rows, {"id": "note", "seed": -1}, {"id": "x" * 300})
+    code, stdout, stderr = command("--batch", cases, *SHORT, "--out", out)
+    assert code == 2 and stderr.splitlines()[-1].startswith("error: 7 cases failed")
+    assert all(f"{row['id']} failed" in stdout for row in rows[:-1]) and "note: the reason could not be" in stdout
+    assert "longer than 200 bytes" in (out / "line-8.failed.txt").read_text()
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name in before} == before
+    assert {"good.mp4", "good.png"} < set(names(out)) and "holiday.mp4" not in names(out)
+
+
 def test_the_references_survive(command, tmp_path):
     """A list beside its photos, and videos made into the same folder: a.png would become the contact sheet."""
     photo = tmp_path / "a.png"
     photo.write_bytes((CLIPS / "0.png").read_bytes())
-    (tmp_path / "cases.jsonl").write_text('{"id": "a", "reference": "a.png", "prompt": "A man."}\n')
-    code, stdout, _ = command("--batch", tmp_path / "cases.jsonl", *SHORT, "--out", tmp_path)
-    assert code == 2 and "would replace its reference" in stdout
-    assert photo.read_bytes() == (CLIPS / "0.png").read_bytes()
+    for reference in ("a.png", "b.png"):  # the sheet of the same case, and of another one
+        rows = [{"id": reference[0], "reference": "a.png", "prompt": "A man."}]
+        rows += [{"id": "a", "reference": str(CLIPS / "1.png"), "prompt": "A man."}] * (reference == "b.png")
+        (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code, _, stderr = command("--batch", tmp_path / "cases.jsonl", *SHORT, "--out", tmp_path)
+        assert code == 2 and "would replace" in stderr and len(stderr.splitlines()) == 1
+        assert photo.read_bytes() == (CLIPS / "0.png").read_bytes()
+        assert names(tmp_path) == ["a.png", "cases.jsonl"]
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_links_to_references_are_not_replaced(link, listed, tmp_path):
+    photo, out = tmp_path / "photo.png", tmp_path / "v"
+    photo.write_bytes((CLIPS / "0.png").read_bytes())
+    out.mkdir()
+    getattr(out / "b.png", link)(photo)
+    cases = read_cases(listed({"id": "a", "reference": "photo.png"}, {"id": "b"}))
+    with pytest.raises(UserError, match="would replace"):
+        Batch(out, SETTINGS, cases)
+    with pytest.raises(UserError, match="would replace"):
+        Batch(out, SETTINGS, cases[1:], inputs=[photo])
+    assert names(out) == ["b.png"]
+
+
+def test_any_exception_costs_only_its_case(made):
+    batch = made({"id": "a"}, {"id": "b"})
+    errors = {"KeyError: 'x'": KeyError("x"), "AssertionError": AssertionError(), "MemoryError": MemoryError()}
+    for reason, error in errors.items():
+        with batch.one_case(batch.cases[0]):
+            raise error
+        assert batch.note(batch.cases[0]).read_text().startswith(reason)
+    assert batch.failed == 3
+    with pytest.raises(KeyboardInterrupt), batch.one_case(batch.cases[1]):
+        raise KeyboardInterrupt
+
+
+BROKEN_JSON = [b"", b"{", b"[1]", b"null", b"5", b"\xff", b"[" * 100000, b'{"s_y": "\\ud800"}', b'{"height": 5}', b"{}"]
+
+
+@pytest.mark.parametrize("text", BROKEN_JSON)
+def test_settings_that_are_no_settings(text, listed, tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "batch.json").write_bytes(text)
+    with pytest.raises(UserError) as error:
+        Batch(tmp_path / "v", SETTINGS, read_cases(listed({"id": "a"})))
+    assert "\n" not in str(error.value) and str(tmp_path / "v") in str(error.value)
+    assert (tmp_path / "v" / "batch.json").read_bytes() == text
+
+
+@pytest.mark.parametrize("rank, world", [("x", "2"), ("0", "0"), ("2", "2"), ("-1", "2"), ("0.5", "2"), ("", "2")])
+def test_ranks_that_are_none(rank, world, listed, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match=r"RANK|WORLD_SIZE"):
+        Batch(tmp_path / "v", SETTINGS, read_cases(listed({"id": "a"})))
 
 
 @pytest.mark.parametrize("option", [["--prompt", "A man."], ["--ref", "face.png"], ["--samples", "2"]])
@@ -222,6 +333,10 @@ def test_options_of_a_single_video_are_refused(option, command, listed, tmp_path
         ('{"id": ".hidden"}\n', ["line 1", "name a file"]),
         ('{"id": ""}\n', ["line 1", "name a file"]),
         (b"\xff\xfe", ["UTF-8"]),
+        ("[" * 100000, ["line 1", "not a JSON object"]),
+        ('{"id": true}\n', ["line 1", "name a file"]),
+        ('{"id": "\\ud800"}\n', ["line 1", "name a file"]),
+        ('{"id": 1e999}\n', ["line 1", "name a file"]),
         (None, ["no list of cases at"]),
     ],
 )
@@ -240,3 +355,40 @@ def test_references_are_relative_to_the_list(tmp_path):
     (case,) = read_cases(os.path.relpath(tmp_path / "cases.jsonl"))
     assert case.reference.resolve() == tmp_path / "photos" / "é.png"
     assert (case.id, case.prompt, case.seed, case.problem) == ("12", "A man.", 0, None)
+
+
+GOOD = {"reference": "a.png", "prompt": "A man.", "seed": 3}
+BAD = [  # (field, value): each makes its case unusable and costs no other
+    *[("seed", value) for value in (-1, 1.5, "1", None, True, 2**63, 10**400, [1], math.nan, 1e30)],
+    *[("reference", value) for value in (None, 5, " ", [], {}, "a\0b", "\ud800.png", "\udce9.png")],
+    *[("prompt", value) for value in (None, 5, " ", [], "half an emoji \ud83d")],
+]
+
+
+@pytest.mark.parametrize("field, value", BAD)
+def test_a_bad_field_is_the_problem_of_its_case(field, value, tmp_path):
+    rows = [{"id": "a"} | GOOD, {"id": "bad"} | GOOD | {field: value}, {"id": "b"} | GOOD | {"note": "\ud83d"}]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a, bad, b = read_cases(tmp_path / "cases.jsonl")
+    assert bad.problem and "line 2" in bad.problem and "\n" not in bad.problem and len(bad.problem) < 500
+    for case in (a, b):
+        assert (case.problem, case.reference, case.prompt, case.seed) == (None, tmp_path / "a.png", "A man.", 3)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists), key=st.data())
+def test_lists_of_anything(value, key, tmp_path):
+    """Any JSON value in any field: the line is read, or its case has a problem, or one UserError names the line."""
+    field = key.draw(st.sampled_from(["id", "reference", "prompt", "seed", "note"]))
+    rows = [{"id": "a"} | GOOD | {field: value}, {"id": "last"} | GOOD]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        first, last = read_cases(tmp_path / "cases.jsonl")
+    except UserError as error:
+        assert field == "id" and "line 1" in str(error) and "\n" not in str(error)
+        return
+    assert last.problem is None and last.id == "last"
+    if first.problem is None:
+        assert "/" not in first.id and not first.id.startswith(".")
+        assert isinstance(first.prompt, str) and first.prompt.strip() == first.prompt != ""
+        assert type(first.seed) is int and 0 <= first.seed < 2**63
