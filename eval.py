@@ -13,6 +13,8 @@ prompt, copying in metrics.py, quality in quality.py, means and intervals in rep
     vbench/         what VBench was given and what it said
 """
 
+import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
+
 import argparse
 import hashlib
 import json

@@ -11,6 +11,8 @@ Without --ckpt it uses the tiny model in assets/. The order of work keeps memory
 freed, then VAE and DiT are loaded.
 """
 
+import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
+
 import argparse
 import json
 import os
