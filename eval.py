@@ -14,6 +14,8 @@ computed: faces, prompt and copying in evaluation/metrics.py, quality in vbench.
     vbench/         input and output of VBench
 """
 
+import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
+
 import argparse
 from contextlib import suppress
 from dataclasses import asdict

@@ -12,6 +12,8 @@ checkpoint's own, else the paper's (480x832, 121 frames, 24 fps, 30 steps, --s-t
 work keeps memory low: Gemma reads all prompts and is freed, then VAE and DiT are loaded.
 """
 
+import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
+
 import argparse
 import json
 import os

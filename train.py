@@ -11,6 +11,8 @@ The same command again continues after a stop. Ctrl-C, SIGTERM or a file named "
 after the step: saved, exit code 0. (torchrun kills its workers 30 s after a SIGTERM to itself; the file has no limit.)
 """
 
+import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
+
 import argparse
 import json
 import math

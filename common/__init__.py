@@ -1,1 +1,10 @@
-"""What everything rests on: one-line errors, files to pixels and back, ONNX operators."""
+"""What everything rests on: errors in one line, typed checks, devices, files to pixels and back, ONNX operators.
+
+Importing this package before torch sets OMP_WAIT_POLICY. The threads of OpenMP spin while they wait for each other,
+which costs little on idle cores but keeps other programs, and each other, from cores that are busy. PASSIVE lets them
+sleep. OpenMP reads the variable once, when torch loads it; so commands and folders import this package first.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

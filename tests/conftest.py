@@ -1,5 +1,8 @@
 """What several test files need: the golden vectors, the tiny modules, and checkpoints made to order."""
 
+import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
+
+
 import json
 import os
 import struct

@@ -653,7 +653,7 @@ def test_a_kill_loses_nothing_and_repeats_nothing(command, monkeypatch, tmp_path
     out = tmp_path / "out"
     options = ["--videos", CLIPS, "--cases", CLIPS / "cases.jsonl", "--out", out, *TINY]
     script = [sys.executable, "-c", KILLED, "2", *map(str, options)]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
     assert done.returncode == -signal.SIGKILL, done.stderr
     before = (out / "results.jsonl").read_bytes()
     assert before.count(b"\n") == 2 and not (out / "scores.csv").exists()
@@ -812,7 +812,7 @@ def test_the_commands_of_readme_run(tmp_path):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     for line in lines:
         words = [sys.executable, ROOT / line.split()[1], *line.split()[2:]]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr
     made = sorted(path.name for path in (tmp_path / "out" / "videos").glob("*.mp4"))
     assert made == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]

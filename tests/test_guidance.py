@@ -279,7 +279,7 @@ def test_streams_on_two_and_three_processes_are_as_on_one(model, problem, tmp_pa
         subprocess.Popen([sys.executable, "-c", SHARED, str(rank), *words, str(tmp_path / f"out-{rank}")], cwd=ROOT)
         for rank in range(3)
     ]
-    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
+    assert [process.wait(timeout=600) for process in running] == [0, 0, 0]
     results = [load_file(tmp_path / f"out-{rank}") for rank in range(3)]
     steps = len(problem["sigmas"]) - 1
     for reference in (True, False):

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from statistics import NormalDist
@@ -444,13 +443,11 @@ def test_plan_needs_neither_checkpoint_nor_data_nor_memory(root, tmp_path):
         "print('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
     words = [root / "train.py", root / "configs" / "paper.toml", "--plan", "--gpus", "8"]
-    begin = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(root)}
     run = subprocess.run(
         [sys.executable, "-c", script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert time.monotonic() - begin < 60
     report, _, memory = run.stdout.partition("KiB")
     assert "13.12 B parameters" in report and "| 8 x H20-96 | fits |" in report
     assert int(memory) < 4 * 2**20  # the weights alone are 52 GB; PyTorch with CUDA takes 1.7 GB by itself

@@ -137,7 +137,7 @@ def test_a_kill_loses_nothing_and_repeats_nothing(when, command, listed, monkeyp
     options = ["--batch", str(cases), *SHORT, "--out", str(out)]
     script = [sys.executable, "-c", KILLED, when, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any(".part" in name for name in names(out))
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}

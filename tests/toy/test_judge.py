@@ -2,7 +2,6 @@
 
 import csv
 import json
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -347,7 +346,7 @@ def test_the_cases_are_written_as_they_are_judged(tmp_path, in_process):
 @pytest.mark.slow
 def test_own_photos_score_higher_than_foreign_ones_through_the_commands(root, tmp_path, in_process):
     """sample.py --batch, then eval.py against each case's own photo, and against the next case's."""
-    begun, count = time.perf_counter(), 8
+    count = 8
     cases, videos = tmp_path / "cases.jsonl", tmp_path / "videos"
     assert in_process(judge.main, "judge.py", "--write", tmp_path, "--count", count)[0] == 0
     code, printed, errors = in_process(sample.main, "sample.py", "--batch", cases, "--out", videos)
@@ -365,4 +364,3 @@ def test_own_photos_score_higher_than_foreign_ones_through_the_commands(root, tm
             scores.append([float(row["facesim_arc"]) for row in csv.DictReader(file)])
     own, foreign = np.array(scores)
     assert own.mean() > foreign.mean() + 0.25 and (own > foreign).mean() >= 0.75, (own, foreign)
-    assert time.perf_counter() - begun < 300
