@@ -14,22 +14,24 @@ recorded in cache.json, and a cache made otherwise is refused.
 
 import argparse
 import hashlib
-import os
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from checkpoint import Checkpoint
+from checkpoint import open_checkpoint
 from clips.cache import PAPER, fill, made_with
 from clips.manifest import Clip, with_face
+from common.device import resolve_device
 from common.errors import Parser, UserError, one_line_errors
+from common.processes import own_place
 from common.schema import validate
 from config import ASSETS
 from face import FaceDetector
 from toy.world import APART, Temptation, toy_clip, toy_words
 
+LARGEST = 1_000_000  # clips; they take about 30 GB
 SHARD_GB = 0.1  # some hundred clips: small, so that each of many processes has a shard to make
 
 
@@ -51,7 +53,7 @@ def prepare_toy(
 
     Of world > 1 processes, this one makes its share of the shards. UserError if the size is no square.
     """
-    checkpoint = Checkpoint(ckpt)
+    checkpoint = open_checkpoint(ckpt)
     settings = PAPER | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in PAPER}
     if settings["height"] != settings["width"]:
         raise UserError(f"{ckpt} makes {settings['height']}x{settings['width']}, and the drawn world is square")
@@ -102,16 +104,17 @@ def main() -> None:
     add_temptation(parser)
     parser.add_argument("--device", help="default: cuda, one GPU for each process, where there is one; else cpu")
     options = parser.parse_args()
-    if options.count < 1 or options.seed < 0:
-        raise UserError("--count must be at least 1 and --seed at least 0")
+    if not 0 < options.count <= LARGEST or options.seed < 0:
+        raise UserError(f"--count must be from 1 to {LARGEST:,}, and --seed at least 0")
     temptation = read_temptation(options)
-    # torchrun's variables are all that processes need to share the work; they do not talk to each other
-    rank, world, local = (
-        int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    device = options.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    place = own_place()
+    options.dtype = "float32"
+    options.device = options.device or (f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu")
+    device, dtype = resolve_device(options)
     models = options.ckpt, options.gemma, options.faces
-    prepare_toy(options.out, options.count, *models, device, torch.float32, options.seed, 1, rank, world, temptation)
+    prepare_toy(
+        options.out, options.count, *models, device, dtype, options.seed, 1, place.rank, place.world, temptation
+    )
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ COLUMNS = {  # of a row of `measure` -> heading with the better direction
     "skin": "skin ↑",
     **{trait: f"{trait} ↑" for trait in CLASSES},
 }
-HEADINGS = COLUMNS | {f"copied {group}": f"copied from the reference: {group} ↓" for group in GROUPS}
+HEADINGS = COLUMNS | {f"copied {group}": f"{group} copied ↓" for group in GROUPS}
 LEGEND = (
     "*Copied* ↓ is the slope of the video's scene on its reference's scene: 0 is chance, since references are drawn "
     "independently of prompts; 1 is a copy. *drawn* is the truth: the clips of the same prompts as the renderer draws "
