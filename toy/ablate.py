@@ -41,7 +41,7 @@ from config import ASSETS, as_dict, read_config
 from evaluation.metrics import FaceReader
 from toy.cache import add_temptation, read_temptation
 from toy.eye import Eye
-from toy.judge import GROUPS, HEADINGS, LEGEND, cases, copied, make_videos, measure, read_rows, settings_of
+from toy.judge import GROUPS, HEADINGS, LEGEND, cases, copied, make_videos, measure, read_rows, recipe_of
 from toy.make import ON_GPU, run_command, torchrun
 from toy.world import APART, Temptation
 
@@ -189,14 +189,14 @@ def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, tools: 
     if record.is_file():
         return
     path = ablation.weights("base" if name == "drawn" else name, train_seed)
-    settings = settings_of(path)
-    clips = cases(seed, people, settings["frames"], settings["fps"], settings["height"])
+    recipe = recipe_of(path)
+    clips = cases(seed, people, recipe.frames, recipe.fps, recipe.height)
     if name == "drawn":
         videos = np.stack([clip["frames"] for clip in clips])
     else:
         photos, seeds = [clip["reference"] for clip in clips], [seed * people + k for k in range(people)]
         where = tools["device"], tools["dtype"]
-        videos = make_videos(path, ASSETS / "gemma", clips, photos, seeds, settings, *where, title=f"{name} {seed}")
+        videos = make_videos(path, ASSETS / "gemma", clips, photos, seeds, recipe, *where, title=f"{name} {seed}")
     rows = measure(videos, clips, tools["reader"], tools["eye"])
     record.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(record) as temporary:

@@ -19,7 +19,6 @@ Letters: N videos, F frames each, H W their size.
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,13 +33,13 @@ from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.media import to_tensor, to_uint8
 from common.schema import FiniteFloat, Share, parse_json, record
-from config import ASSETS
+from config import ASSETS, PAPER
 from data import FITS
-from engine.recipe import PAPER, begin_with, resolve_settings
+from engine.recipe import Recipe, begin_with, resolve_recipe
 from evaluation.metrics import FaceReader, face_sim, identity_drift
 from evaluation.report import bootstrap, draw_sheet
 from guidance import generate_batch
-from model import LTXVideo, Reference
+from model import LTXVideo
 from text import TextEncoder
 from toy import eye
 from toy import world as toy
@@ -131,14 +130,10 @@ def cases(seed: int, count: int, frames: int = 17, fps: float = 12.0, size: int 
     return chosen
 
 
-def settings_of(path: str | Path, **changes: float | None) -> dict[str, Any]:
-    """The settings that sample.py has for this checkpoint, `changes` being its options; None leaves the default."""
-    names = ("placement", "source_id", "phase_scale", "fit", "ref_timestep")
-    options = dict.fromkeys((*PAPER, *names, "prompt_prefix"))
-    options |= {"batch": None, "ref": None, "prompt": "-", "preset": None, "samples": 1, "seed": 0}
-    settings = resolve_settings(argparse.Namespace(**options | changes), Checkpoint(path))
-    values = [settings.pop(name) for name in names]
-    return settings | {"reference": Reference(**dict(zip([field.name for field in fields(Reference)], values)))}
+def recipe_of(path: str | Path, **changes: float | None) -> Recipe:
+    """The recipe that sample.py has for this checkpoint, `changes` being its options; None leaves the default."""
+    options = dict.fromkeys((*PAPER, "placement", "source_id", "phase_scale", "fit", "ref_timestep", "prompt_prefix"))
+    return resolve_recipe(argparse.Namespace(preset=None, **options | changes), Checkpoint(path))
 
 
 def make_videos(
@@ -147,17 +142,16 @@ def make_videos(
     clips: list[dict[str, Any]],
     photos: list[np.ndarray] | None,
     seeds: list[int],
-    settings: dict[str, Any],
+    recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
     batch: int = 16,
     title: str = "videos",
 ) -> np.ndarray:
     """The model's videos (N, F, H, W, 3) of the clips' captions. photos None: plain text-to-video."""
-    settings = dict(settings)
-    fit, prefix = FITS[settings["reference"].fit], settings.pop("prompt_prefix")
+    fit = FITS[recipe.reference.fit]
     encoder = TextEncoder.from_checkpoint(path, gemma, device, dtype)
-    contexts = [encoder.encode([begin_with(prefix, clip["caption"])]) for clip in clips]
+    contexts = [encoder.encode([begin_with(recipe.prompt_prefix, clip["caption"])]) for clip in clips]
     null_context = encoder.encode([""])
     del encoder
     free(device)
@@ -166,10 +160,10 @@ def make_videos(
     for first in tqdm(range(0, len(clips), batch), title, unit="batch"):
         part = slice(first, first + batch)
         if photos is not None:
-            fitted = [fit(Image.fromarray(photo), settings["height"], settings["width"]) for photo in photos[part]]
+            fitted = [fit(Image.fromarray(photo), recipe.height, recipe.width) for photo in photos[part]]
             images = torch.stack([to_tensor(photo) for photo in fitted])
         context = torch.cat(contexts[part])
-        pixels = generate_batch(model, vae, context, null_context, images, seeds=seeds[part], **settings)
+        pixels = generate_batch(model, vae, context, null_context, images, seeds=seeds[part], **recipe.for_generate())
         videos += [to_uint8(video) for video in pixels]
     return np.stack(videos)
 
@@ -390,11 +384,11 @@ def main() -> None:
         return train(options, device)
     path, out = options.ckpt or ASSETS / "tiny.safetensors", Path(options.out)
     if options.write:
-        return write_cases(Path(options.write), options, settings_of(path))
+        return write_cases(Path(options.write), options, recipe_of(path))
     network = Eye.from_file(options.eye, device)
-    settings = settings_of(path, s_text=options.s_text, s_ref=options.s_ref, steps=options.steps)
+    recipe = recipe_of(path, s_text=options.s_text, s_ref=options.s_ref, steps=options.steps)
     reader = FaceReader(options.faces, device=device, det_size=options.det_size)
-    clips = cases(options.seed, options.count, settings["frames"], settings["fps"], settings["height"])
+    clips = cases(options.seed, options.count, recipe.frames, recipe.fps, recipe.height)
     photos = [clip["reference"] for clip in clips]
     following = [*range(1, len(clips)), 0]
     kinds = {"with reference": (photos, None)}
@@ -405,7 +399,7 @@ def main() -> None:
     seeds = [options.seed * len(clips) + k for k in range(len(clips))]
     rows = {}
     for kind, (shown, ref_of) in kinds.items():
-        videos = make_videos(path, options.gemma, clips, shown, seeds, settings, device, dtype, options.batch, kind)
+        videos = make_videos(path, options.gemma, clips, shown, seeds, recipe, device, dtype, options.batch, kind)
         rows[kind] = measure(videos, clips, reader, network, ref_of)
         if kind == "with reference":
             out.mkdir(parents=True, exist_ok=True)
@@ -425,10 +419,10 @@ def main() -> None:
     print(f"{text}\nwrote summary.md, rows.json and sheet.png into {out}")
 
 
-def write_cases(folder: Path, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+def write_cases(folder: Path, options: argparse.Namespace, recipe: Recipe) -> None:
     """Portraits and cases.jsonl of the same people, prompts and seeds, for sample.py --batch and eval.py."""
     folder.mkdir(parents=True, exist_ok=True)
-    clips, lines = cases(options.seed, options.count, *(settings[key] for key in ("frames", "fps", "height"))), []
+    clips, lines = cases(options.seed, options.count, recipe.frames, recipe.fps, recipe.height), []
     for k, clip in enumerate(clips):
         with whole_file(folder / f"{k:03}.png") as temporary:
             Image.fromarray(clip["reference"]).save(temporary)
