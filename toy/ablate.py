@@ -4,18 +4,21 @@
                                 │
                                 └──> TASS replaced by a placement that Sec. 3.2 argues against
 
-As in the paper, the base is a text-to-video model and each further row is fine-tuned from the base's weights: same
+As in the paper, the base is a text-to-video model, and each further row is fine-tuned from the base's weights: same
 seed, same steps, same clips. Decoupled guidance is inference only and shares the weights of the row before it. Rows
-are trained by train.py with configs/toy-ablation.toml and the changes below, and measured by judge.py on people,
-prompts and pairs of motion and color that were never trained on.
+are trained by train.py with configs/toy-ablation.toml and the changes below, and measured by toy/judge.py on people,
+prompts and pairs of motion and color of the test split.
 
+    python -m toy.ablate --budget minutes                   # a few steps: does a change run at all?
     python -m toy.ablate --budget small                     # three quarters of an hour on two cores
     python -m toy.ablate --budget medium                    # four times as many steps
     python -m toy.ablate --budget large                     # for a GPU: batches of 256
     python -m toy.ablate --rows base,reference,tass         # only these; the others can follow later
+    python -m toy.ablate --reference "same clip" --share 1  # training references are frames of their own clips
     python -m toy.ablate --set parallel.compile=true        # 1.2 times as fast on two cores; it wants a C++ compiler
 
-Run the same command again to continue: what is trained is not trained again, what is measured not measured again.
+The same command again continues: rows that are trained or measured are kept. Table and figure go into the run's folder;
+--publish also replaces docs/ablation.md and assets/ablation.png.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,15 @@ import torch
 
 from common.device import resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
-from config import ASSETS, read_config
+from common.schema import parse_json
+from common.settings import require_same
+from config import ASSETS, as_dict, read_config
 from evaluation.metrics import FaceReader
+from toy.cache import add_temptation, read_temptation
 from toy.eye import Eye
-from toy.judge import GROUPS, cases, copied, make_videos, measure, recipe_of
+from toy.judge import GROUPS, HEADINGS, LEGEND, cases, copied, make_videos, measure, read_rows, recipe_of
 from toy.make import ON_GPU, run_command, torchrun
+from toy.world import APART, Temptation
 
 HERE = Path(__file__).parent.parent
 
@@ -44,9 +51,9 @@ HERE = Path(__file__).parent.parent
 @dataclass(frozen=True)
 class Row:
     title: str
-    before: str  # the row whose changes it takes over; "" for none
+    before: str  # the row whose changes this one inherits; "" for none
     change: dict[str, Any]  # options of train.py
-    shares: str = ""  # the row whose weights it uses, where it differs at inference only
+    shares: str = ""  # the row whose weights this one uses, where only inference differs
 
 
 ROWS = {
@@ -60,94 +67,137 @@ ROWS = {
     "fixed": Row("TASS -> fixed", "tass", {"reference.placement": "fixed"}),
     "remote": Row("TASS -> remote", "tass", {"reference.placement": "remote"}),
 }
-BUDGETS = {  # steps of the base and of each further row, drawn clips, people a seed, options of train.py
-    "small": {"base": 800, "row": 250, "clips": 4_000, "people": 32, "change": {"faces.min_weight": 0.2}},
-    "medium": {"base": 3_000, "row": 1_200, "clips": 16_000, "people": 64, "change": {}},
-    "large": {
-        **{"base": 1_800, "row": 600, "clips": 16_000, "people": 64},
-        "change": {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5},
-    },
+TITLES = {name: row.title for name, row in ROWS.items()} | {"drawn": "drawn clips, the truth"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    base: int  # steps of the base
+    row: int  # steps of each further row
+    clips: int  # drawn clips of the cache
+    people: int  # in an evaluation
+    change: dict[str, Any] = field(default_factory=dict)  # options of train.py, which --set may overrule
+
+
+BUDGETS = {
+    "minutes": Budget(10, 5, 64, 4, {"faces.min_weight": 0.2, "optim.batch": 8, "guidance.steps": 4}),
+    "small": Budget(800, 250, 4_000, 32, {"faces.min_weight": 0.2}),
+    "medium": Budget(3_000, 1_200, 16_000, 64),
+    "large": Budget(1_800, 600, 16_000, 64, {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5}),
 }
-FIGURES = {  # of an evaluation -> heading, digits, which way is better
-    "similarity": ("similarity", 3, "↑"),
-    "retrieved": ("own reference nearest", 2, "↑"),
-    "direction": ("direction right", 2, "↑"),
-    "motion": ("motions right", 2, "↑"),
-    "background": ("background right", 2, "↑"),
-    "face_rate": ("frames with a face", 2, "↑"),
-    "drift": ("drift", 3, "↓"),
-    **{f"copied {group}": (f"{group} copied", 2, "↓") for group in GROUPS},
+FIGURES = {  # number of an evaluation -> digits in the table
+    **{"similarity": 3, "retrieved": 2, "direction": 2, "motion": 2, "background": 2, "face_rate": 2, "drift": 3},
+    **{f"copied {group}": 2 for group in GROUPS},
 }
-PROSE = "<!-- Everything above this line is written by ablate.py. -->"
+PROSE = "<!-- Everything above this line is written by toy/ablate.py. -->"
 
 
 def changes(name: str) -> dict[str, Any]:
-    """All that a row changes, those of the rows before it included."""
+    """All changes of a row, with those of the rows before it."""
     row = ROWS[name]
     return (changes(row.before) if row.before else {}) | row.change
+
+
+def needed(rows: list[str]) -> list[str]:
+    """The rows to train for these rows, in the order of ROWS."""
+    names = {"base", *rows, *[ROWS[name].shares for name in rows]}
+    return [name for name in ROWS if name in names]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One row
 
 
-def train_options(name: str, seed: int, budget: dict[str, Any], out: Path, common: list[str]) -> list[str]:
-    """What train.py is given for a row: the config and its --set, what all rows have in common first: of the budget,
-    of the device, and of the user, who may overrule both."""
-    config = HERE / "configs" / "toy-ablation.toml"
-    start = budget["change"] | (ON_GPU if torch.cuda.is_available() else {})
-    cache, clips = read_config(config, common).data.cache, budget["clips"]
-    options = changes(name) | {"data.toy": clips, "data.cache": f"{cache}-{clips}"}
-    options |= {"run.out": str(out / f"{name}-{seed}"), "run.seed": seed}
-    options["optim.steps"] = budget["base" if name == "base" else "row"]
-    if name != "base":
-        options["model.ckpt"] = str(weights("base", seed, out))
+@dataclass(frozen=True)
+class Ablation:
+    """The settings that all rows share."""
 
-    def shown(options: dict[str, Any]) -> list[str]:
-        return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
+    budget: Budget
+    out: Path
+    set: list[str] = field(default_factory=list)  # "section.key=value" of the user
+    temptation: Temptation = APART
 
-    return [str(config), *[f"--set={change}" for change in (*shown(start), *common, *shown(options))]]
+    def cache(self) -> Path:
+        folder = read_config(HERE / "configs" / "toy-ablation.toml", self.set).data.cache
+        return Path("-".join([folder, str(self.budget.clips), *label(self.temptation)]))
+
+    def weights(self, name: str, seed: int) -> Path:
+        return self.out / f"{name}-{seed}.safetensors"
+
+    def train_options(self, name: str, seed: int) -> list[str]:
+        """The options of train.py: budget and device first, then the user's, then the row's."""
+        row = changes(name) | {"data.cache": self.cache(), "run.out": self.out / f"{name}-{seed}", "run.seed": seed}
+        row["optim.steps"] = self.budget.base if name == "base" else self.budget.row
+        if name != "base":
+            row["model.ckpt"] = self.weights("base", seed)
+        start = self.budget.change | (ON_GPU if torch.cuda.is_available() else {})
+        words = [*as_words(start), *self.set, *as_words(row)]
+        return [str(HERE / "configs" / "toy-ablation.toml"), *[f"--set={change}" for change in words]]
+
+    def refuse_overruled(self, rows: list[str]) -> None:
+        """UserError for an option of the user that the ablation itself sets to another value in one of these rows."""
+        own = {"run.out": "--out", "run.seed": "--training-seeds", "optim.steps": "--budget", "model.ckpt": "the base"}
+        for change in self.set:
+            key = change.partition("=")[0].strip()
+            setters = [f"row {name}" for name in rows if key in changes(name)]
+            if setters := [own[key]] if key in own else setters:
+                raise UserError(f"--set {change} would have no effect: {key} is decided by {setters[0]}")
+
+
+def label(temptation: Temptation) -> list[str]:
+    """The words of a folder's name that tell temptations apart."""
+    return [] if temptation == APART else [temptation.reference.replace(" ", "-"), f"{temptation.share:g}"]
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
 
 
 def split(options: list[str]) -> tuple[str, list[str]]:
-    """Of the words for train.py the config's path and the changes, as read_config takes them."""
+    """The words for train.py as read_config takes them: the config's path and the changes."""
     return options[0], [option.removeprefix("--set=") for option in options[1:]]
 
 
-def weights(name: str, seed: int, out: Path) -> Path:
-    return out / f"{name}-{seed}.safetensors"
+def make_cache(ablation: Ablation) -> None:
+    words = ["--count", str(ablation.budget.clips), "--out", str(ablation.cache())]
+    temptation = ablation.temptation
+    words += ["--reference", temptation.reference, "--share", str(temptation.share)]
+    run_command([*torchrun(), "-m", "toy.cache", *words])
 
 
-def train_row(name: str, seed: int, budget: dict[str, Any], out: Path, common: list[str]) -> None:
-    """Train a row and export it, unless that is done. The row whose weights it shares must be there."""
-    if weights(name, seed, out).is_file():
+def train_row(name: str, seed: int, ablation: Ablation) -> None:
+    """Train a row and export it, unless its weights are there. The row whose weights it shares is there."""
+    if ablation.weights(name, seed).is_file():
         return
     row, begun, train = ROWS[name], time.perf_counter(), str(HERE / "train.py")
+    options = ablation.train_options(row.shares or name, seed)
     if row.shares:  # the same weights with other defaults
-        options = [*train_options(row.shares, seed, budget, out, common)]
-        options += [f"--set={key}={value}" for key, value in row.change.items()]
+        options += [f"--set={word}" for word in as_words(row.change)]
     else:
-        options = train_options(name, seed, budget, out, common)
-        read_config(*split(options))  # a mistake is said before the work
         run_command([*torchrun(), train, *options])
-    run_command([train, *options, "--export", str(weights(name, seed, out))])
-    with whole_file(out / f"{name}-{seed}.seconds") as temporary:
+    run_command([train, *options, "--export", str(ablation.weights(name, seed))])
+    with whole_file(ablation.out / f"{name}-{seed}.seconds") as temporary:
         temporary.write_text(f"{time.perf_counter() - begun:.0f} {hardware()}\n")
 
 
-def judge_row(name: str, train_seed: int, seed: int, people: int, out: Path, tools: dict[str, Any]) -> None:
-    """Measure a row on the people of one evaluation seed, unless that is done: results/<row>-<seeds>.json."""
-    record = out / "results" / f"{name}-{train_seed}-{seed}.json"
+def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, tools: dict[str, Any]) -> None:
+    """Measure a row, or the drawn clips, on the people of one evaluation seed: results/<row>-<seeds>.json.
+
+    Their references are independent of the prompts, whatever the training references are.
+    """
+    record, people = ablation.out / "results" / f"{name}-{train_seed}-{seed}.json", ablation.budget.people
     if record.is_file():
         return
-    path = weights(name, train_seed, out)
+    path = ablation.weights("base" if name == "drawn" else name, train_seed)
     recipe = recipe_of(path)
-    told = cases(seed, people, recipe.frames, recipe.fps, recipe.height)
-    photos, seeds = [case["reference"] for case in told], [seed * people + k for k in range(people)]
-    videos = make_videos(
-        path, ASSETS / "gemma", told, photos, seeds, recipe, tools["device"], tools["dtype"], title=f"{name} {seed}"
-    )
-    rows = measure(videos, told, tools["reader"], tools["look"])
+    clips = cases(seed, people, recipe.frames, recipe.fps, recipe.height)
+    if name == "drawn":
+        videos = np.stack([clip["frames"] for clip in clips])
+    else:
+        photos, seeds = [clip["reference"] for clip in clips], [seed * people + k for k in range(people)]
+        where = tools["device"], tools["dtype"]
+        videos = make_videos(path, ASSETS / "gemma", clips, photos, seeds, recipe, *where, title=f"{name} {seed}")
+    rows = measure(videos, clips, tools["reader"], tools["eye"])
     record.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(record) as temporary:
         temporary.write_text(json.dumps(rows))
@@ -158,29 +208,25 @@ def judge_row(name: str, train_seed: int, seed: int, people: int, out: Path, too
 
 
 def evaluate(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """One evaluation's means: of a row's people, those where a number is there."""
-    found: dict[str, float | None] = {}
+    """The means of one evaluation, each over the videos that have the number."""
+    means: dict[str, float | None] = {}
     for key in FIGURES:
         if key.startswith("copied "):
-            found[key] = copied(rows, key.removeprefix("copied "))
+            means[key] = copied(rows, key.removeprefix("copied "))
         else:
             values = [row[key] for row in rows if row[key] is not None]
-            found[key] = float(np.mean(values)) if values else None
-    return found
+            means[key] = float(np.mean(values)) if values else None
+    return means
 
 
 def read_results(out: Path) -> dict[str, list[dict[str, float | None]]]:
-    """Row -> its evaluations, one for each pair of seeds, in the order of ROWS."""
-    results = {}
-    for name in ROWS:
-        records = sorted((out / "results").glob(f"{name}-*-*.json"))
-        if records:
-            results[name] = [evaluate(json.loads(record.read_text())) for record in records]
-    return results
+    """Row -> its evaluations, one for each pair of seeds, in the order of TITLES."""
+    files = {name: sorted((out / "results").glob(f"{name}-*-*.json")) for name in TITLES}
+    return {name: [evaluate(read_rows(path)) for path in paths] for name, paths in files.items() if paths}
 
 
 def spread(evaluations: list[dict[str, float | None]], key: str) -> tuple[float, float] | None:
-    """Mean and standard deviation over evaluations; nan for the latter where there is one only."""
+    """Mean and standard deviation over evaluations; the latter is nan for a single one."""
     values = [e[key] for e in evaluations if e[key] is not None]
     if not values:
         return None
@@ -189,23 +235,19 @@ def spread(evaluations: list[dict[str, float | None]], key: str) -> tuple[float,
 
 def table(results: dict[str, list[dict[str, float | None]]]) -> str:
     """Markdown: a line for each row, mean ± standard deviation over seeds."""
-    heads = [f"{heading} {way}" for heading, _, way in FIGURES.values()]
-    lines = ["| row | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    lines = ["| row | " + " | ".join(HEADINGS[key] for key in FIGURES) + " |", "|---|" + "---:|" * len(FIGURES)]
     for name, evaluations in results.items():
         cells = []
-        for key, (_, digits, _) in FIGURES.items():
-            mean_and_spread = spread(evaluations, key)
-            if mean_and_spread is None:
-                cells.append("")
-                continue
-            mean, deviation = mean_and_spread
-            cells.append(f"{mean:.{digits}f}" + ("" if np.isnan(deviation) else f" ± {deviation:.{digits}f}"))
-        lines.append(f"| {ROWS[name].title} | " + " | ".join(cells) + " |")
+        for key, digits in FIGURES.items():
+            mean, deviation = spread(evaluations, key) or (None, None)
+            text = "" if mean is None else f"{mean:.{digits}f}"
+            cells.append(text if mean is None or np.isnan(deviation) else f"{text} ± {deviation:.{digits}f}")
+        lines.append(f"| {TITLES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, results: dict[str, list[dict[str, float | None]]]) -> None:
-    """Identity, prompt and copy-paste beside each other, a bar for each row, a line for the spread."""
+    """Identity, prompt and copying side by side: a bar for each row, a line for the spread."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,7 +266,7 @@ def draw(path: Path, results: dict[str, list[dict[str, float | None]]]) -> None:
         for k, key in enumerate(keys):
             pairs = [spread(evaluations, key) or (0.0, 0.0) for evaluations in results.values()]
             means, deviations = np.nan_to_num(np.array(pairs)).T
-            label = FIGURES[key][0].removesuffix(" right").removesuffix(" copied")
+            label = HEADINGS[key][:-2].removesuffix(" right").removesuffix(" copied")
             place = at + (k - (len(keys) - 1) / 2) * height
             ax.barh(place, means, 0.9 * height, xerr=deviations, color=colors[k], label=label, ecolor="#00000090")
         ax.set_title(title)
@@ -232,7 +274,7 @@ def draw(path: Path, results: dict[str, list[dict[str, float | None]]]) -> None:
         ax.set_xlim(min(0, ax.get_xlim()[0]), max(1, ax.get_xlim()[1]))
         if len(keys) > 1:
             ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=len(keys), frameon=False)
-    axes[0].set_yticks(at, [ROWS[name].title for name in results])
+    axes[0].set_yticks(at, [TITLES[name] for name in results])
     axes[0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
@@ -241,7 +283,7 @@ def draw(path: Path, results: dict[str, list[dict[str, float | None]]]) -> None:
 
 
 def hardware() -> str:
-    """What train.py runs on here."""
+    """The devices of train.py on this machine."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     cpu = platform.processor() or platform.machine()
@@ -251,34 +293,34 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {cpu}, PyTorch {torch.__version__}"
 
 
-def report(out: Path, budget: str, common: list[str], figure: str) -> str:
-    """The page: the table and how it came about."""
-    results, steps = read_results(out), BUDGETS[budget]
-    config = read_config(*split(train_options("base", 0, steps, out, common)))  # where the user overrules the budget
+def report(ablation: Ablation, budget: str, figure: str) -> str:
+    """The page: the table, its settings, its hardware."""
+    out, steps, temptation = ablation.out, ablation.budget, ablation.temptation
+    results, config = read_results(out), read_config(*split(ablation.train_options("base", 0)))
     records = [record.stem.split("-") for record in sorted((out / "results").glob("*.json"))]
     trained = {path.stem: path.read_text().strip().partition(" ") for path in sorted(out.glob("*.seconds"))}
     seeds = {kind: len({record[k] for record in records}) for k, kind in ((1, "training"), (2, "evaluation"))}
     times = ", ".join(f"{name} {int(seconds) / 60:.0f}" for name, (seconds, _, _) in trained.items())
     where = "; ".join(sorted({place for _, _, place in trained.values()}))
-    named = [key.split(".") for key in ("optim.batch", "optim.lr", "faces.min_weight")]
-    options = ", ".join(f"{section}.{key} = {getattr(getattr(config, section), key)}" for section, key in named)
-    given = " ".join([f"--budget {budget}", *[f"--set {change}" for change in common]])
+    words = f"--budget {budget}" + "".join(f" --set {change}" for change in ablation.set)
+    relation = "All training references are drawn apart from their clips."
+    if temptation != APART:
+        words += f" --reference '{temptation.reference}' --share {temptation.share:g}"
+        relation = f"Of the training references, a share of {temptation.share:g} is of the {temptation.reference}."
     return (
         "# The ablation in the tiny world\n\n"
-        f"Written by `python -m toy.ablate {given}`: {steps['base']} steps for the base, {steps['row']} for each "
-        f"further row from the base's weights, {options}, the same seed and clips; "
-        f"{steps['people']} people a seed who, like their prompts, were never trained on. Mean ± standard deviation "
-        f"over {seeds['training']} training and {seeds['evaluation']} evaluation seeds; chance for the nearest "
-        f"reference is 1 in {steps['people']}.\n\n"
-        f"{table(results)}\n![The same as bars]({figure})\n\n"
-        "What each column means stands in `judge.py`. *Copied* is a regression slope: 0, the video does not follow the "
-        "reference's pose, light or colors; 1, it repeats them.\n\n"
-        f"Trained on {where}. Minutes of training: {times}.\n\n"
+        f"Written by `python -m toy.ablate {words}`: {steps.base} steps for the base, {steps.row} for each further row "
+        f"from the base's weights, optim.batch = {config.optim.batch}, optim.lr = {config.optim.lr}, "
+        f"faces.min_weight = {config.faces.min_weight}, the same seed and clips. {relation} An evaluation has "
+        f"{steps.people} people who, like their prompts, are of the test split. Mean ± standard deviation over "
+        f"{seeds['training']} training and {seeds['evaluation']} evaluation seeds; chance for the nearest reference is "
+        f"1 in {steps.people}.\n\n{table(results)}\n![The same as bars]({figure})\n\n{LEGEND} All columns are "
+        f"explained in `toy/judge.py`.\n\nTrained on {where}. Minutes of training: {times}.\n\n"
     )
 
 
 def write_page(path: Path, text: str) -> None:
-    """The page, followed by what people have written below it."""
+    """Replace the part of the page above PROSE; the part below it is written by people."""
     below = path.read_text(encoding="utf-8").partition(PROSE)[2] if path.is_file() else "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
@@ -292,60 +334,72 @@ def write_page(path: Path, text: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", choices=list(BUDGETS), default="small", help="steps and people (%(default)s)")
-    parser.add_argument("--rows", default=",".join(ROWS), help="which, by comma (%(default)s)")
+    parser.add_argument("--rows", default=",".join(ROWS), help="rows, by comma (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="evaluation seeds (%(default)s)")
     parser.add_argument("--training-seeds", type=int, default=1, help="each trains all rows anew (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for train.py, in all rows")
-    parser.add_argument("--out", help="folder of runs and results (default: runs/ablation-BUDGET)")
-    parser.add_argument("--page", default="docs/ablation.md", help="the table (%(default)s)")
-    parser.add_argument("--figure", default="assets/ablation.png", help="the picture (%(default)s)")
+    add_temptation(parser)
+    parser.add_argument("--out", help="folder of runs, results, table and figure (default: runs/ablation-BUDGET...)")
+    parser.add_argument("--publish", action="store_true", help="also replace docs/ablation.md and assets/ablation.png")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the evaluation")
     options = parser.parse_args()
-    options.dtype, options.out = None, Path(options.out or f"runs/ablation-{options.budget}")
     options.rows = [name.strip() for name in options.rows.split(",")]
     for name in options.rows:
         if name not in ROWS:
             raise UserError(f"--rows {name}: there are {', '.join(ROWS)}")
-    if options.seeds < 1 or options.training_seeds < 1:
-        raise UserError("--seeds and --training-seeds are at least 1")
+    if not (1 <= options.seeds <= 1000 and 1 <= options.training_seeds <= 1000):
+        raise UserError("--seeds and --training-seeds are at least 1 and at most 1000")
+    options.dtype, options.temptation = None, read_temptation(options)
+    default = "-".join(["runs/ablation", options.budget, *label(options.temptation)])
+    options.out = Path(options.out or default)
     return options
-
-
-def needed(rows: list[str]) -> list[str]:
-    """The rows that must be trained for these, in the order of ROWS."""
-    wanted = {"base", *rows, *[ROWS[name].shares for name in rows]}
-    return [name for name in ROWS if name in wanted]
 
 
 def main() -> None:
     options = parse_arguments()
     device, dtype = resolve_device(options)
-    out, budget = options.out, BUDGETS[options.budget]
-    out.mkdir(parents=True, exist_ok=True)
-    config = read_config(HERE / "configs" / "toy-ablation.toml", options.set)
-    same_settings(out, {"budget": budget, "config": config})
+    ablation = Ablation(BUDGETS[options.budget], options.out, options.set, options.temptation)
+    rows, seeds = needed(options.rows), range(options.training_seeds)
+    ablation.refuse_overruled(rows)
+    for name in rows:  # a wrong option is an error before the work
+        read_config(*split(ablation.train_options(name, 0)))
+    same_settings(ablation)
     reader = FaceReader(ASSETS / "faces", device=device, det_size=128)
     tools = {"device": device, "dtype": dtype, "reader": reader}
-    tools["look"] = Eye.from_file(ASSETS / "judge.safetensors", device)
-    for train_seed in range(options.training_seeds):
-        for name in needed(options.rows):
-            train_row(name, train_seed, budget, out, options.set)
+    tools["eye"] = Eye.from_file(ASSETS / "judge.safetensors", device)
+    if not all(ablation.weights(name, seed).is_file() for name in rows for seed in seeds):
+        make_cache(ablation)
+    for train_seed in seeds:
+        for name in rows:
+            train_row(name, train_seed, ablation)
             if name in options.rows:
                 for seed in range(options.seeds):
-                    judge_row(name, train_seed, seed, budget["people"], out, tools)
-    page, figure = Path(options.page), Path(options.figure)
-    draw(figure, read_results(out))
-    write_page(page, report(out, options.budget, options.set, os.path.relpath(figure, page.parent)))
-    print(f"{table(read_results(out))}\nwrote {page} and {figure}")
+                    judge_row(name, train_seed, seed, ablation, tools)
+    for seed in range(options.seeds):
+        judge_row("drawn", 0, seed, ablation, tools)
+    pages = [(ablation.out / "ablation.md", ablation.out / "ablation.png")]
+    if options.publish:
+        pages.append((HERE / "docs" / "ablation.md", HERE / "assets" / "ablation.png"))
+    for page, figure in pages:
+        draw(figure, read_results(ablation.out))
+        write_page(page, report(ablation, options.budget, os.path.relpath(figure, page.parent)))
+    chance = f"Chance for the nearest reference is 1 in {ablation.budget.people}."
+    print(f"{table(read_results(ablation.out))}\n{LEGEND} {chance}\n")
+    print("wrote " + ", ".join(str(path) for pair in pages for path in pair))
 
 
-def same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Rows of different settings cannot be compared: refuse to mix them in one folder."""
-    record = out / "settings.json"
+def same_settings(ablation: Ablation) -> None:
+    """Rows of different settings cannot be compared: UserError where the folder was begun with others."""
+    config = as_dict(read_config(HERE / "configs" / "toy-ablation.toml", ablation.set))
+    settings = {f"{section}.{key}": value for section, options in config.items() for key, value in options.items()}
+    settings |= asdict(ablation.budget) | {f"toy.{key}": value for key, value in asdict(ablation.temptation).items()}
+    record = ablation.out / "settings.json"
     if record.is_file():
-        if json.loads(record.read_text()) != json.loads(json.dumps(settings)):
-            raise UserError(f"{out} was begun with other settings (toy-ablation.toml, --set): give another --out")
+        require_same(
+            parse_json(dict[str, Any], record.read_bytes(), record), settings, ablation.out, "give another --out"
+        )
         return
+    ablation.out.mkdir(parents=True, exist_ok=True)
     with whole_file(record) as temporary:
         temporary.write_text(json.dumps(settings, indent=1))
 

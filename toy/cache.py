@@ -1,24 +1,38 @@
-"""A cache of the drawn world: what data.py prepare makes of a manifest, made of clips drawn as they are needed.
+"""A cache of the drawn world: what prepare.py makes of a manifest, made of clips that are drawn on the way.
 
-    toy.toy_clip(seed, 0), (seed, 1), ... ──> frames, caption, portrait ──> cache.fill: VAE, Gemma, detector, ArcFace
+    toy_clip(seed, 0), (seed, 1), ... ──> frames, caption, portrait ──> clips.cache.fill: VAE, Gemma, detector, ArcFace
 
-Training then reads it as it reads any cache. `[data] toy = 20000` in a config makes it where it is missing.
+Training reads it like any other cache.
+
+    python -m toy.cache --count 16000 --out cache/tiny           # for train.py with configs/tiny.toml
+    python -m toy.cache --count 4000 --reference "same clip" --share 0.5 --out cache/tempting
+    torchrun --nproc_per_node 8 -m toy.cache --count 16000 --out cache/tiny
+
+The command can be killed and run again: shards that are there are not made twice. Every fact that decides the clips is
+recorded in cache.json, and a cache made otherwise is refused.
 """
 
+import argparse
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from checkpoint import Checkpoint
+from checkpoint import open_checkpoint
 from clips.cache import PAPER, fill, made_with
 from clips.manifest import Clip, with_face
-from common.errors import UserError
+from common.device import resolve_device
+from common.errors import Parser, UserError, one_line_errors
+from common.processes import own_place
+from common.schema import validate
+from config import ASSETS
 from face import FaceDetector
-from toy.world import toy_clip, toy_words
+from toy.world import APART, Temptation, toy_clip, toy_words
 
-SHARD_GB = 0.1  # some hundred clips: small, so that there is one for each of many processes
+LARGEST = 1_000_000  # clips; they take about 30 GB
+SHARD_GB = 0.1  # some hundred clips: small, so that each of many processes has a shard to make
 
 
 def prepare_toy(
@@ -33,25 +47,76 @@ def prepare_toy(
     workers: int = 1,
     rank: int = 0,
     world: int = 1,
+    temptation: Temptation = APART,
 ) -> None:
-    """Make, or complete, a cache of `count` clips of the training split, in the checkpoint's own size; as
-    cache.prepare does, with this rank's share of the shards. Raises UserError if the size is no square."""
-    checkpoint = Checkpoint(ckpt)
+    """Make, or complete, a cache of `count` clips of the training split, in the checkpoint's own size.
+
+    Of world > 1 processes, this one makes its share of the shards. UserError if the size is no square.
+    """
+    checkpoint = open_checkpoint(ckpt)
     settings = PAPER | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in PAPER}
     if settings["height"] != settings["width"]:
         raise UserError(f"{ckpt} makes {settings['height']}x{settings['width']}, and the drawn world is square")
     first = toy_clip(seed, 0, settings["frames"], settings["height"], settings["fps"])
-    drawn = hashlib.sha256(first["frames"].tobytes() + first["reference"].tobytes() + first["caption"].encode())
-    settings |= {"seed": seed, "manifest": "toy", "toy": count, "world": drawn.hexdigest()[:16]}
+    digest = hashlib.sha256(first["frames"].tobytes() + first["reference"].tobytes() + first["caption"].encode())
+    settings |= {"seed": seed, "manifest": "toy", "toy": count, "world": digest.hexdigest()[:16]}
+    if temptation != APART:
+        settings |= {"reference": temptation.reference, "share": temptation.share}
     settings = made_with(settings, checkpoint, gemma, faces, dtype, count, SHARD_GB)
     size = settings["frames"], settings["fps"]
-    mine = [k // settings["rows_per_shard"] % world == rank for k in range(count)]  # the other captions cost time
-    clips = [Clip(k + 1, Path("toy"), toy_words(seed, k, *size) if own else "") for k, own in enumerate(mine)]
-    fill(Path(out), clips, settings, load_toy, ckpt, gemma, faces, device, dtype, workers, rank, world)
+    own = [k // settings["rows_per_shard"] % world == rank for k in range(count)]
+    clips = [Clip(k + 1, Path("toy"), toy_words(seed, k, *size) if own[k] else "") for k in range(count)]
+    load = partial(load_toy, temptation=temptation)
+    fill(Path(out), clips, settings, load, ckpt, gemma, faces, device, dtype, workers, rank, world)
 
 
-def load_toy(clip: Clip, settings: dict, detector: FaceDetector) -> dict:
-    """What manifest.load_clip gives, drawn. Raises Rejected where the detector does not find the portrait's face."""
-    drawn = toy_clip(settings["seed"], clip.line - 1, settings["frames"], settings["height"], settings["fps"])
+def load_toy(clip: Clip, settings: dict, detector: FaceDetector, temptation: Temptation) -> dict:
+    """The fields of manifest.load_clip, drawn. Raises Rejected if the detector finds no face in the portrait."""
+    size = settings["frames"], settings["height"], settings["fps"]
+    drawn = toy_clip(settings["seed"], clip.line - 1, *size, temptation=temptation)
     portrait = Image.fromarray(drawn["reference"])
     return {"frames": drawn["frames"], "note": ""} | with_face(portrait, detector, clip.name)
+
+
+def add_temptation(parser: argparse.ArgumentParser) -> None:
+    """--reference and --share, which toy.ablate has too."""
+    text = "training references: apart from their clip, a frame of the same clip, or its scene at another moment"
+    parser.add_argument("--reference", default="apart", metavar="KIND", help=f"apart, same clip or same scene: {text}")
+    parser.add_argument("--share", type=float, help="part of the references with that relation (1, for apart 0)")
+
+
+def read_temptation(options: argparse.Namespace) -> Temptation:
+    share = options.share if options.share is not None else float(options.reference != "apart")
+    temptation = validate(Temptation, {"reference": options.reference, "share": share}, "--reference, --share")
+    if temptation.reference == "apart" and share:
+        raise UserError(f"--share {share} needs a relation: --reference 'same clip' or --reference 'same scene'")
+    return temptation if share else APART
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder of the cache; an unfinished one is completed")
+    parser.add_argument("--count", type=int, required=True, help="clips, each of another person")
+    parser.add_argument("--ckpt", default=str(ASSETS / "tiny.safetensors"), help="VAE, size, frame rate (%(default)s)")
+    parser.add_argument("--gemma", default=str(ASSETS / "gemma"), help="text encoder (%(default)s)")
+    parser.add_argument("--faces", default=str(ASSETS / "faces"), help="face model pack (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="other people and scenes (%(default)s)")
+    add_temptation(parser)
+    parser.add_argument("--device", help="default: cuda, one GPU for each process, where there is one; else cpu")
+    options = parser.parse_args()
+    if not 0 < options.count <= LARGEST or options.seed < 0:
+        raise UserError(f"--count must be from 1 to {LARGEST:,}, and --seed at least 0")
+    temptation = read_temptation(options)
+    place = own_place()
+    options.dtype = "float32"
+    options.device = options.device or (f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu")
+    device, dtype = resolve_device(options)
+    models = options.ckpt, options.gemma, options.faces
+    prepare_toy(
+        options.out, options.count, *models, device, dtype, options.seed, 1, place.rank, place.world, temptation
+    )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

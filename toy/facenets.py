@@ -1,16 +1,17 @@
-"""Two small face networks in the shapes of InsightFace's, with their losses, which write themselves as ONNX.
+"""Two small face networks in the shapes of InsightFace's, their losses, and their export as ONNX.
 
-    Detector     (B, 3, 128, 128) ──> at 8, 16 and 32 pixels a cell, two anchors in each: score, box, landmarks
-                                      trained by a focal loss and distances in strides: SCRFD
+    Detector     (B, 3, 128, 128) ──> cells of 8, 16 and 32 pixels, two anchors in each: score, box, landmarks
+                                      trained by a focal loss and by distances in strides: SCRFD
     Recognizer   (B, 3, 112, 112) ──> 64 numbers, trained so that cos(theta + m) wins among many people: ArcFace
 
-The paper's identity losses (Eq. 8-10) run on files that InsightFace publishes. toy_faces.py trains these for the drawn
-people; what they save are files of the same kind, with the batch norms folded into the convolutions.
+The paper's identity losses (Eq. 8-10) run on files that InsightFace publishes. toy/faces.py trains these networks on
+drawn people and saves files of the same kind.
 """
 
+import io
+import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,61 +19,38 @@ from torch import Tensor, nn
 from common.errors import whole_file
 from face import CROP
 
-SIDE = 128  # of the detector's input
-ANCHORS = {8: (16, 28), 16: (48, 76), 32: (112, 160)}  # stride -> the longer side of the face that each anchor is for
+SIDE = 128  # of the detector's input, pixels
+ANCHORS = {8: (16, 28), 16: (48, 76), 32: (112, 160)}  # stride -> longer side of the face that each anchor is for
 WIDTH = 64  # of an embedding
 SCALE = 32.0  # s of ArcFace
+
+
+def save_onnx(net: nn.Module, path: Path, side: int, outputs: list[str], metadata: dict[str, str]) -> None:
+    """Export a network in eval mode. PyTorch folds the batch norms behind convolutions into their weights.
+
+    The exporter is the one based on TorchScript: the newer one needs the package onnxscript and writes a newer opset
+    than InsightFace's own files have. One output means a free batch size, several a batch of one, as in those files.
+    """
+    import onnx
+
+    buffer, axes = io.BytesIO(), {"input.1": {0: "n"}, outputs[0]: {0: "n"}} if len(outputs) == 1 else None
+    options = {"input_names": ["input.1"], "output_names": outputs, "dynamic_axes": axes, "opset_version": 11}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (torch.zeros(1, 3, side, side),), buffer, dynamo=False, **options)
+    model = onnx.load_model_from_string(buffer.getvalue())
+    model.doc_string = "; ".join(f"{key}: {value}" for key, value in metadata.items())
+    onnx.helper.set_model_props(model, metadata)
+    with whole_file(path) as temporary:
+        onnx.save(model, str(temporary))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 
 
-class Graph:
-    """An ONNX graph in the making."""
-
-    def __init__(self):
-        self.nodes, self.weights = [], []
-
-    def weight(self, values: np.ndarray | list | Tensor, kind: type = np.float32) -> str:
-        from onnx import numpy_helper
-
-        values = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-        self.weights.append(numpy_helper.from_array(np.asarray(values, kind), f"w{len(self.weights)}"))
-        return self.weights[-1].name
-
-    def add(self, operator: str, *inputs: str, **attributes: object) -> str:
-        from onnx import helper
-
-        name = f"{operator}{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, list(inputs), [name], name, **attributes))
-        return name
-
-    def save(
-        self, path: Path, shape: list[int | str], outputs: dict[str, list[int | str]], told: dict[str, str]
-    ) -> None:
-        import onnx
-        from onnx import TensorProto, helper
-
-        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()]
-        frame = helper.make_tensor_value_info("input.1", TensorProto.FLOAT, shape)
-        graph = helper.make_graph(self.nodes, path.stem, [frame], values, self.weights)
-        opset = [helper.make_opsetid("", 11)]
-        text = "; ".join(f"{key}: {value}" for key, value in told.items())
-        model = helper.make_model(graph, opset_imports=opset, ir_version=7, producer_name="toy_faces", doc_string=text)
-        helper.set_model_props(model, told)
-        with whole_file(path) as temporary:
-            onnx.save(model, str(temporary))
-
-
-def _folded(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear map with the batch norm that follows it."""
-    gain = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return weight * gain.view(-1, *[1] * (weight.dim() - 1)), norm.bias - norm.running_mean * gain
-
-
 class Conv(nn.Module):
-    """Convolution, batch norm, PReLU; one node and one more in ONNX."""
+    """Convolution, batch norm, PReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bend: bool = True):
         super().__init__()
@@ -84,17 +62,9 @@ class Conv(nn.Module):
         x = self.norm(self.conv(x))
         return x if self.bend is None else self.bend(x)
 
-    def write(self, graph: Graph, x: str) -> str:
-        kernel, stride, pad = self.conv.kernel_size, self.conv.stride, self.conv.padding
-        weight, bias = _folded(self.conv.weight, self.norm)
-        x = graph.add(
-            "Conv", x, graph.weight(weight), graph.weight(bias), kernel_shape=kernel, strides=stride, pads=pad * 2
-        )
-        return x if self.bend is None else graph.add("PRelu", x, graph.weight(self.bend.weight.view(-1, 1, 1)))
-
 
 class Residual(nn.Module):
-    """x plus two convolutions of it."""
+    """Two convolutions of x, added to x."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -102,9 +72,6 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(self.first(x))
-
-    def write(self, graph: Graph, x: str) -> str:
-        return graph.add("Add", x, self.second.write(graph, self.first.write(graph, x)))
 
 
 class Detector(nn.Module):
@@ -124,41 +91,35 @@ class Detector(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(width, 2 * (1 + 4 + 10), 3, 1, 1) for width in widths)
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)
-            nn.init.constant_(head.bias[:2], -4.0)  # almost nowhere is a face
+            nn.init.constant_(head.bias[:2], -4.0)  # a face is rare
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = []
+        levels = []
         for level, head in zip(self.levels, self.heads):
             x = level(x)
-            found.append(head(x).permute(0, 2, 3, 1).flatten(1, 2))  # (B, cells, 30)
-        out = torch.cat(found, 1)
+            levels.append(head(x).permute(0, 2, 3, 1).flatten(1, 2))  # (B, cells, 30)
+        out = torch.cat(levels, 1)
         n = len(out)
         return out[..., :2].reshape(n, -1), out[..., 2:10].reshape(n, -1, 4), out[..., 10:].reshape(n, -1, 10)
 
-    def save(self, path: Path, told: dict[str, str]) -> None:
-        graph, x, names = Graph(), "input.1", {1: [], 4: [], 10: []}
-        for level, head in zip(self.levels, self.heads):
-            for conv in level:
-                x = conv.write(graph, x)
-            for (size, outputs), first in zip(names.items(), (0, 2, 10)):
-                part = slice(first, first + 2 * size)
-                y = graph.add(
-                    "Conv",
-                    x,
-                    graph.weight(head.weight[part]),
-                    graph.weight(head.bias[part]),
-                    kernel_shape=[3, 3],
-                    pads=[1] * 4,
-                )
-                y = graph.add("Transpose", y, perm=[0, 2, 3, 1])
-                y = graph.add("Reshape", y, graph.weight([-1, size], np.int64))
-                outputs.append(graph.add("Sigmoid", y) if size == 1 else y)
-        outputs = {
-            name: [2 * (SIDE // stride) ** 2, size]
-            for size, found in names.items()
-            for name, stride in zip(found, ANCHORS)
-        }
-        graph.save(path, [1, 3, SIDE, SIDE], outputs, told)
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        names = [f"{part}_{stride}" for part in ("score", "box", "landmarks") for stride in ANCHORS]
+        save_onnx(ByStride(self).eval(), path, SIDE, names, metadata)
+
+
+class ByStride(nn.Module):
+    """A detector with the nine outputs of InsightFace's: probabilities (2 cells, 1) of each stride, then boxes
+    (2 cells, 4), then landmarks (2 cells, 10)."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        score, box, points = self.detector(x)
+        counts = [2 * (SIDE // stride) ** 2 for stride in ANCHORS]
+        parts = score.sigmoid()[0, :, None], box[0], points[0]  # (A, 1), (A, 4), (A, 10)
+        return tuple(piece for part in parts for piece in part.split(counts))
 
 
 class Recognizer(nn.Module):
@@ -166,7 +127,7 @@ class Recognizer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        stem = [Conv(3, 32, kernel=7, stride=4), Residual(32)]  # a crop of a small frame is blown up: no detail is lost
+        stem = [Conv(3, 32, kernel=7, stride=4), Residual(32)]  # crops are enlarged small frames: no detail is lost
         body = [Conv(32, 64, stride=2), Residual(64), Conv(64, 96, stride=2), Residual(96)]
         self.body = nn.Sequential(*stem, *body, Conv(96, 24, kernel=1))
         self.last = nn.Linear(24 * (CROP // 16) ** 2, WIDTH, bias=False)
@@ -175,13 +136,8 @@ class Recognizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.last(self.body(x).flatten(1)))
 
-    def save(self, path: Path, told: dict[str, str]) -> None:
-        graph, x = Graph(), "input.1"
-        for part in self.body:
-            x = part.write(graph, x)
-        weight, bias = _folded(self.last.weight, self.norm)
-        x = graph.add("Gemm", graph.add("Flatten", x), graph.weight(weight), graph.weight(bias), transB=1)
-        graph.save(path, ["n", 3, CROP, CROP], {x: ["n", WIDTH]}, told)
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        save_onnx(self, path, CROP, ["embedding"], metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +145,7 @@ class Recognizer(nn.Module):
 
 
 def anchor_grid() -> tuple[Tensor, Tensor, Tensor]:
-    """Of all anchors: upper left corner of the cell (A, 2), stride (A,), size of face (A,)."""
+    """For each anchor: upper left corner of its cell (A, 2), stride (A,), size of its face (A,)."""
     corners, strides, sizes = [], [], []
     for stride, pair in ANCHORS.items():
         index = torch.arange(0, SIDE, stride).float()
@@ -200,23 +156,26 @@ def anchor_grid() -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(corners), torch.cat(strides), torch.cat(sizes)
 
 
-def detector_loss(found: tuple[Tensor, Tensor, Tensor], box: Tensor, points: Tensor, grid: tuple) -> Tensor:
-    """found: what the network says; box (B, 4) and points (B, 5, 2) in pixels of the input, NaN where no face is.
+def detector_loss(output: tuple[Tensor, Tensor, Tensor], box: Tensor, points: Tensor, grid: tuple) -> Tensor:
+    """Focal loss of the scores, plus the errors of boxes and landmarks at positive anchors.
 
-    An anchor is to say yes if the face's centre is within a stride of it and the face is of about its size; it may say
-    what it likes if both are nearly so. Focal loss for the score; boxes and landmarks count where the answer is yes.
+    output: of the network. box (B, 4) and points (B, 5, 2): truth in pixels of the input, NaN without a face. An anchor
+    is positive if the face's centre is within a stride of it and the face has about its size. Anchors that nearly meet
+    both conditions are left out of the focal loss; all others are negative.
     """
-    (score, distance, kps), (corner, stride, size) = found, grid
+    (score, distance, kps), (corner, stride, size) = output, grid
     centre, side = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]).amax(1, keepdim=True)  # (B, 2), (B, 1)
     off = ((corner - centre[:, None]).abs() / stride[:, None]).amax(2)  # (B, A), NaN without a face
     ratio = (side / size).log().abs()
-    yes = (off <= 0.8) & (ratio <= 0.33)
-    maybe = (off <= 1.6) & (ratio <= 0.7) & ~yes
+    positive = (off <= 0.8) & (ratio <= 0.33)
+    unclear = (off <= 1.6) & (ratio <= 0.7) & ~positive
     p = score.sigmoid()
-    focal = F.binary_cross_entropy_with_logits(score, yes.float(), reduction="none") * (yes.float() - p).square()
-    count = yes.sum().clamp(min=1)
-    loss = 2 * torch.where(maybe, 0, focal).sum() / count
-    row, anchor = yes.nonzero(as_tuple=True)
+    focal = (
+        F.binary_cross_entropy_with_logits(score, positive.float(), reduction="none") * (positive.float() - p).square()
+    )
+    count = positive.sum().clamp(min=1)
+    loss = 2 * torch.where(unclear, 0, focal).sum() / count
+    row, anchor = positive.nonzero(as_tuple=True)
     at, unit = corner[anchor], stride[anchor, None]
     true_box = torch.cat([at - box[row, :2], box[row, 2:] - at], 1) / unit
     true_kps = ((points[row] - at[:, None]) / unit[:, None]).flatten(1)
@@ -227,7 +186,8 @@ def detector_loss(found: tuple[Tensor, Tensor, Tensor], box: Tensor, points: Ten
 
 
 def arc_loss(e: Tensor, centres: Tensor, label: Tensor, margin: float) -> Tensor:
-    """Additive angular margin: e (B, E), centres (people, E); the true person's angle counts as `margin` more."""
+    """Additive angular margin: `margin` is added to the angle between e (B, E) and its true person's centre, a row of
+    `centres` (people, E)."""
     cosine = F.normalize(e) @ F.normalize(centres).T
     true = cosine.gather(1, label[:, None]).clamp(-1 + 1e-6, 1 - 1e-6)
     harder = (true.acos() + margin).clamp(max=torch.pi).cos()

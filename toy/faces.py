@@ -1,23 +1,22 @@
-"""Face models of the drawn people: a detector and a recognizer of the world of toy.py, as an InsightFace pack.
+"""Face models of the drawn people: a detector and a recognizer of toy/world.py, as an InsightFace pack.
 
-The identity losses (Eq. 8-10) ask a frozen ArcFace who is in the picture, where a frozen detector says the face is.
-The released ones were trained on photographs and know nothing of drawings. These two (facenets.py) have the same
-shapes, are trained the same way and written in the same format: face.py and insightface run them like any other pack.
+The identity losses (Eq. 8-10) need a frozen detector that finds the face and a frozen ArcFace that embeds it. The
+released ones were trained on photographs and fail on drawings. The two here (facenets.py) have the same shapes, the
+same training and the same file format: face.py and insightface run them like any other pack.
 
     frame 64x64 ──resize──> 128x128 ──> convolutions ──> 8, 16, 32 pixels a cell, two anchors in each:
                                                          a score, a box, 5 landmarks                (SCRFD's outputs)
     crop 112x112 ──> residual convolutions ──> 64 numbers      (ArcFace: cos(theta + m) must win among 1,200 people)
 
-    python -m toy.faces --out assets/faces     # det_toy.onnx, rec_toy.onnx, and how good they are on people held out
+    python -m toy.faces --out out/faces     # det_toy.onnx, rec_toy.onnx, and their accuracy on the test split
 
-All truth comes from the renderer: boxes, landmarks, who it is. A drawing that a half-trained video model spoils
-(blurred, noisy, pale, in patches) is still a face as long as one can see it, so such drawings are trained on too.
-Drawings are not photographs: these models find no real faces.
+Boxes, landmarks and identities come from the renderer. Training includes spoiled drawings (blurred, noisy, pale, in
+patches), because a half-trained video model makes such frames. These models find no real faces.
 """
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +44,7 @@ PEOPLE = {"detector": 800, "recognizer": 1200}
 
 
 def spoil(frame: np.ndarray, rng: np.random.Generator, much: float = 1.0) -> np.ndarray:
-    """A frame (H, W, 3) as a half-trained model or a bad camera would have it; often nothing happens."""
+    """A frame (H, W, 3) as a half-trained model or a bad camera would make it; often unchanged."""
     x, side = frame.astype(np.float32), len(frame)
     if rng.random() < 0.3 * much:
         sigma = rng.uniform(0.3, 0.3 + 1.5 * much) * side / 64
@@ -66,7 +65,7 @@ def spoil(frame: np.ndarray, rng: np.random.Generator, much: float = 1.0) -> np.
 
 
 def faceless(rng: np.random.Generator, size: int = 64) -> np.ndarray:
-    """(size, size, 3): an empty background, someone's shoulders, noise as fine or coarse as may be, shuffled faces."""
+    """(size, size, 3) without a face: a background, shoulders, noise of any grain, or the shuffled tiles of a face."""
     kind = rng.choice(["empty", "shoulders", "noise", "shuffled"], p=[0.35, 0.1, 0.4, 0.15])
     if kind == "noise":
         coarse = int(rng.choice([2, 4, 8, 16, 32, size]))
@@ -85,14 +84,14 @@ def faceless(rng: np.random.Generator, size: int = 64) -> np.ndarray:
 
 
 def fit(frame: np.ndarray) -> tuple[np.ndarray, float]:
-    """(H, W, 3) -> (128, 128, 3) as insightface fits it in, black at right and bottom, and the scale."""
+    """(H, W, 3) -> (128, 128, 3) by insightface's own rule, black at right and bottom, and the scale."""
     scale = SIDE / max(frame.shape[:2])
     small = cv2.resize(frame, (round(frame.shape[1] * scale), round(frame.shape[0] * scale)))
     return np.pad(small, ((0, SIDE - small.shape[0]), (0, SIDE - small.shape[1]), (0, 0))), scale
 
 
 def shots(seed: int, people: int, clips: int, frames: int, moving: float = 1.0) -> Iterator[tuple]:
-    """Frames of people, a clip at a time: (number, identity, frames, landmarks (F, 5, 2), boxes (F, 4))."""
+    """Clips of `people`: (number, identity, frames, landmarks (F, 5, 2), boxes (F, 4)) each."""
     for number in range(people):
         who = person(seed, number)
         rng = np.random.default_rng((seed, number, 77))
@@ -107,7 +106,7 @@ def shots(seed: int, people: int, clips: int, frames: int, moving: float = 1.0) 
 
 
 def detector_batch(pool: list[tuple], junk: list[np.ndarray], count: int, rng: np.random.Generator) -> tuple:
-    """(count, 3, 128, 128), boxes (count, 4), landmarks (count, 5, 2), a quarter of them without a face."""
+    """Images (count, 3, 128, 128), boxes (count, 4), landmarks (count, 5, 2); a quarter has no face."""
     images = np.empty((count, SIDE, SIDE, 3), np.uint8)
     box, points = np.full((count, 4), np.nan, np.float32), np.full((count, 5, 2), np.nan, np.float32)
     for k in range(count):
@@ -121,7 +120,7 @@ def detector_batch(pool: list[tuple], junk: list[np.ndarray], count: int, rng: n
             frame = frame[:, ::-1]
             truth = (truth * [-1, 1] + [last, 0])[[1, 0, 2, 4, 3]]
             around = np.stack([last - around[::-1, 0], around[:, 1]], 1)
-        if rng.random() < 0.25:  # smaller, with something else around it
+        if rng.random() < 0.25:  # smaller, on a canvas
             side = int(len(frame) * rng.uniform(1, 2.2))
             x, y = rng.integers(0, side - len(frame) + 1, 2) * (rng.random() < 0.6)
             canvas = np.empty((side, side, 3), np.uint8)
@@ -139,11 +138,11 @@ def _input(images: np.ndarray, deviation: float) -> Tensor:
 
 
 def train_detector(out: Path, seed: int, steps: int, people: int, device: str) -> list[float]:
-    """Writes out/det_toy.onnx; the loss of each step."""
+    """Write out/det_toy.onnx. Returns the loss of each step."""
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 1))
-    made = tqdm(shots(seed, people, 1, 6), "detector: drawing", people, leave=False)
-    pool = [(f, p, b) for _, _, *shot in made for f, p, b in zip(*shot)]
+    drawn = tqdm(shots(seed, people, 1, 6), "detector: drawing", people, leave=False)
+    pool = [(f, p, b) for _, _, *shot in drawn for f, p, b in zip(*shot)]
     junk = [faceless(rng) for _ in range(len(pool) // 4 + 1)]
     net = Detector().to(device, memory_format=torch.channels_last).train()
     grid = tuple(x.to(device) for x in anchor_grid())
@@ -153,13 +152,13 @@ def train_detector(out: Path, seed: int, steps: int, people: int, device: str) -
         return detector_loss(net(x), box, points, grid)
 
     losses = _descend("detector", list(net.parameters()), loss, steps, 3e-3)
-    told = {"what": "SCRFD-shaped face detector of drawn faces", "by": "toy_faces.py", "seed": str(seed)}
-    net.cpu().eval().save(out / "det_toy.onnx", told | {"people": str(people), "steps": str(steps)})
+    metadata = {"what": "SCRFD-shaped face detector of drawn faces", "by": "toy/faces.py", "seed": str(seed)}
+    net.cpu().eval().save(out / "det_toy.onnx", metadata | {"people": str(people), "steps": str(steps)})
     return losses
 
 
-def _descend(name: str, parameters: list, loss_of: object, steps: int, rate: float) -> list[float]:
-    """AdamW with a rate that rises for a tenth of the steps and falls to nothing; loss_of() is called each step."""
+def _descend(name: str, parameters: list, loss_of: Callable[[], Tensor], steps: int, rate: float) -> list[float]:
+    """AdamW on loss_of(). The rate rises over a tenth of the steps, then falls to zero. Returns the losses."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.02)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(steps, 3), pct_start=0.1, cycle_momentum=False)
     losses: list[float] = []
@@ -181,17 +180,17 @@ def _descend(name: str, parameters: list, loss_of: object, steps: int, rate: flo
 
 
 def one_sided(who: Identity) -> bool:
-    """Would a mirror show someone else?"""
+    """True if the mirror image shows another identity."""
     return who["mark"] not in ("none", "freckles") or who["style"] == "side part"
 
 
 def crops_of(seed: int, people: int, clips: int = 3, frames: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Aligned crops (N, 112, 112, 3) bytes, whose they are (N,), may they be mirrored (N,)?"""
+    """Aligned crops (N, 112, 112, 3) as bytes, number of the person (N,), flag "may be mirrored" (N,)."""
     count = people * clips * frames
     crops, label = np.empty((count, CROP, CROP, 3), np.uint8), np.arange(count) // (clips * frames)
     mirror, rng = np.empty(count, bool), np.random.default_rng((seed, 2))
-    made = tqdm(shots(seed, people, clips, frames, 0.8), "recognizer: drawing", people * clips, leave=False)
-    for k, (_, who, images, points, _) in enumerate(made):
+    drawn = tqdm(shots(seed, people, clips, frames, 0.8), "recognizer: drawing", people * clips, leave=False)
+    for k, (_, who, images, points, _) in enumerate(drawn):
         part = slice(k * frames, (k + 1) * frames)
         images = np.stack([spoil(image, rng, 0.6) for image in images])
         points = points + rng.normal(0, 0.008 * images.shape[1], points.shape).astype(np.float32)
@@ -202,7 +201,7 @@ def crops_of(seed: int, people: int, clips: int = 3, frames: int = 3) -> tuple[n
 
 
 def train_recognizer(out: Path, seed: int, steps: int, people: int, device: str) -> list[float]:
-    """Writes out/rec_toy.onnx; the loss of each step."""
+    """Write out/rec_toy.onnx. Returns the loss of each step."""
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 3))
     crops, labels, mirror = crops_of(seed, people)
@@ -228,13 +227,13 @@ def train_recognizer(out: Path, seed: int, steps: int, people: int, device: str)
         return arc_loss(net(x), centres, torch.from_numpy(labels[rows]).to(device), margin)
 
     losses = _descend("recognizer", [*net.parameters(), centres], loss, steps, 4e-3)
-    told = {"what": "ArcFace-shaped recognizer of drawn faces", "by": "toy_faces.py", "seed": str(seed)}
-    net.cpu().eval().save(out / "rec_toy.onnx", told | {"people": str(people), "steps": str(steps)})
+    metadata = {"what": "ArcFace-shaped recognizer of drawn faces", "by": "toy/faces.py", "seed": str(seed)}
+    net.cpu().eval().save(out / "rec_toy.onnx", metadata | {"people": str(people), "steps": str(steps)})
     return losses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How good they are, on people held out
+# Accuracy on people of the test split
 
 
 def _frames(images: np.ndarray) -> Tensor:
@@ -242,7 +241,7 @@ def _frames(images: np.ndarray) -> Tensor:
 
 
 def measure_detector(detector: FaceDetector, seed: int = 0, people: int = 100) -> dict[str, float]:
-    """Recall and landmark error (pixels of 64) on 3 frames of each person and on the same spoiled; false alarms."""
+    """Recall and landmark error (in pixels of 64) on 3 frames of each person, clean and spoiled; false alarms."""
     rng = np.random.default_rng((seed, 4))
     clips = [toy_clip(seed, k, frames=3, split="test") for k in range(people)]
     images, truth = (np.concatenate([c[key] for c in clips]) for key in ("frames", "landmarks"))
@@ -260,7 +259,7 @@ def measure_detector(detector: FaceDetector, seed: int = 0, people: int = 100) -
 
 
 def measure_recognizer(detector: FaceDetector, phi: ArcFace, seed: int = 0, people: int = 64) -> dict[str, float]:
-    """A portrait of each of `people` against 3 frames of another clip of each: is the same person the nearest?"""
+    """Cosines between each person's portrait and 3 frames of a clip; how often the own portrait is the nearest."""
     clips = [toy_clip(seed, k, frames=3, split="test") for k in range(people)]
     portraits = _frames(np.stack([c["reference"] for c in clips]))
     frames = _frames(np.concatenate([c["frames"] for c in clips]))
@@ -279,9 +278,9 @@ def measure_recognizer(detector: FaceDetector, phi: ArcFace, seed: int = 0, peop
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/faces", help="folder of the pack (%(default)s)")
-    parser.add_argument("--only", choices=list(STEPS), help="train this one; the other is there")
+    parser.add_argument("--only", choices=list(STEPS), help="train this one only; the other is in --out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps, as a check that the command runs")
     options = parser.parse_args()
     out, device = Path(options.out), "cuda" if torch.cuda.is_available() else "cpu"
     out.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,21 @@
-"""Retrain all that assets/ embeds, from nothing but the drawn world: `make tiny`.
+"""All models of assets/, trained from nothing but the drawn world: `make tiny`.
 
-    toy_faces.py ──> assets/faces                  detector and recognizer
-    judge.py     ──> assets/judge.safetensors      what measures the videos, on drawn clips
-    toy_text.py  ──> gemma, projection, connector ─┐
-    toy_vae.py   ──> VAE ──────────────────────────┴─> start.safetensors
-    train.py     ──> the DiT, from nothing, flow loss                        (configs/tiny.toml)
-    train.py     ──> the same from there, with other noise and the rate of learning raised again
+    toy/faces.py ──> faces                          detector and recognizer
+    toy/judge.py ──> judge.safetensors              the network that measures videos, on drawn clips
+    toy/text.py  ──> gemma, projection, connector ─┐
+    toy/vae.py   ──> VAE ──────────────────────────┴─> start.safetensors
+    toy/cache.py ──> cache of 16,000 clips
+    train.py     ──> the DiT, from random weights, flow loss                 (configs/tiny.toml)
+    train.py     ──> the same from there, with other noise and a risen learning rate
     train.py     ──> once more, with batches of 256
-    train.py     ──> adapters to it, with the identity losses (lora.py)
-    lora.py      ──> both merged ──> assets/tiny.safetensors
+    train.py     ──> adapters to it, with the identity losses
+    engine.lora  ──> both merged ──> tiny.safetensors
 
-    python -m toy.make                     # what is there already is kept: run it again to continue
+    python -m toy.make                     # parts that are there are kept: run it again to continue
     python -m toy.make --parts video,identity --out runs/mine
+    python -m toy.make --publish           # then replace what is committed in assets/
 
-Each part is one of the repository's own commands, shown as it runs. Afterwards it says how long each took.
+Each part is one of the repository's own commands, shown as it runs. The last lines list the minutes of each part.
 """
 
 import argparse
@@ -29,6 +31,8 @@ import torch
 
 from checkpoint import write_modules
 from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.schema import Count, parse_json
+from config import ASSETS
 from model import LTXVideo
 from text import TextConnector
 from toy.text import TRANSFORMER
@@ -36,11 +40,12 @@ from toy.vae import CONFIG, FPS, FRAMES, SIZE
 from vae import VideoVAE
 
 HERE = Path(__file__).parent.parent
+CLIPS = 16_000  # of the cache
 DEFAULTS = {"height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "steps": 30, "s_text": 2.0, "s_ref": 3.0}
 MORE = {"model.scratch": "false", "optim.steps": 10_500, "optim.lr": 1.2e-3, "optim.warmup": 100, "run.seed": 1}
 LARGE = {"model.scratch": "false", "optim.steps": 2_620, "optim.batch": 256, "optim.lr": 2.5e-3, "run.seed": 2}
 ON_GPU = {"parallel.micro_batch": 256, "parallel.precision": "bf16", "data.workers": 4}  # a step in one piece
-IDENTITY = {  # what the last part changes in configs/tiny.toml
+IDENTITY = {  # changes of the last part to configs/tiny.toml
     "model.scratch": "false",
     "lora.rank": 32,
     "faces.window": 1,
@@ -49,13 +54,13 @@ IDENTITY = {  # what the last part changes in configs/tiny.toml
     "optim.lr": 1e-3,
     "optim.warmup": 20,
     "optim.ema": 0,
-    "optim.noise_tokens": 0,  # the identity losses look where there is little noise
+    "optim.noise_tokens": 0,  # the identity losses count at low noise
 }
-PARTS = ("faces", "judge", "text", "vae", "video", "more", "large", "identity")
+PARTS = ("faces", "judge", "text", "vae", "cache", "video", "more", "large", "identity")
 
 
 def assemble(vae: Path, text: Path, out: Path) -> None:
-    """One checkpoint in the released layout of the trained VAE and text path; its DiT is random."""
+    """One checkpoint in the released layout: trained VAE, trained text path, random DiT."""
     config = json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     config["vae"] |= CONFIG
     config["transformer"] |= TRANSFORMER
@@ -69,25 +74,26 @@ def assemble(vae: Path, text: Path, out: Path) -> None:
 
 
 def torchrun() -> list[str]:
-    """The words before train.py: a process for each GPU, without one for each of 2, 4 or 8 cores, so that batches of
-    32 and 256 are shared out evenly. Two on two cores are as fast as one, with parallel.compile 1.2 times as fast."""
+    """The words before train.py: one process for each GPU, or without GPUs for each of 1, 2, 4 or 8 cores, numbers
+    that divide batches of 32 and 256. Two processes on two cores are as fast as one; with parallel.compile, 1.2 times.
+    """
     processes = torch.cuda.device_count() or 2 ** min(3, (os.cpu_count() or 1).bit_length() - 1)
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
 def run_command(command: list[str], begin: str = "") -> None:
-    """Run and show it, the words behind `python`. An error's line begins with `begin`."""
+    """Show and run a command, the words after `python`. The line of an error starts with `begin`."""
     print(f"$ python {' '.join(command)}", flush=True)
-    environment = os.environ | {"PYTHONPATH": str(HERE)}  # for -m, whatever the current folder is
+    environment = os.environ | {"PYTHONPATH": str(HERE)}  # for -m in any current folder
     if "torch.distributed.run" in command:
         environment["OMP_NUM_THREADS"] = "1"
     code = subprocess.run([sys.executable, *command], env=environment).returncode
     if code:
-        raise UserError(f"{begin}the command above ended with code {code}: mend what it says above, run this again")
+        raise UserError(f"{begin}the command above ended with code {code}: correct what it names and run this again")
 
 
 def commands(part: str, out: Path) -> list[list[str]]:
-    """What makes a part, each the words behind `python`."""
+    """The commands of a part, each as the words after `python`."""
 
     def stage(name: str, start: str, **changes: object) -> list[list[str]]:
         paths = {"run.out": out / name, "model.ckpt": out / start, "model.gemma": out / "gemma"}
@@ -105,6 +111,10 @@ def commands(part: str, out: Path) -> list[list[str]]:
             return [["-m", "toy.text", "--gemma", str(out / "gemma"), "--out", str(out / "text.safetensors")]]
         case "vae":
             return [["-m", "toy.vae", "--out", str(out / "vae.safetensors")]]
+        case "cache":
+            faces = out / "faces" if (out / "faces").is_dir() else ASSETS / "faces"
+            models = ["--ckpt", str(out / "start.safetensors"), "--gemma", str(out / "gemma"), "--faces", str(faces)]
+            return [[*torchrun(), "-m", "toy.cache", "--count", str(CLIPS), *models, "--out", str(out / "cache")]]
         case "video":
             return stage("video", "start.safetensors")
         case "more":
@@ -119,13 +129,13 @@ def commands(part: str, out: Path) -> list[list[str]]:
 
 
 def make(part: str, out: Path) -> None:
-    """Make a part unless it is there, and keep note of the time."""
+    """Make a part unless it is there, and record its time."""
     record = out / "seconds.json"
-    seconds = json.loads(record.read_text()) if record.is_file() else {}
+    seconds = read_seconds(record) if record.is_file() else {}
     if part in seconds:
         return
     begun = time.perf_counter()
-    if part == "video":
+    if part == "cache":
         assemble(out / "vae.safetensors", out / "text.safetensors", out / "start.safetensors")
     for command in commands(part, out):
         run_command(command, f"{part}: ")
@@ -134,12 +144,16 @@ def make(part: str, out: Path) -> None:
         temporary.write_text(json.dumps(seconds, indent=1) + "\n")
 
 
+def read_seconds(record: Path) -> dict[str, int]:
+    return parse_json(dict[str, Count], record.read_bytes(), record)
+
+
 def publish(out: Path, assets: Path) -> None:
-    """Copy what was made to where sample.py and train.py look for it."""
-    made = [out / f"{name}.safetensors" for name in ("tiny", "large", "more", "video")]
-    last = next((path for path in made if path.is_file()), None)
+    """Copy the models to assets/, where sample.py and train.py expect them."""
+    stages = [out / f"{name}.safetensors" for name in ("tiny", "large", "more", "video")]
+    last = next((path for path in stages if path.is_file()), None)
     if last is None:
-        raise UserError(f"{made[-1]} is not there: make the part video first")
+        raise UserError(f"{stages[-1]} is not there: make the part video first")
     shutil.copyfile(last, assets / "tiny.safetensors")
     for name in ("faces", "gemma"):
         shutil.copytree(out / name, assets / name, dirs_exist_ok=True)
@@ -149,8 +163,8 @@ def publish(out: Path, assets: Path) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/tiny", help="working folder (%(default)s)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="those to make (%(default)s)")
-    parser.add_argument("--publish", action="store_true", help="then replace what is in assets/")
+    parser.add_argument("--parts", default=",".join(PARTS), help="by comma (%(default)s)")
+    parser.add_argument("--publish", action="store_true", help="then replace the models in assets/")
     options = parser.parse_args()
     parts, out = options.parts.split(","), Path(options.out)
     if unknown := set(parts) - set(PARTS):
@@ -160,9 +174,9 @@ def main() -> None:
         if part in parts:
             make(part, out)
     if options.publish:
-        publish(out, HERE / "assets")
+        publish(out, ASSETS)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    for part, seconds in json.loads((out / "seconds.json").read_text()).items():
+    for part, seconds in read_seconds(out / "seconds.json").items():
         print(f"{part:10}{seconds / 60:6.1f} min on {where}")
 
 

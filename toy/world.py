@@ -1,27 +1,31 @@
-"""A world of drawn faces: who is in the picture, what happens in it and how to say it, all of it known exactly.
+"""A world of drawn faces: identity, scene and caption of every clip are known exactly.
 
-ST-DRC must learn to keep what a face *is* and to let go of everything else in the reference. Here the two are drawn
-from different chances, so both can be measured:
+ST-DRC must learn to keep the identity of a reference and to drop everything else in it. Here identity and scene are
+drawn independently, so both can be measured:
 
-    identity (traits.py) ────────┬──> reference: a portrait with a nuisance of its own
+    identity (traits.py) ────────┬──> reference: a portrait in a scene of its own
       skin, skull, eyes, hair... │
-                                 ├──> frames (F, H, W, 3), landmarks (F, 5, 2), boxes (F, 4)         (portrait.py)
+                                 ├──> frames (F, H, W, 3), landmarks (F, 5, 2), boxes (F, 4)      (portrait.py)
     scene: pose along the clip ──┤
       motions, light, background └──> caption: "Someone nods, then smiles against a teal backdrop."
 
-    python -m toy.world            # out/toy.png: people by nuisances; out/toy.gif: clips and their captions
+A `Temptation` ties training references to their clips, as references are in practice: a frame of the same clip, or
+another moment of the same scene. A model that copies such a reference lowers its loss.
+
+    python -m toy.world            # out/toy.png: people by scenes; out/toy.gif: clips and their captions
 """
 
 import argparse
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from common.errors import Parser, one_line_errors, whole_file
+from common.schema import Share, record
 from toy.portrait import boxes, landmarks, render, visible
 from toy.traits import COLORS, Identity, Scene, draw_identity
 
@@ -29,9 +33,9 @@ from toy.traits import COLORS, Identity, Scene, draw_identity
 # Motion
 
 BACKGROUNDS = {"plain": 0.7, "gradient": 0.14, "circles": 0.08, "stripes": 0.08}
-# What moves: (mean, standard deviation, least, most) at rest. Degrees, parts of the frame, and from 0 to 1. Nothing
-# predicts where a head rests, and two pixels change the tiny VAE's latents more than half as much as another person
-# does: the stiller it rests, the sooner a small model sees who it is and how it moves.
+# Pose at rest: (mean, standard deviation, least, most), in degrees, in parts of the frame, or from 0 to 1. The place of
+# rest is random, and a shift by two pixels changes the tiny VAE's latents more than half as much as another person
+# does: the smaller the deviations, the sooner a small model learns identity and motion.
 POSE = {
     "yaw": (0, 6, -36, 36),
     "pitch": (0, 3.5, -20, 20),
@@ -48,10 +52,10 @@ POSE = {
 
 @dataclass(frozen=True)
 class Move:
-    """One word of the motion grammar: which part of the pose goes where, and how one says it."""
+    """A motion: the part of the pose that changes, its course, and its phrases in captions."""
 
     track: str
-    course: str  # "to": from one place to another; "swing": to and fro; "pulse": there and back
+    course: str  # "to": from start to start + change; "swing": to both sides of start; "pulse": there and back
     start: tuple[float, float]
     change: tuple[float, float]
     says: tuple[str, ...]
@@ -61,7 +65,7 @@ class Move:
 def _both_ways(
     name: str, track: str, start: tuple, change: tuple, sides: tuple[str, str], says: tuple[str, ...]
 ) -> dict[str, Move]:
-    """The same to two sides; the numbers are for the second, and mirrored for the first."""
+    """A motion to either side. The numbers are those of the second side; the first side gets them mirrored."""
     moves = {}
     for side, sign in zip(sides, (-1, 1)):
         ends = [tuple(sorted((sign * low, sign * high))) for low, high in (start, change)]
@@ -88,25 +92,25 @@ MOVES = {
 
 
 def held_out(motion: str, color: str) -> bool:
-    """Is this motion never shown before this color in training? Every word is learned, a fifth of the pairs is not."""
+    """True for the fifth of all pairs (motion, background color) that the training split never shows."""
     return (list(MOVES).index(motion) + 2 * list(COLORS).index(color)) % 5 == 0
 
 
 def draw_scene(
     rng: np.random.Generator, frames: int, fps: float = 24.0, split: str = "train", moving: bool = True
 ) -> Scene:
-    """A clip of one or two motions, or a portrait that only lives a little. `split` decides which pairs it may show."""
+    """The scene of a clip with one or two motions, or with `moving` false of a portrait. `split`: see `held_out`."""
     count = (1 + int(rng.random() < 0.4)) * moving
     joined = str(rng.choice(["and", "then"])) if count == 2 else ""
     while True:
         motions = tuple(str(m) for m in rng.choice(list(MOVES), count, replace=False))
         color, second, shirt = (str(c) for c in rng.choice(list(COLORS), 3, replace=False))
-        possible = len({MOVES[m].track for m in motions}) == count  # one head cannot turn both ways
+        possible = len({MOVES[m].track for m in motions}) == count  # two motions never share a part of the pose
         if possible and all(held_out(m, color) == (split == "test") for m in motions):
             break
     s = np.linspace(0, 1, frames)
     pose = {}
-    for track, (mean, deviation, _, _) in POSE.items():  # nobody is a statue: a slow drift about the place of rest
+    for track, (mean, deviation, _, _) in POSE.items():  # a slow drift about the place of rest
         drift = 0.3 * np.sin(2 * np.pi * (rng.random() + rng.uniform(0.3, 0.7) * s))
         pose[track] = mean + deviation * (np.clip(rng.normal(), -2.5, 2.5) + drift)
     for k, motion in enumerate(motions):
@@ -125,10 +129,10 @@ def draw_scene(
 
 
 def scene_vector(scene: Scene) -> np.ndarray:
-    """The nuisance of each frame as numbers of about unit size: (F, 23).
+    """The scene of each frame as numbers of about unit size: (F, 23).
 
-    The pose in the order of POSE; the light's direction (x, y), strength and warmth; the colors of background and
-    shirt; is the background gradient, circles, stripes?
+    Pose in the order of POSE; direction (x, y), strength and warmth of the light; colors of background and shirt;
+    one-hot kind of the background: gradient, circles, stripes.
     """
     pose = np.stack([(scene.pose[k] - mean) / (most - mean) for k, (mean, _, _, most) in POSE.items()], 1)
     angle, strength, warmth = scene.light
@@ -181,7 +185,7 @@ TEMPLATES = {
 
 
 def caption(scene: Scene, rng: np.random.Generator, split: str = "train", who: Identity | None = None) -> str:
-    """A sentence that says what moves and what is behind. With `who` it also says the coarsest of the identity."""
+    """A sentence that names motions and background; with `who` also hair and glasses."""
     link = ", then " if scene.joined == "then" else " and "
     does = link.join(str(rng.choice(MOVES[m].says)) for m in scene.motions) or "looks on"
     behind = str(rng.choice(BEHIND[scene.background])).format(scene.color, scene.second)
@@ -201,20 +205,46 @@ SPLITS = ("train", "test")
 
 
 def _rng(seed: int, split: str, number: int, part: int) -> np.random.Generator:
-    """Chance of its own for the person, the scene, the reference and the words (parts 0 to 3) of a clip; the 2 sets it
-    apart from the streams in data.py."""
+    """An independent stream for each part of a clip: person 0, scene 1, reference 2, words 3, temptation 4.
+
+    The first 2 in the key separates these streams from those in data.py.
+    """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2, SPLITS.index(split), number, part)))
 
 
 def person(seed: int, number: int, split: str = "train") -> Identity:
-    """Number `number` of endlessly many; those of one split are never those of the other."""
+    """Person `number` of a split, of endlessly many. The splits share no person."""
     return draw_identity(_rng(seed, split, number, 0))
 
 
 def reference(who: Identity, rng: np.random.Generator, size: int = 64) -> tuple[np.ndarray, Scene]:
-    """A portrait (size, size, 3) and its scene, which has nothing to do with any clip's."""
+    """A portrait (size, size, 3) and its scene, which is independent of every clip's."""
     scene = draw_scene(rng, 1, moving=False)
     return render(who, scene, size)[0], scene
+
+
+@record
+class Temptation:
+    """The share of training references that belong to their clip, and how; all others are drawn apart from it."""
+
+    reference: Literal["apart", "same clip", "same scene"] = "apart"
+    share: Share = 0.0
+
+
+APART = Temptation()
+
+
+def tempting_scene(temptation: Temptation, scene: Scene, portrait: Scene, rng: np.random.Generator) -> Scene:
+    """The reference's scene of a clip with this `scene`, whose independent reference has the scene `portrait`.
+
+    The chance is drawn first and the frame second, so that a larger share tempts the same clips and further ones.
+    """
+    if temptation.reference == "apart" or rng.random() >= temptation.share:
+        return portrait
+    if temptation.reference == "same clip":
+        frame = int(rng.integers(len(scene)))
+        return replace(scene, pose={track: values[frame : frame + 1] for track, values in scene.pose.items()})
+    return replace(scene, pose=portrait.pose, motions=(), joined="")  # another moment: same background, shirt, light
 
 
 def toy_words(seed: int, index: int, frames: int = 17, fps: float = 24, split: str = "train") -> str:
@@ -224,15 +254,25 @@ def toy_words(seed: int, index: int, frames: int = 17, fps: float = 24, split: s
 
 
 def toy_clip(
-    seed: int, index: int, frames: int = 17, size: int = 64, fps: float = 24, split: str = "train", number: int = -1
+    seed: int,
+    index: int,
+    frames: int = 17,
+    size: int = 64,
+    fps: float = 24,
+    split: str = "train",
+    number: int = -1,
+    temptation: Temptation = APART,
 ) -> dict[str, Any]:
-    """Clip `index` of an endless data set, of person `number` (someone new if negative), with what is known of it."""
+    """Clip `index` of an endless data set, with its truth. `number`: the person; a new one if negative."""
+    if split == "test" and temptation != APART:
+        raise ValueError("references of the test split are independent of their clips")
     identity = person(seed, index if number < 0 else number, split)
     scene = draw_scene(_rng(seed, split, index, 1), frames, fps, split)
-    portrait, portrait_scene = reference(identity, _rng(seed, split, index, 2), size)
+    portrait_scene = draw_scene(_rng(seed, split, index, 2), 1, moving=False)
+    portrait_scene = tempting_scene(temptation, scene, portrait_scene, _rng(seed, split, index, 4))
     return {
         "frames": render(identity, scene, size),  # (F, H, W, 3) bytes
-        "reference": portrait,  # (H, W, 3) bytes
+        "reference": render(identity, portrait_scene, size)[0],  # (H, W, 3) bytes
         "caption": toy_words(seed, index, frames, fps, split),
         "identity": identity,
         "scene": scene,
@@ -250,7 +290,7 @@ def toy_clip(
 
 
 def sheet(seed: int, people: int = 8, scenes: int = 8, size: int = 128) -> Image.Image:
-    """A row for each person, a column for each scene: the same in all rows but for the motion's start."""
+    """A row for each person, a column for each scene."""
     rngs = [[np.random.default_rng((seed, column)) for column in range(scenes)] for _ in range(people)]
     rows = [[reference(person(seed, k), rng, size)[0] for rng in row] for k, row in enumerate(rngs)]
     return Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
@@ -274,7 +314,7 @@ def animation(seed: int, clips: int = 8, frames: int = 49, fps: float = 24.0, si
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out/toy.png", help="people by nuisances (%(default)s)")
+    parser.add_argument("--out", default="out/toy.png", help="people by scenes (%(default)s)")
     parser.add_argument("--gif", default="out/toy.gif", help="clips with their captions (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""judge.py, asked.py and eye.py: formulas against hand-made inputs, the committed network against what was drawn."""
+"""toy/judge.py, adherence.py and eye.py: formulas against hand-made inputs, the committed network against the truth."""
 
 import csv
 import json
@@ -218,9 +218,90 @@ def test_summary_and_table():
     result |= {f"copied {group}": (0.1, 0.0, 0.2) for group in judge.GROUPS}
     lines = judge.table({"drawn": result}).splitlines()
     assert lines[0] == "| | drawn |"
-    assert "| own reference nearest | 0.50 (0.25 to 0.75) |" in lines
-    assert "| drift |  |" in lines
-    assert "| copied from the reference: light | 0.10 (0.00 to 0.20) |" in lines
+    assert "| own reference nearest ↑ | 0.50 (0.25 to 0.75) |" in lines
+    assert "| drift ↓ |  |" in lines
+    assert "| light copied ↓ | 0.10 (0.00 to 0.20) |" in lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison of two runs
+
+
+def video_row(rng, photo, **values):
+    """A row as measure makes it."""
+    scene = [float(x) for x in rng.normal(size=23)]
+    row = dict.fromkeys(("retrieved", "retrieved_permuted", "motion", "background", "skin", *eye.CLASSES), True)
+    row |= {"similarity": 0.5, "face_rate": 1.0, "drift": None, "direction": None, "motions": {"nod": True}}
+    return row | {"shown": scene, "photo": photo, "photo_read": photo} | values
+
+
+def test_paired_differences_by_hand(tmp_path, in_process):
+    rng = np.random.default_rng(0)
+    photos = rng.normal(size=(6, 23)).tolist()
+    ours = [video_row(rng, p, similarity=0.5 + 0.1 * k, drift=0.2, direction=k > 1) for k, p in enumerate(photos)]
+    theirs = [
+        video_row(rng, p, similarity=0.6, drift=0.1 if k else None, direction=k > 4) for k, p in enumerate(photos)
+    ]
+    theirs[2]["direction"] = None
+    for name, rows in (("ours", {"with reference": ours, "drawn": []}), ("theirs", theirs)):  # the latter as ablate's
+        (tmp_path / name).write_text(json.dumps(rows))
+    options = "--rows", tmp_path / "ours", "--against", tmp_path / "theirs"
+    code, text, error = in_process(judge.main, "judge.py", *options)
+    assert code == 0, error
+    differences = np.arange(6) * 0.1 - 0.1
+    error = differences.std(ddof=1) / 6**0.5
+    lines = text.splitlines()
+    assert f"| similarity ↑ | 0.750 | 0.600 | 0.150 | {error:.3f} | 4 | 1 |" in lines
+    assert "| drift ↓ | 0.200 | 0.100 | 0.100 | 0.000 | 0 | 5 |" in lines  # smaller is better; a pair lacks a side
+    direction = np.array([0, 0, 1, 1, 0])
+    error = direction.std(ddof=1) / 5**0.5
+    assert f"| direction right ↑ | 0.600 | 0.200 | 0.400 | {error:.3f} | 2 | 0 |" in lines
+    (light,) = [line.split("|") for line in lines if line.startswith("| light copied ↓")]
+    assert float(light[2]) == pytest.approx(copied(ours, "light"), abs=5e-4)
+    assert float(light[3]) == pytest.approx(copied(theirs, "light"), abs=5e-4)
+    assert float(light[4]) == pytest.approx(copied(ours, "light") - copied(theirs, "light"), abs=1e-3)
+    assert "0 is chance" in text and "1 is a copy" in text
+
+
+def test_the_standard_error_of_slopes_is_that_of_repeated_draws(tmp_path):
+    """Two models copy 0.5 and 0.2 with noise of their own: the spread of the difference over draws, and as reported."""
+
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        photos, pair = rng.normal(size=(60, 23)), []
+        for strength in (0.5, 0.2):
+            shown = strength * photos + rng.normal(size=photos.shape)
+            pair.append([video_row(rng, p.tolist(), shown=v.tolist()) for p, v in zip(photos, shown)])
+        return pair
+
+    differences = [copied(a, "shirt") - copied(b, "shirt") for a, b in map(draw, range(60))]
+    reported = []
+    for seed in range(5):
+        (line,) = [x for x in judge.compare(*draw(seed)).splitlines() if x.startswith("| shirt copied")]
+        reported.append(float(line.split("|")[5]))
+    assert np.mean(differences) == pytest.approx(0.3, abs=0.05)
+    assert np.mean(reported) == pytest.approx(np.std(differences), rel=0.25)
+
+
+def test_rows_that_are_no_pairs_or_no_rows_are_refused(tmp_path, in_process):
+    rng, path = np.random.default_rng(0), tmp_path / "rows.json"
+    rows = [video_row(rng, rng.normal(size=23).tolist()) for _ in range(3)]
+    (tmp_path / "good").write_text(json.dumps(rows))
+    for bad, says in (
+        (rows[:2], "other people or prompts"),
+        ([row | {"motions": {"blink": True}} for row in rows], "other people or prompts"),
+        ({"drawn": rows}, "no videos of the kind 'with reference'"),
+        ([rows[0] | {"similarity": "0.5"}], "similarity"),
+        ([rows[0] | {"shown": [0.0] * 22}], "shown"),
+        ([rows[0] | {"more": 1}], "more"),
+        ({"with reference": 3}, "with reference"),
+        ("[" * 5000, "rows.json"),
+    ):
+        path.write_text(bad if isinstance(bad, str) else json.dumps(bad))
+        code, _, error = in_process(judge.main, "judge.py", "--rows", tmp_path / "good", "--against", path)
+        assert code == 2 and says in error and len(error.splitlines()) == 1, error
+    code, _, error = in_process(judge.main, "judge.py", "--rows", path)
+    assert code == 2 and "--rows needs --against" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +353,12 @@ def test_the_command_goes_from_a_checkpoint_to_a_table(root, tmp_path, in_proces
     code, text, errors = in_process(judge.main, "judge.py", *options)
     assert code == 0, errors
     assert "| | with reference | another's reference | no reference | drawn |" in text
-    assert (tmp_path / "out" / "sheet.png").is_file() and (tmp_path / "out" / "rows.json").is_file()
+    assert (tmp_path / "out" / "sheet.png").is_file() and judge.LEGEND in text and "is 1 in 2" in text
+    rows = tmp_path / "out" / "rows.json"
+    assert len(judge.read_rows(rows)) == 2
+    code, text, errors = in_process(judge.main, "judge.py", *options, "--against", rows)
+    assert code == 0, errors
+    assert "| similarity ↑ | " in text and "| 0.000 | 0.000 | 0 | 0 |" in text  # one seed is one video
 
 
 def test_videos_are_those_of_sample_py(root, tmp_path, in_process):
@@ -283,10 +369,10 @@ def test_videos_are_those_of_sample_py(root, tmp_path, in_process):
     from common.media import read_frames
 
     path, told = root / "assets" / "tiny.safetensors", judge.cases(3, 2)
-    settings = judge.settings_of(path, steps=3)
+    recipe = judge.recipe_of(path, steps=3)
     photos = [case["reference"] for case in told]
     cpu = torch.device("cpu"), torch.float32
-    videos = judge.make_videos(path, root / "assets" / "gemma", told, photos, [4, 9], settings, *cpu)
+    videos = judge.make_videos(path, root / "assets" / "gemma", told, photos, [4, 9], recipe, *cpu)
     Image.fromarray(photos[1]).save(tmp_path / "ref.png")
     options = ["--ref", tmp_path / "ref.png", "--prompt", told[1]["caption"], "--seed", 9, "--steps", 3]
     shown = []
@@ -308,11 +394,11 @@ def judged(root):
     path, count = root / "assets" / "tiny.safetensors", 16
     told, look = judge.cases(0, count), eye.Eye.from_file(root / "assets" / "judge.safetensors")
     reader, cpu = FaceReader(root / "assets" / "faces", det_size=128), (torch.device("cpu"), torch.float32)
-    settings, following = judge.settings_of(path), [*range(1, count), 0]
+    recipe, following = judge.recipe_of(path), [*range(1, count), 0]
 
     def shares_of(photos, given=None):
         shown = [told[k]["reference"] for k in photos] if photos else None
-        made = judge.make_videos(path, root / "assets" / "gemma", told, shown, [*range(count)], settings, *cpu)
+        made = judge.make_videos(path, root / "assets" / "gemma", told, shown, [*range(count)], recipe, *cpu)
         rows = judge.measure(made, told, reader, look, given)
         return {
             key: np.mean([row[key] for row in rows if row[key] is not None]) for key in rows[0] if key in judge.COLUMNS

@@ -1,4 +1,4 @@
-"""tiny.py: the parts go together, each command is one that its program takes, and what is made is not made again."""
+"""toy/make.py: the parts fit together, each command is one that its program takes, nothing is made twice."""
 
 import json
 from types import SimpleNamespace
@@ -9,10 +9,11 @@ import torch
 import train
 from checkpoint import Checkpoint, write_modules
 from common.errors import UserError
-from config import read_config
-from engine import lora, recipe
+from config import PAPER, read_config
+from engine import lora
 from model import LTXVideo
 from text import TextConnector
+from toy import cache as toy_cache
 from toy import faces as toy_faces
 from toy import judge
 from toy import make as tiny
@@ -44,7 +45,7 @@ def test_the_parts_are_put_together(tmp_path):
     assert Checkpoint(path).ours["defaults"] == tiny.DEFAULTS and path.stat().st_size < 22e6
 
 
-MODULES = ("toy.faces", "toy.judge", "toy.text", "toy.vae", "engine.lora")
+MODULES = ("toy.faces", "toy.judge", "toy.text", "toy.vae", "toy.cache", "engine.lora")
 
 
 def test_every_command_is_one_that_its_program_takes(tmp_path, monkeypatch):
@@ -59,19 +60,22 @@ def test_every_command_is_one_that_its_program_takes(tmp_path, monkeypatch):
                 options = parsers[name]()
                 if name == "train.py":
                     config = read_config(options.config, options.set)
-                    assert config["model"]["scratch"] == (part == "video")
-                    assert bool(config["faces"]["pack"]) == (part == "identity")
-                    assert options.export or config["optim"]["batch"] % 2 == 0
+                    assert config.model.scratch == (part == "video")
+                    assert bool(config.faces.pack) == (part == "identity")
+                    assert options.export or config.optim.batch % 2 == 0
+                    assert config.data.cache == str(tmp_path / "cache")
             else:
-                program = {program.__name__: program for program in (toy_faces, toy_text, toy_vae, lora)}[name]
-                for behind_the_options in ("Path", "Checkpoint"):
+                program = {program.__name__: program for program in (toy_faces, toy_text, toy_vae, toy_cache, lora)}[
+                    name
+                ]
+                for behind_the_options in ("Path", "Checkpoint", "own_place"):
                     if hasattr(program, behind_the_options):
                         monkeypatch.setattr(program, behind_the_options, lambda *_: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     program.main()
                 monkeypatch.undo()
             seen.append(name)
-    assert seen == ["toy.faces", "toy.judge", "toy.text", "toy.vae", *["train.py"] * 8, "engine.lora"]
+    assert seen == ["toy.faces", "toy.judge", "toy.text", "toy.vae", "toy.cache", *["train.py"] * 8, "engine.lora"]
 
 
 def test_what_is_made_is_not_made_again(tmp_path, monkeypatch):
@@ -83,12 +87,13 @@ def test_what_is_made_is_not_made_again(tmp_path, monkeypatch):
     tiny.make("text", tmp_path)
     tiny.make("text", tmp_path)
     assert len(ran) == 1 and json.loads((tmp_path / "seconds.json").read_text()).keys() == {"text"}
+    tiny.make("cache", tmp_path)
     tiny.make("video", tmp_path)
-    assert ran[1] == "assembled" and len(ran) == 4
+    assert ran[1] == "assembled" and "toy.cache" in ran[2] and len(ran) == 5
     code = 2
     with pytest.raises(UserError, match="faces: the command above ended with code 2"):
         tiny.make("faces", tmp_path)
-    assert json.loads((tmp_path / "seconds.json").read_text()).keys() == {"text", "video"}
+    assert json.loads((tmp_path / "seconds.json").read_text()).keys() == {"text", "cache", "video"}
 
 
 def test_what_was_made_last_is_published(tmp_path):
@@ -113,4 +118,4 @@ def test_an_unknown_part_is_said(in_process):
 
 
 def test_the_guidance_of_the_checkpoint_is_what_sample_py_takes():
-    assert tiny.DEFAULTS.keys() == recipe.PAPER.keys()
+    assert tiny.DEFAULTS.keys() == PAPER.keys()

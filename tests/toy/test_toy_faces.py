@@ -188,6 +188,21 @@ def test_what_is_written_is_what_was_trained(tmp_path):
         assert found.shape == expected[0].shape and np.abs(found - expected[0].numpy()).max() <= 1e-4
 
 
+def test_insightface_runs_what_is_exported(tmp_path):
+    """It decides by names, shapes and number of outputs which file is a detector and which a recognizer."""
+    from insightface.app import FaceAnalysis
+
+    shaken(Detector()).save(tmp_path / "det.onnx", {"by": "a test"})
+    shaken(Recognizer()).save(tmp_path / "rec.onnx", {"by": "a test"})
+    app = FaceAnalysis(name=str(tmp_path), providers=["CPUExecutionProvider"])
+    app.prepare(ctx_id=-1)
+    assert set(app.models) == {"detection", "recognition"} and app.det_model.static_input_size == (SIDE, SIDE)
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+    boxes, points = app.det_model.detect(image, max_num=3)
+    assert boxes.shape[1:] == (5,) and points.shape[1:] == (5, 2)
+    assert app.models["recognition"].get_feat([image]).shape == (1, 64)
+
+
 def test_detector_loss_is_zero_for_what_insightface_would_decode_right():
     from insightface.model_zoo.scrfd import distance2bbox, distance2kps
 
