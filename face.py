@@ -9,10 +9,9 @@ compare the embeddings. So the gradient must run from the embedding back to the 
                           └──> detector: box, 5 landmarks ┘
                                InsightFace, no gradient
 
-The lower branch is a constant: a detector's output is a decision (is there a face, where), and a loss that could move
-the landmarks would learn to fool the crop. The warp and Phi are ordinary torch operations, equal to what insightface
-itself computes (`norm_crop`, then onnxruntime), so that the network is trained on the same number that an evaluation
-reports. Phi is read from the recognition ONNX of a model pack, node by node (common/onnx_reader.py).
+The lower branch is a constant: a loss that could move the landmarks would learn to fool the crop. The warp and Phi
+are torch operations, equal to insightface's own (`norm_crop`, then onnxruntime), so training and evaluation compute
+the same number. Phi is read from the recognition ONNX of a model pack, node by node (common/onnx_reader.py).
 
     detector, phi = FaceDetector("buffalo_l"), ArcFace.from_onnx(recognition_file("buffalo_l"))
     landmarks, boxes, valid = detector.detect(frames)       # valid is m_f of Eq. 9
@@ -45,12 +44,13 @@ ARCFACE_TEMPLATE = torch.tensor(  # left eye, right eye, nose, left and right co
 class FaceDetector:
     """InsightFace's detector (SCRFD or RetinaFace).
 
-    pack: name or folder of a model pack. device: onnxruntime's CUDA provider on that GPU if `device` is a CUDA device
-    and onnxruntime has the provider, else the CPU. det_size: (width, height) in pixels that frames are fitted into
-    for detection, or a list of such; None is insightface's own choice (since 2.x 128x128 and 640x640 together, so that
-    a face that fills the frame is found as well as a small one). A detector with a fixed input size keeps that.
-    det_thresh: least score of a face. Raises UserError when the pack is not there, or holds no detector with
-    landmarks, or a damaged one.
+    pack        name or folder of a model pack
+    device      a CUDA device: onnxruntime's CUDA provider on that GPU, if onnxruntime has it; else the CPU
+    det_size    (width, height) in pixels of the detector's input, or a list of sizes; None: insightface's own choice
+                (128x128 and 640x640 together, for faces that fill the frame and for small ones)
+    det_thresh  least score of a face
+
+    Raises UserError when the pack is missing, or holds no detector with landmarks, or a damaged one.
     """
 
     def __init__(
@@ -71,19 +71,18 @@ class FaceDetector:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
         sessions = onnxruntime.SessionOptions()
         sessions.intra_op_num_threads = torch.get_num_threads()  # its own default, all cores, is too many for each rank
-        options = {"providers": providers, "sess_options": sessions}
+        options = {"allowed_modules": ["detection"], "providers": providers, "sess_options": sessions}
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # some versions list every model they find
-                self.app = FaceAnalysis(name=str(folder), allowed_modules=["detection"], **options)
+            with contextlib.redirect_stdout(io.StringIO()):  # some versions list every model of the folder
+                self.app = FaceAnalysis(name=str(folder), **options)
                 self.app.prepare(ctx_id=0, det_thresh=det_thresh, **({"det_size": det_size} if det_size else {}))
-        except Exception as error:  # an assertion, or anything onnxruntime says about a file
-            cause = str(error) or "no file is a detector"
-            raise UserError(f"no face detector in {folder}: {cause}; take a pack from {RELEASES}") from error
-        if not self.app.det_model.use_kps:
-            raise UserError(f"the face detector in {folder} gives no landmarks; take a pack from {RELEASES}")
+            assert self.app.det_model.use_kps, "it gives no landmarks"
+            self.faces(torch.zeros(3, 64, 64))  # damage may show only when the model runs
+        except Exception as error:  # an assertion without text, or any exception of onnxruntime's about a file
+            reason = str(error) or "no file is a detector"
+            raise UserError(f"no face detector in {folder}: {reason}; take a pack from {RELEASES}") from error
         refuse_not_finite(self.app.det_model.model_file)
 
-    @torch.no_grad()
     def detect(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The face of each frame (n, 3, H, W), RGB in [-1, 1] -> landmarks (n, 5, 2), boxes (n, 4), valid (n,).
 
@@ -91,28 +90,26 @@ class FaceDetector:
         0 at the centre of the first pixel; a box may reach beyond the frame. valid is m_f of Eq. 9; rows without a
         face are zeros. The paper leaves open which of several faces counts: here the one with the largest box.
         """
-        landmarks, boxes = torch.zeros(len(frames), 5, 2), torch.zeros(len(frames), 4)
-        valid = torch.zeros(len(frames), dtype=torch.bool)
+        n, device = len(frames), frames.device
+        landmarks, boxes, valid = torch.zeros(n, 5, 2), torch.zeros(n, 4), torch.zeros(n, dtype=torch.bool)
         for i, frame in enumerate(frames):
             points, corners = self.faces(frame)
             if len(corners):
                 landmarks[i], boxes[i], valid[i] = points[0], corners[0], True
-        return landmarks.to(frames.device), boxes.to(frames.device), valid.to(frames.device)
+        return landmarks.to(device), boxes.to(device), valid.to(device)
 
     @torch.no_grad()
     def faces(self, frame: Tensor) -> tuple[Tensor, Tensor]:
         """All k faces of one frame (3, H, W), the largest box first -> landmarks (k, 5, 2), boxes (k, 4), on the CPU.
 
-        Coordinates as in `detect`. A strip 64 times longer than wide holds no face: fitted into the detector's input
-        it has no width.
+        Coordinates as in `detect`. A strip 64 times longer than wide holds no face: the detector gives it no width.
         """
         strip = max(frame.shape[1:]) > 64 * min(frame.shape[1:])
         image = to_bytes(frame).flip(0).permute(1, 2, 0).contiguous().cpu().numpy()  # (H, W, 3), BGR as in OpenCV
-        faces = sorted(
-            [] if strip else self.app.get(image), key=lambda f: (f.bbox[0] - f.bbox[2]) * (f.bbox[3] - f.bbox[1])
-        )
-        landmarks = torch.tensor([face.kps.tolist() for face in faces]).reshape(-1, 5, 2)
-        return landmarks, torch.tensor([face.bbox.tolist() for face in faces]).reshape(-1, 4)
+        faces = [] if strip else self.app.get(image)
+        boxes = torch.tensor([face.bbox.tolist() for face in faces]).reshape(-1, 4)
+        order = (boxes[:, 2:] - boxes[:, :2]).prod(1).argsort(descending=True, stable=True)
+        return torch.tensor([face.kps.tolist() for face in faces]).reshape(-1, 5, 2)[order], boxes[order]
 
 
 # --- Alignment: the similarity warp (differentiable in the pixels) ----------------------------------------------------
@@ -121,11 +118,10 @@ class FaceDetector:
 def similarity_matrix(landmarks: Tensor, size: int = CROP) -> Tensor:
     """landmarks (n, 5, 2) in pixels -> (n, 2, 3): x_crop = M [x, y, 1], the least-squares similarity, no reflection.
 
-    With both point sets centred and read as complex numbers s and d, the best d = z s is z = sum(conj(s) d) /
-    sum(|s|^2): its modulus is the scale and its argument the rotation. That is Umeyama's solution in the plane
-    (skimage's SimilarityTransform). Detached, and in float64: five points cost nothing, and a shift of a thousand
-    pixels has no digits to spare in float32. Landmarks that are not finite or lie within about half a pixel of each
-    other are no face: their matrix is zero.
+    Both point sets are centred and read as complex numbers s and d. The z that minimizes |d - z s|^2 is
+    sum(conj(s) d) / sum(|s|^2): its modulus is the scale, its argument the rotation (Umeyama's solution in the plane,
+    skimage's SimilarityTransform). Detached, and in float64, because a shift of a thousand pixels needs the digits.
+    Landmarks that are not finite, or lie within about half a pixel of each other, are no face: their matrix is zero.
     """
     source, target = landmarks.detach().double(), ARCFACE_TEMPLATE.to(landmarks.device).double() * (size / CROP)
     source_mean, target_mean = source.mean(1), target.mean(0)  # (n, 2), (2,)
@@ -141,10 +137,10 @@ def similarity_matrix(landmarks: Tensor, size: int = CROP) -> Tensor:
 def align(frames: Tensor, landmarks: Tensor, size: int = CROP) -> Tensor:
     """Align of Eq. 8: frames (n, 3, H, W) in [-1, 1], landmarks (n, 5, 2) in pixels -> crops (n, 3, size, size).
 
-    Equals insightface's `norm_crop` within interpolation error (OpenCV may round coordinates to 1/32 pixel), also in
-    that it does not smooth: a face much larger than 112 pixels is subsampled with aliasing, as it was when ArcFace was
-    trained. What lies outside the frame is black, -1, blended in at the border. The gradient reaches the frames; the
-    landmarks are constants. At least float32, under autocast too: bfloat16 cannot tell one pixel from the next.
+    Equals insightface's `norm_crop` within interpolation error (OpenCV may round coordinates to 1/32 pixel). Like
+    `norm_crop` it does not smooth: a face much larger than 112 pixels is subsampled with aliasing, as in ArcFace's
+    training. Outside the frame is black, -1, blended in at the border. The gradient reaches the frames; the landmarks
+    are constants. At least float32, under autocast too: bfloat16 cannot tell one pixel from the next.
     A row whose landmarks are no face (see `similarity_matrix`) gives a black crop and a gradient of zero.
     """
     n, _, height, width = frames.shape
@@ -172,8 +168,7 @@ def _is_recognition(graph) -> bool:
 
 
 def recognition_file(pack: str | Path, root: str | Path = "~/.insightface") -> Path:
-    """The recognition model of a pack (name or folder): the first .onnx by name, as insightface has it, with one
-    3x112x112 input and one output. UserError when there is none."""
+    """The recognition model of a pack: the first .onnx by name with one 3x112x112 input and one output."""
     files = pack_files(pack, root)
     for file in files:
         if _is_recognition(read_onnx(file, weights=False).graph):
@@ -200,16 +195,14 @@ class ArcFace(nn.Module):
             shapes = ", ".join(str(shape) for shape in input_shapes(model.graph).values())
             raise UserError(f"{path} is no face recognition model: its input is {shapes}, not one of [n, 3, 112, 112]")
         # insightface's own rule for graphs that normalize by themselves (mxnet's): they are fed 0..255.
-        first = [node.name for node in model.graph.node[:8]]
-        raw_pixels = all(any(name.startswith(kind) for name in first) for kind in (("Sub", "_minus"), ("Mul", "_mul")))
+        names = [node.name for node in model.graph.node[:8]]
+        raw_pixels = all(any(name.startswith(kind) for name in names) for kind in (("Sub", "_minus"), ("Mul", "_mul")))
         arcface = cls(OnnxGraph(model, path), raw_pixels)
         try:
             with torch.no_grad():
-                e = arcface(torch.zeros(1, 3, CROP, CROP))
-        except Exception as error:  # sizes of two weights that do not fit together, for instance
+                arcface(torch.zeros(1, 3, CROP, CROP))
+        except Exception as error:  # two weights whose sizes do not fit together, for instance
             raise UserError(f"{path} is damaged: {error}; take it anew from {RELEASES}") from error
-        if not e.isfinite().all():
-            raise UserError(f"{path} is damaged: its embeddings are NaN or infinite; take it anew from {RELEASES}")
         return arcface
 
     def __init__(self, network: OnnxGraph, raw_pixels: bool):  # raw_pixels: the graph takes 0..255
@@ -231,7 +224,7 @@ def embed(frames: Tensor, landmarks: Tensor, arcface: ArcFace) -> Tensor:
     arcface    Phi                frozen
     returns    e_f  (n, E)        raw; E is 512 in InsightFace's packs
 
-    A row without a face (landmarks zero) gives the embedding of a black crop, finite and without gradient: mask it
-    with `valid`, m_f of Eq. 9. Raises nothing for such rows; frames of NaN give embeddings of NaN.
+    A row without a face (landmarks zero) gives the embedding of a black crop, finite and without gradient, and no
+    error: mask it with `valid`, m_f of Eq. 9.
     """
     return arcface(align(frames, landmarks))

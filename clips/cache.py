@@ -42,6 +42,7 @@ from tqdm import tqdm
 from checkpoint import NAMES, Checkpoint, write
 from clips.manifest import Clip, Rejected, load_clip, read_manifest
 from common.errors import UserError, whole_file
+from common.media import from_bytes
 from face import ArcFace, FaceDetector, embed, recognition_file
 from text import GEMMA, PROJECTION, TextEncoder
 from vae import VideoVAE, latent_scale
@@ -352,7 +353,7 @@ def _write_shards(
                 video = torch.from_numpy(loaded["frames"]).to(weight.device).permute(3, 0, 1, 2)  # (3, F, H, W)
                 image, landmarks = (loaded[key].to(weight.device) for key in ("image", "landmarks"))
                 parts = {
-                    "latents": vae.encode((video.float() / 127.5 - 1).to(weight.dtype)[None])[0].bfloat16(),
+                    "latents": vae.encode(from_bytes(video).to(weight.dtype)[None])[0].bfloat16(),
                     "features": texts[f"{row:07d}.features"],
                     "image": torch.frombuffer(loaded["png"], dtype=torch.uint8),
                     "e_ref": embed(image, landmarks, arcface)[0].float(),

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from clips.manifest import FACE_MARGIN
 from common.errors import UserError
+from common.media import from_bytes, to_bytes
 from evaluation.curricular import CurricularFace
 from face import ArcFace, FaceDetector, align, embed, recognition_file
 from losses import temporal_identity_loss
@@ -91,7 +92,7 @@ class FaceReader:
         return Faces(*[None if column[0] is None else torch.cat(column).cpu() for column in columns])
 
     def _read(self, frames: np.ndarray) -> Faces:
-        x = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, H, W)
+        x = from_bytes(torch.from_numpy(frames).to(self.device)).permute(0, 3, 1, 2)  # (n, 3, H, W)
         landmarks, boxes, found = self.detector.detect(x)
         arc = self.arc(x, landmarks)  # (n, E)
         retried = ~found
@@ -120,7 +121,7 @@ def insightface_embed(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
     model = get_model(str(file), providers=["CPUExecutionProvider"])
 
     def embed_all(frames: Tensor, landmarks: Tensor) -> Tensor:
-        images = ((frames + 1) * 127.5).round().byte().flip(1).permute(0, 2, 3, 1).cpu().numpy()  # BGR
+        images = to_bytes(frames).flip(1).permute(0, 2, 3, 1).cpu().numpy()  # (n, H, W, 3), BGR
         rows = [np.zeros(model.output_shape[-1], np.float32) for _ in images]
         for i, (image, points) in enumerate(zip(np.ascontiguousarray(images), landmarks.cpu().numpy())):
             if points.any():

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
-from common.media import to_tensor, to_uint8
+from common.media import from_bytes, to_tensor, to_uint8
 from config import ASSETS
 from data import FITS
 from engine.recipe import PAPER, begin_with, resolve_settings
@@ -143,7 +143,7 @@ def measure(
     photos = torch.from_numpy(np.stack([case["reference"] for case in told]))
     points = torch.from_numpy(np.stack([case["reference_landmarks"] for case in told])).to(reader.device)
     with torch.no_grad():
-        e_ref = reader.arc(photos.to(reader.device).permute(0, 3, 1, 2).float() / 127.5 - 1, points).cpu()  # (N, E)
+        e_ref = reader.arc(from_bytes(photos.to(reader.device)).permute(0, 3, 1, 2), points).cpu()  # (N, E)
     of_photos = look.read(photos.numpy())["scene"]
     rows = []
     for k, (frames, case) in enumerate(zip(videos, told)):
