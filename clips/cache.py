@@ -373,7 +373,7 @@ def _parts(loaded: dict[str, Any], clip: Clip, features: Tensor, vae: VideoVAE, 
     video = torch.from_numpy(loaded["frames"]).to(weight.device).permute(3, 0, 1, 2)  # (3, F, H, W)
     image, landmarks = (loaded[key].to(weight.device) for key in ("image", "landmarks"))  # (1, 3, H, W), (1, 5, 2)
     parts = {
-        "latents": vae.encode((video.float() / 127.5 - 1).to(weight.dtype)[None])[0].bfloat16(),  # (C, T, h, w)
+        "latents": vae.encode(from_bytes(video).to(weight.dtype)[None])[0].bfloat16(),  # (C, T, h, w)
         "features": features,  # (tokens, D)
         "image": torch.frombuffer(loaded["png"], dtype=torch.uint8),
         "e_ref": embed(image, landmarks, arcface)[0].float(),  # (E,)

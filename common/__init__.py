@@ -8,3 +8,5 @@ sleep. OpenMP reads the variable once, when torch loads it; so commands and fold
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# onnxruntime stores a device id under ~/.cache and sends usage events from the moment it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

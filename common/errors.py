@@ -1,23 +1,33 @@
-"""What went wrong, for the person who can mend it: one clear line, exit code 2, no traceback.
+"""One clear line for the person who can mend the cause, exit code 2, no traceback.
 
-A function raises `UserError` when the cause lies outside the code (a file, an option, a machine). Its text says
-what is wrong, where, and what to do. Every command wraps its `main` in `one_line_errors`; anything else that
-escapes is a bug and keeps its traceback.
+A function raises `UserError` when the cause lies outside the code (a file, an option, a machine). Its text names
+what is wrong, where, and what to do. Every command runs inside `one_line_errors`. Any other exception is a bug: one
+line too, with exit code 70; the traceback appears with ST_DRC_TRACEBACK=1 in the environment.
 """
 
 import argparse
+import errno
+import fcntl
+import io
 import os
+import re
+import secrets
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
+TRACEBACK = "ST_DRC_TRACEBACK"  # environment variable
+BUG, INTERRUPTED, CLOSED_PIPE = 70, 130, 141  # exit codes: EX_SOFTWARE of sysexits.h; a shell's for SIGINT and SIGPIPE
+ROOT = Path(__file__).resolve().parent.parent
+
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what, where, what to do."""
+    """A cause that the user can mend. The message is one line: what, where, what to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,43 +39,154 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Run a command: a `UserError`, an error of the operating system or of memory becomes one line and exit code 2."""
+    """Run a command. Any exception becomes one line on stderr and an exit code: 2 for the user, 70 for a bug."""
+    _usable_streams()
     try:
         yield
+        sys.stdout.flush()  # a closed pipe shows here and not while Python exits
     except UserError as error:
-        sys.exit(_report(str(error)))
+        _leave(str(error))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():  # `| head` has read enough
+            sys.exit(CLOSED_PIPE)
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_report(f"{error.strerror or error}{where}"))
+        _leave(f"{error.strerror or error}{where}")
     except MemoryError:
-        sys.exit(_report("out of memory: take a smaller size or fewer frames"))
+        _leave("out of memory: take a smaller size or fewer frames")
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        sys.exit(_report(f"out of GPU memory: {reason}; take a smaller size or fewer frames"))
-    except RuntimeError as error:  # torch has no class of its own for a CPU that is out of memory
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        sys.exit(_report("out of memory: take a smaller size or fewer frames"))
+        _leave(f"out of GPU memory: {reason}; take a smaller size or fewer frames")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        # torch has no class of its own for a CPU that is out of memory.
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+            _leave("out of memory: take a smaller size or fewer frames")
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            raise
+        _leave(
+            f"{type(error).__name__}: {error} at {_place(error)}: this is a bug; "
+            f"{TRACEBACK}=1 in the environment shows the traceback",
+            BUG,
+        )
 
 
-def _report(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+def printable(message: str) -> str:
+    """A message as one line that any terminal prints: no line break, no escape sequence, no half of a character."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    return line if len(line) <= 1500 else f"{line[:700]} ... {line[-700:]}"
+
+
+def _leave(message: str, code: int = 2) -> NoReturn:
+    with suppress(OSError):  # a closed pipe, a full disk: the exit code is what is left to say
+        print("error: " + printable(message), file=sys.stderr)
+    sys.exit(code)
+
+
+def _place(error: Exception) -> str:
+    """File and line of the innermost call that is this project's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename]
+    frame = (own or frames)[-1]
+    path = Path(frame.filename)
+    return f"{path.relative_to(ROOT) if own else path}:{frame.lineno}"
+
+
+def _usable_streams() -> None:
+    """Standard streams that exist and that take every file name.
+
+    Where a stream is closed, the next opened file would get its number, and a library's warning would be written
+    into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a name may not be UTF-8
+
+
+def _nobody_reads_stdout() -> bool:
+    """Try stdout. If its pipe is closed, discard what is left to print: Python would complain while it exits."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+# --- Files that are there whole or not at all -------------------------------------------------------------------------
+
+# Errors of the operating system that concern the output and not the code that writes it.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
+         errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # fmt: skip
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved onto it when the block ends well and removed when it does not.
 
-    So an output is there complete or not at all, whatever happens in between. The suffix stays last, because
-    writers of images and videos choose the format by it.
+    So an output is there complete or not at all, whatever happens in between. The temporary file is new (O_EXCL) and
+    its name cannot be guessed, so no link planted there is followed. It is locked while the block runs: leftovers of
+    killed runs are those without a lock, and the next run that writes the same file removes them. The suffix stays
+    last, because writers of images and videos choose the format by it.
+
+    Raises UserError with the name of `path` for a full disk, a read-only folder and the like.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    path, temporary, lock = Path(path), None, None
     try:
+        remove_leftovers(path)
+        temporary, lock = _new_file(path)
+        os.utime(temporary, ns=(0, 0))  # every write moves this date, so an untouched file is recognized below
         yield temporary
+        if os.stat(temporary).st_mtime_ns == 0:
+            raise FileNotFoundError(f"no byte of {path} was written")
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in _DISK or str(error.filename) not in ("None", str(temporary), str(path)):
+            raise
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with suppress(OSError):  # the folder may be gone
+                temporary.unlink(missing_ok=True)
+            os.close(lock)
+
+
+def _new_file(path: Path) -> tuple[Path, int]:
+    """A new empty file beside `path`, open and locked: its name and its descriptor."""
+    while True:
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.part{path.suffix}")
+        file = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        _lock(file, wait=True)
+        if os.fstat(file).st_nlink:
+            return temporary, file
+        os.close(file)  # another process took it for a leftover in the moment before it was locked
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove the temporary files of killed runs of `whole_file(path)`, and none that a living process writes."""
+    path = Path(path)
+    name = re.compile(rf"\.{re.escape(path.stem)}\.\w+\.part{re.escape(path.suffix)}")
+    with suppress(FileNotFoundError):  # no such folder yet
+        for leftover in [path.with_name(entry) for entry in os.listdir(path.parent) if name.fullmatch(entry)]:
+            with suppress(OSError):  # another process was faster, or the file is another user's
+                file = os.open(leftover, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if _lock(file):
+                        leftover.unlink()
+                finally:
+                    os.close(file)
+
+
+def _lock(file: int, wait: bool = False) -> bool:
+    """Lock an open file until it is closed. False if a process holds it, or if the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True

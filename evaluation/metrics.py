@@ -23,6 +23,7 @@ from torch import Tensor
 
 from clips.manifest import FACE_MARGIN
 from common.errors import UserError
+from common.media import from_bytes
 from evaluation.curricular import CurricularFace, require_finite
 from face import ArcFace, FaceDetector, align, embed, recognition_file
 from losses import temporal_identity_loss
@@ -82,7 +83,7 @@ class FaceReader:
         return Faces(*[None if column[0] is None else torch.cat(column).cpu() for column in columns])
 
     def _read(self, frames: np.ndarray) -> Faces:
-        x = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, H, W)
+        x = from_bytes(torch.from_numpy(frames).to(self.device)).permute(0, 3, 1, 2)  # (n, 3, H, W)
         landmarks, boxes, valid = self.detector.detect(x)
         arc = embed(x, landmarks, self.arcface)  # (n, E)
         retried = ~valid

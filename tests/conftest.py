@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; read when transformers is first imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["ST_DRC_TRACEBACK"] = "1"  # an unexpected exception keeps its traceback in a test
 torch.set_num_threads(2)
 
 ROOT = Path(__file__).resolve().parent.parent

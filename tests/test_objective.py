@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import face
+from common import onnx_reader
 from common.media import read_image, read_video, to_tensor
 from data import letterbox
 from face import ARCFACE_TEMPLATE, ArcFace, embed, recognition_file
@@ -173,7 +173,7 @@ def test_identity_gradient_reaches_the_first_block_and_is_right(build, dit, ckpt
     """
     if smooth:
         activation = lambda a, x, slope: slope * x + (1 - slope) * nn.functional.softplus(x)  # noqa: E731
-        monkeypatch.setitem(face.OPERATORS, "PRelu", activation)
+        monkeypatch.setitem(onnx_reader.OPERATORS, "PRelu", activation)
     model, identity = double_parts(build, dit, ckpt, pack, lambda_id=lambdas[0], lambda_tic=lambdas[1])
     named = dict(model.transformer_blocks[0].named_parameters())
     loss = identity()

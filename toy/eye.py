@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from checkpoint import NAMES, write
 from common.errors import UserError
+from common.media import from_bytes, to_bytes
 from toy import world as toy
 from toy.portrait import landmarks, render
 from toy.traits import TRAITS, Identity
@@ -81,7 +82,7 @@ class Eye(nn.Module):
         """frames (n, H, W, 3) bytes -> "scene" (n, 23), "skin" (n,), and each of CLASSES as numbers in it (n,)."""
         parts = []
         for chunk in np.array_split(frames, max(1, len(frames) // 256)):
-            x = torch.from_numpy(chunk).to(self.mean.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x = from_bytes(torch.from_numpy(chunk).to(self.mean.device)).permute(0, 3, 1, 2)
             if x.shape[2:] != (SIZE, SIZE):
                 x = F.interpolate(x, (SIZE, SIZE), mode="area")
             parts.append([part.cpu() for part in self(x)[:2]])
@@ -169,7 +170,7 @@ def train(path: str | Path, seconds: float, seed: int, device: torch.device, bat
             at = (at + 8) % len(pool[0])
         pick = rng.integers(len(pool[0]), size=batch)
         pixels, y, labels, points = (torch.from_numpy(store[pick]).to(device) for store in pool)
-        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = from_bytes(pixels).permute(0, 3, 1, 2)
         mirror = torch.rand(batch, 1, device=device) < 0.5
         x = torch.where(mirror[..., None, None], x.flip(3), x)
         y = torch.where(mirror, y * sign, y)
@@ -201,8 +202,8 @@ def accuracy(eye: Eye, seed: int, clips: int, worse: bool) -> dict[str, float]:
     frames, numbers, classes, _ = (np.concatenate(column) for column in columns)
     if worse:
         torch.manual_seed(seed)
-        x = worsen(torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1)
-        frames = ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+        x = worsen(from_bytes(frames).permute(0, 3, 1, 2))
+        frames = to_bytes(x).permute(0, 2, 3, 1).numpy()
     told = eye.read(frames)
     read = np.concatenate([told["scene"], told["skin"][:, None]], 1)
     rest = ((read - numbers) ** 2).mean(0) / numbers.var(0)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.errors import Parser, one_line_errors
+from common.media import from_bytes
 from face import CROP, ArcFace, FaceDetector, embed, recognition_file, similarity_matrix
 from toy.facenets import SIDE, WIDTH, Detector, Recognizer, anchor_grid, arc_loss, detector_loss
 from toy.portrait import boxes, landmarks, render
@@ -237,7 +238,7 @@ def train_recognizer(out: Path, seed: int, steps: int, people: int, device: str)
 
 
 def _frames(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_bytes(images).permute(0, 3, 1, 2)
 
 
 def measure_detector(detector: FaceDetector, seed: int = 0, people: int = 100) -> dict[str, float]:

@@ -31,13 +31,14 @@ from tqdm import tqdm
 from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
-from common.media import to_tensor, to_uint8
+from common.media import from_bytes, to_tensor, to_uint8
 from common.schema import FiniteFloat, Share, parse_json, record
 from config import ASSETS, PAPER
 from data import FITS
 from engine.recipe import Recipe, begin_with, resolve_recipe
 from evaluation.metrics import FaceReader, face_sim, identity_drift
 from evaluation.report import bootstrap, draw_sheet
+from face import embed
 from guidance import generate_batch
 from model import LTXVideo
 from text import TextEncoder
@@ -188,7 +189,8 @@ def measure(
     photos = torch.from_numpy(np.stack([clip["reference"] for clip in clips]))
     points = torch.from_numpy(np.stack([clip["reference_landmarks"] for clip in clips])).to(reader.device)
     with torch.no_grad():
-        e_ref = reader.arc(photos.to(reader.device).permute(0, 3, 1, 2).float() / 127.5 - 1, points).cpu()  # (N, E)
+        images = from_bytes(photos.to(reader.device)).permute(0, 3, 1, 2)
+        e_ref = embed(images, points, reader.arcface).cpu()  # (N, E)
     of_photos = eye.read(photos.numpy())["scene"]
     rows = []
     for k, (frames, clip) in enumerate(zip(videos, clips)):

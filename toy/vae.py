@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from checkpoint import write_modules
 from common.errors import Parser, one_line_errors, whole_file
-from common.media import to_uint8
+from common.media import from_bytes, to_uint8
 from toy.world import toy_clip
 from vae import Conv3d, ResStack, VideoVAE, pixel_norm, space_to_depth
 
@@ -82,7 +82,7 @@ def draw_clips(seed: int, count: int, split: str = "train") -> tuple[Tensor, Ten
 
 
 def to_float(video: Tensor, device: torch.device) -> Tensor:
-    return video.to(device).float() / 127.5 - 1
+    return from_bytes(video.to(device))
 
 
 def first_repeated(x: Tensor, time: int) -> Tensor:
