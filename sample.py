@@ -24,14 +24,15 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, file_name
+from checkpoint import Checkpoint, open_checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors
 from common.media import contact_sheet, read_image, to_tensor, to_uint8, write_video
 from config import ASSETS
 from data import FITS
-from engine.fp8 import store_in_fp8
-from engine.lora import LoRA, merge_lora
+from engine.check import check
+from engine.fp8 import load_fp8
+from engine.lora import LoRA, merge_lora, merged
 from engine.offload import offload
 from engine.parallel import join_processes
 from engine.recipe import PRESETS, begin_with, resolve_loras, resolve_settings
@@ -185,10 +186,15 @@ def load_dit(
 ) -> LTXVideo:
     """The DiT with its LoRAs, stored and run as --fp8, --offload and --compile say."""
     # A card that is too small for the model in bf16 never sees it in bf16.
-    first = "cpu" if options.fp8 or options.offload else device
-    model = merge_lora(LTXVideo.from_checkpoint(path, first, dtype), loras)
+    first = "cpu" if options.offload else device
     if options.fp8:
-        store_in_fp8(model, "cpu" if options.offload else device)
+        checkpoint = open_checkpoint(path)
+        with torch.device("meta"):
+            model = LTXVideo(checkpoint.config["transformer"])
+        changes = {layer: partial(merged, layer=layer, loras=loras) for lora in loras for layer in lora.pairs}
+        load_fp8(model, checkpoint, first, dtype, changes)
+    else:
+        model = merge_lora(LTXVideo.from_checkpoint(path, first, dtype), loras)
     model = offload(model, device) if options.offload else model.to(device)
     return model.compile_blocks() if options.compile else model
 
@@ -247,39 +253,6 @@ def resolve_outputs(options: argparse.Namespace) -> list[tuple[int, Path]]:
 
 def default_gemma(options: argparse.Namespace) -> str | Path:
     return GEMMA if options.ckpt else ASSETS / "gemma"
-
-
-def check(checkpoint: Checkpoint) -> None:
-    """Print tensors, parameters and bytes of each part, and what is missing. No tensor data is read."""
-    with torch.device("meta"):
-        vae = VideoVAE(checkpoint.config["vae"])
-        parts = {
-            "DiT": (LTXVideo(checkpoint.config["transformer"]), LTXVideo.PREFIXES),
-            "text projection and connector": (TextConnector.for_checkpoint(checkpoint), TextConnector.PREFIXES),
-            "VAE encoder": (vae.encoder, {"": "vae.encoder."}),
-            "VAE decoder": (vae.decoder, {"": "vae.decoder."}),
-            "VAE statistics": (vae.per_channel_statistics, {"": "vae.per_channel_statistics."}),
-        }
-    print(f"{checkpoint.path}: LTX {checkpoint.metadata.get('model_version')}")
-    print(f"{'part':32}{'tensors':>10}{'parameters':>16}{'bytes':>18}")
-    problems, total = [], [0, 0, 0]
-    for title, (module, prefixes) in parts.items():
-        row = [0, 0, 0]
-        for name, slot in module.state_dict().items():
-            source = file_name(name, prefixes)
-            if problem := checkpoint.misfit(source, slot):
-                problems.append(problem)
-                continue
-            start, end = checkpoint.tensors[source]["data_offsets"]
-            row = [row[0] + 1, row[1] + slot.numel(), row[2] + end - start]
-        total = [a + b for a, b in zip(total, row)]
-        print(f"{title:32}{row[0]:>10,}{row[1]:>16,}{row[2]:>18,}")
-    print(f"{'all that is needed':32}{total[0]:>10,}{total[1]:>16,}{total[2]:>18,}")
-    print(f"{'ignored (audio and others)':32}{len(checkpoint.tensors) - total[0] - len(problems):>10,}")
-    if problems:
-        rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{checkpoint.path} is not whole: {'; '.join(problems[:3])}{rest}")
-    print("nothing is missing")
 
 
 if __name__ == "__main__":

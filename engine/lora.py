@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from checkpoint import NAMES, OUR_METADATA, Checkpoint, distilled_sign, file_name, json_object, write
+from checkpoint import NAMES, OUR_METADATA, Checkpoint, distilled_sign, file_name, write
 from common.errors import Parser, UserError, one_line_errors
+from common.ltx_file import read_ours
 from model import LTXVideo
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -141,7 +142,7 @@ class LoRA:
         except (SafetensorError, ValueError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from None
         self.metadata: dict[str, str] = self.file.metadata() or {}
-        self.ours: dict = json_object(self.metadata.get(OUR_METADATA), self.path)
+        self.ours: dict = read_ours(self.metadata, self.path)
         layers, names = linear_layers(model), self.file.keys()
         found: dict[str, dict[str, str]] = {}  # layer -> {"A": name in the file, "B": ..., "alpha": ...}
         self.audio = 0
