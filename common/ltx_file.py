@@ -65,12 +65,10 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]], 
     size = path.stat().st_size
     with open(path, "rb") as file:
         first = file.read(32)
-        for sign, what in FIRST_BYTES.items():
-            if first.startswith(sign):
-                raise UserError(f"{path} is not a whole safetensors file but {what}")
         length = struct.unpack("<Q", first[:8])[0] if size >= 8 else 0
-        if size >= 9 and (length > LARGEST_HEADER or first[8:9] != b"{"):
-            raise UserError(f"{path} is not a safetensors file: its first bytes are {first[:16]!r}")
+        if size > 8 and (length > LARGEST_HEADER or first[8:9] != b"{"):
+            what = (f"but {what}" for sign, what in FIRST_BYTES.items() if first.startswith(sign))
+            raise UserError(f"{path} is not a whole safetensors file {next(what, f'(first bytes {first[:16]!r})')}")
         if size < 8 + max(length, 2):
             raise UserError(
                 f"{path} is not a whole safetensors file: it ends after {size:,} bytes, inside its header: "
