@@ -2,12 +2,17 @@
 
 The released file holds the transformer (video and audio), the video VAE, the text projection, an audio VAE and a
 vocoder, about 46 GB in bf16. This project needs the 1,758 tensors of the video branch. They are read one at a time,
-straight to the device and dtype asked for, into modules that were built on the meta device; so loading takes the
-tensors' own size and no more, and nothing of the audio branch is touched.
+straight to the device and dtype of a module that was built on the meta device. Loading therefore takes the memory of
+the loaded tensors and no more, and nothing of the audio branch is read.
 
-        8 bytes | JSON header: {"__metadata__": {"config": ...}, name: {dtype, shape, data_offsets}, ...} | data
-        length  |
+A weight may be stored in fp8, as q (out, in) with a scale in a tensor beside it; its value is w = q * scale:
 
+        X.weight_scale   in the released fp8 files and those of ComfyUI: one number, or one for each row
+        X.scale_weight   in older files of ComfyUI
+        none             a plain cast: scale 1
+
+A transformer alone is read together with a base, a second file that supplies the rest: the other tensors, and the
+config where the first file has none.
 Files are read with plain reads rather than mapped: a map would count the whole file as resident memory.
 """
 
@@ -15,125 +20,188 @@ import json
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import UserError, whole_file
+from common.ltx_file import (
+    DTYPES,
+    OUR_METADATA,
+    kind,
+    read_config,
+    read_formats,
+    read_header,
+    read_ours,
+    require_supported,
+)
+from common.schema import parse_json
 
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("BF16", "F16", "F32", "F64")
+FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # the same format in ComfyUI's words
+LARGEST_BITS = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}  # of a finite number, without the sign
 
 PIECE = 4 * 2**20  # elements that are converted at a time
 
-OUR_METADATA = "nano_st_drc"  # what only this project needs to know, as JSON, beside the model's own config
-
-# What the code here takes for granted. Another value means another model, which would load and sample wrongly.
-SUPPORTED = {
-    "transformer": {
-        "_class_name": "AVTransformer3DModel",
-        "activation_fn": "gelu-approximate",
-        "apply_gated_attention": True,
-        "attention_bias": True,
-        "caption_proj_before_connector": True,
-        "causal_temporal_positioning": True,
-        "connector_apply_gated_attention": True,
-        "cross_attention_adaln": True,
-        "frequencies_precision": "float64",
-        "norm_elementwise_affine": False,
-        "positional_embedding_type": "rope",
-        "qk_norm": "rms_norm",
-        "rope_type": "split",
-        "text_encoder_norm_type": "per_token_rms",
-        "timestep_scale_multiplier": 1000,
-        "use_middle_indices_grid": True,
-    },
-    "vae": {
-        "_class_name": "CausalVideoAutoencoder",
-        "causal_decoder": False,
-        "dims": 3,
-        "latent_log_var": "uniform",
-        "norm_layer": "pixel_norm",
-        "spatial_padding_mode": "zeros",
-        "timestep_conditioning": False,
-    },
-}
+DIT = "model.diffusion_model."
+DIT_PREFIXES = (DIT, "diffusion_model.", "transformer.", "model.", "")  # of a transformer alone
+AUDIO = ("audio_", "av_ca_", "video_to_audio_", "scale_shift_table_a2v_")  # signs of the audio branch in a name
 
 
 class Checkpoint:
-    """An open LTX-2.3 checkpoint: `config`, `metadata`, `ours` (this project's own entry) and tensors by name."""
+    """An open LTX-2.3 checkpoint: `config`, `metadata`, `ours` (this project's own entry) and `tensors` by name."""
 
-    def __init__(self, path: str | Path):
-        """Read and check the header. Raises UserError if the file is missing, damaged, or not LTX-2.3."""
+    def __init__(self, path: str | Path, base: str | Path | None = None):
+        """Read and check the headers. UserError if a file is missing, damaged, or not LTX-2.3.
+
+        `base` is the file with everything that `path` lacks where `path` holds a transformer alone.
+        """
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"no checkpoint at {path}: give --ckpt the path of ltx-2.3-22b-dev.safetensors")
-        try:
-            with safe_open(self.path, framework="numpy"):  # the library checks that header and length agree
-                pass
-        except (SafetensorError, ValueError) as error:
-            raise UserError(
-                f"{path} is not a whole safetensors file ({error}): compare its size with the download page's "
-                "and download it again"
-            ) from None
-        with open(self.path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        self.data_start = 8 + length
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self.tensors: dict[str, dict[str, Any]] = header
-        config = json_object(self.metadata.get("config"), self.path)
-        self.config: dict[str, Any] = Config({part: value for part, value in config.items() if isinstance(value, dict)})
-        self.ours: dict[str, Any] = json_object(self.metadata.get(OUR_METADATA), self.path)
-        _require_ltx23(self)
+        self.metadata, self.tensors, start = read_header(self.path)
+        self.config, self.ours = read_config(self.metadata, path), read_ours(self.metadata, path)
+        self.layer_formats = read_formats(self.metadata, path)
+        # where a tensor's first byte is: file, offset
+        self.places = {name: (self.path, start + entry["data_offsets"][0]) for name, entry in self.tensors.items()}
+        if base is not None:
+            self._add_base(Checkpoint(base))
+        other = kind(self.tensors, self.config, self.metadata.get("model_version", ""))
+        if other:
+            what, instead = other
+            raise UserError(f"{path} is not an LTX-2.3 checkpoint: it looks like {what}: {instead}")
+        require_supported(self.config, path)
+        for name in self.tensors:
+            needed = name.endswith(".weight") and not any(sign in name for sign in AUDIO)
+            if needed and (problem := self.unreadable(name)):
+                raise UserError(f"{path}: {problem}")
+
+    def _add_base(self, base: "Checkpoint") -> None:
+        """Take everything but the transformer of the video branch from `base`."""
+        prefix = next((p for p in DIT_PREFIXES if f"{p}patchify_proj.weight" in self.tensors), None)
+        if prefix is None:
+            what, _ = kind(self.tensors, {}, "")
+            raise UserError(f"{self.path} holds no transformer to complete from --base: it looks like {what}")
+        own = {f"{DIT}{name.removeprefix(prefix)}" if name.startswith(prefix) else name: name for name in self.tensors}
+        rest = [
+            name
+            for name in base.tensors
+            if not name.startswith(DIT) or "connector." in name or any(sign in name for sign in AUDIO)
+        ]
+        self.tensors = {name: base.tensors[name] for name in rest} | {n: self.tensors[o] for n, o in own.items()}
+        self.places = {name: base.places[name] for name in rest} | {n: self.places[o] for n, o in own.items()}
+        self.config, self.ours = base.config | self.config, base.ours | self.ours
+        self.metadata = base.metadata | self.metadata
+        self.layer_formats = base.layer_formats | self.layer_formats
+
+    # ---- what is stored how
+
+    def scale_name(self, name: str) -> str | None:
+        """The tensor with the scale of an fp8 weight; None for other tensors and for a plain cast."""
+        if self.tensors[name]["dtype"] not in FP8 or not name.endswith(".weight"):
+            return None
+        layer = name.removesuffix("weight")
+        return next((n for n in (f"{layer}weight_scale", f"{layer}scale_weight") if n in self.tensors), None)
+
+    def unreadable(self, name: str) -> str | None:
+        """Why the stored form of a tensor cannot be read, or None if it can."""
+        dtype, rows = self.tensors[name]["dtype"], self.tensors[name]["shape"][:1]
+        options, scale = self._quantization(name.removesuffix(".weight")), self.scale_name(name)
+        scale_shape = self.tensors[scale]["shape"] if scale else []
+        forms = (
+            (f"{name}_scale_2" in self.tensors, "nvfp4, two numbers a byte"),
+            (dtype == "I8" and "convrot" in options, "int8 with rotation"),
+            (dtype == "I8", "int8"),
+            (dtype not in FP8 and dtype not in FLOATS, dtype),
+            (dtype in FP8 and options.get("format", FP8[dtype]) != FP8[dtype], str(options.get("format"))),
+            (f"{name}_scale_inv" in self.tensors, f"{dtype} with a scale for each tile"),
+            (scale and self.tensors[scale]["dtype"] not in FLOATS, f"{dtype} with scales in another format"),
+            (scale_shape not in ([], [1], [1, 1], rows, [*rows, 1]), f"{dtype} with scales of shape {scale_shape}"),
+        )
+        form = next((form for holds, form in forms if holds), None)
+        return form and f"tensor {name} is stored as {form}, which is not read here: take the bf16 or the fp8 file"
+
+    def _quantization(self, layer: str) -> dict[str, Any]:
+        """ComfyUI's note about the format of a layer: a tensor of JSON beside it, or an entry in the metadata."""
+        name = f"{layer}.comfy_quant"
+        if name in self.tensors:
+            return parse_json(dict[str, Any], bytes(self.read_bytes(name)), f"{self.path}: {name}")
+        return self.layer_formats.get(layer) or self.layer_formats.get(layer.removeprefix(DIT), {})
+
+    def misfit(self, name: str, slot: Tensor) -> str | None:
+        """Why the file's tensor `name` cannot fill `slot`, or None if it can."""
+        if name not in self.tensors:
+            return f"tensor {name} is missing"
+        if problem := self.unreadable(name):
+            return problem
+        shape = self.tensors[name]["shape"]
+        if shape != list(slot.shape):
+            return f"tensor {name} has shape {shape} where the config says {list(slot.shape)}"
+        return None
+
+    # ---- reading
 
     def read_bytes(self, name: str) -> bytearray:
-        """One tensor's bytes as they are in the file."""
+        """The bytes of one tensor as they are in the file."""
         start, end = self.tensors[name]["data_offsets"]
         data = bytearray(end - start)
         self._fill(name, 0, data)
         return data
 
     def _fill(self, name: str, offset: int, data: bytearray) -> None:
-        """The tensor's bytes from `offset` on, as many as `data` takes."""
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.data_start + self.tensors[name]["data_offsets"][0] + offset)
+        """Fill `data` with the tensor's bytes from `offset` on."""
+        path, start = self.places[name]
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start + offset)
             view, filled = memoryview(data), 0
             while filled < len(data):  # one read returns at most 2 GiB
                 count = file.readinto(view[filled:])
                 if not count:
-                    raise UserError(f"{self.path} ends inside the tensor {name}: download it again")
+                    raise UserError(f"{path} ends inside the tensor {name}: download it again")
                 filled += count
 
     def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on `device`; floating-point ones in `dtype` if given. Converted piece by piece, so that its
-        stored form never lies whole beside it."""
+        """One tensor on `device`. Floating-point tensors are converted to `dtype`, an fp8 weight times its scale;
+        without `dtype` every tensor comes as it is stored.
+
+        The conversion goes piece by piece, so that the stored form is never in memory as a whole beside the result.
+        UserError if a number is NaN or infinite, in the file or after the conversion.
+        """
         entry = self.tensors[name]
         stored = DTYPES[entry["dtype"]]
-        wanted = dtype if dtype and stored.is_floating_point else stored
-        tensor = torch.empty(entry["shape"], dtype=wanted, device=device)
+        target = dtype if dtype and stored.is_floating_point else stored
+        tensor = torch.empty(entry["shape"], dtype=target, device=device)
         offset = 0
         for piece in tensor.view(-1).split(PIECE) if tensor.numel() else ():
             data = bytearray(piece.numel() * stored.itemsize)
             self._fill(name, offset, data)
-            piece.copy_(torch.frombuffer(data, dtype=stored))
+            piece.copy_(torch.frombuffer(data, dtype=stored).to(device))
             offset += len(data)
+            self._require_finite(name, piece)
+        if dtype and self.scale_name(name):
+            scale = self.scale(name, device).expand(len(tensor), 1)
+            count = max(1, PIECE // max(1, tensor[0].numel()))  # rows at a time
+            for rows, factors in zip(tensor.split(count), scale.split(count)):
+                self._require_finite(name, rows.mul_(factors))  # computed in float32, rounded once to `dtype`
         return tensor
+
+    def scale(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """The scale of an fp8 weight in float32, (1, 1) or (out, 1); ones for a plain cast."""
+        scale = self.scale_name(name)
+        return self.read(scale, device, torch.float32).view(-1, 1) if scale else torch.ones(1, 1, device=device)
+
+    def _require_finite(self, name: str, numbers: Tensor) -> None:
+        """Look at the least and the largest number: one pass, less time than the reading; NaN is both."""
+        if numbers.dtype in LARGEST_BITS:
+            finite = (numbers.view(torch.uint8) & 0x7F).amax() <= LARGEST_BITS[numbers.dtype]
+        elif numbers.is_floating_point():
+            finite = torch.stack(torch.aminmax(numbers)).isfinite().all()
+        else:
+            return
+        if not finite:
+            raise UserError(f"{self.path}: the tensor {name} holds NaN or infinity: the file is of no use")
 
     def load(
         self,
@@ -142,32 +210,20 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> nn.Module:
-        """Give every tensor of a module built on the meta device its value from the file.
+        """Read every tensor of a module that is on the meta device from the file.
 
         `prefixes` maps the beginning of the module's names to the beginning of the file's. With device "meta" names
-        and shapes are checked and no data is read. Raises UserError that names the first missing or misfitting tensor.
+        and shapes are checked and no data is read. UserError with the first tensor that is missing or does not fit.
         """
         for name, slot in module.state_dict().items():
+            if not slot.is_meta:  # filled before, by load_fp8
+                continue
             source = file_name(name, prefixes)
-            problem = self.misfit(source, slot)
-            if problem:
-                raise UserError(f"{self.path}: {problem}; it does not fit its own config, download it again")
+            if problem := self.misfit(source, slot):
+                raise UserError(f"{self.path}: {problem}")
             if torch.device(device).type != "meta":
                 _assign(module, name, self.read(source, device, dtype))
         return module.eval()
-
-    def misfit(self, name: str, slot: Tensor) -> str | None:
-        """Why the file's tensor `name` cannot fill `slot`, or None if it can."""
-        entry = self.tensors.get(name)
-        if entry is None:
-            return f"tensor {name} is missing"
-        if entry["shape"] != list(slot.shape):
-            return f"tensor {name} has shape {entry['shape']} where its config says {list(slot.shape)}"
-        if entry["dtype"].startswith("F8"):
-            return f"tensor {name} is stored in fp8 with scales of its own, which is not read here: take the bf16 file"
-        if entry["dtype"] not in ("BF16", "F16", "F32", "F64"):
-            return f"tensor {name} is stored as {entry['dtype']}, quantized, which is not read here: take the bf16 file"
-        return None
 
 
 def open_checkpoint(source: "str | Path | Checkpoint") -> Checkpoint:
@@ -176,7 +232,7 @@ def open_checkpoint(source: "str | Path | Checkpoint") -> Checkpoint:
 
 
 def distilled_sign(path: str | Path, metadata: dict[str, str]) -> str | None:
-    """What says that a checkpoint or LoRA is distilled to few steps without guidance; None if nothing does.
+    """The sign that a checkpoint or LoRA is distilled to few steps without guidance; None without a sign.
 
     No tensor tells: a distilled model has the names and shapes of the full one.
     """
@@ -185,7 +241,7 @@ def distilled_sign(path: str | Path, metadata: dict[str, str]) -> str | None:
     for key in ("model_version", "modelspec.title", "modelspec.architecture"):
         if "distilled" in metadata.get(key, "").lower():
             return f"{key} in its metadata"
-    return json_object(metadata.get(OUR_METADATA), Path(path)).get("distilled")
+    return read_ours(metadata, path).get("distilled")
 
 
 def file_name(name: str, prefixes: dict[str, str]) -> str:
@@ -197,7 +253,7 @@ def file_name(name: str, prefixes: dict[str, str]) -> str:
 def write(
     path: str | Path, tensors: list[tuple[str, str, list[int], Callable[[], Tensor | bytearray]]], metadata: dict
 ) -> None:
-    """Write a safetensors file tensor by tensor: (name, dtype as the format writes it, shape, what to call for it).
+    """Write a safetensors file from (name, dtype in the format's words, shape, function that returns the data).
 
     Only one tensor is held at a time, so a 46 GB file needs no 46 GB of memory. The file appears when complete.
     """
@@ -221,7 +277,7 @@ def write(
 def write_modules(
     path: str | Path, modules: Iterable[nn.Module], config: dict, ours: dict, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write modules as a checkpoint in the released layout; each module's `PREFIXES` says where its tensors go."""
+    """Write modules as a checkpoint in the released layout, each tensor under the prefix in the module's `PREFIXES`."""
     entries = []
     for module in modules:
         for name, tensor in module.state_dict().items():
@@ -240,72 +296,3 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=owner._parameters[leaf].requires_grad)
     else:
         owner._buffers[leaf] = tensor
-
-
-class Config(dict):
-    """A JSON object of the metadata of `path`. What the code needs and the file does not say is the file's fault."""
-
-    path: Path
-
-    def __missing__(self, key: str) -> NoReturn:
-        raise UserError(
-            f"{self.path} says nothing of {key!r} in its config: it is another model than the released LTX-2.3"
-        )
-
-
-def json_object(text: str | None, path: Path) -> dict[str, Any]:
-    def with_path(value: dict) -> Config:
-        config = Config(value)
-        config.path = path
-        return config
-
-    try:
-        value = json.loads(text or "{}", object_hook=with_path)
-    except json.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _require_ltx23(checkpoint: Checkpoint) -> None:
-    """Raise UserError that says what the file looks like, unless it is the LTX-2.3 that the code here knows."""
-    version = checkpoint.metadata.get("model_version", "")
-    likeness = _looks_like(checkpoint, version)
-    if likeness != "LTX-2.3":
-        raise UserError(
-            f"{checkpoint.path} is not an LTX-2.3 checkpoint: it looks like {likeness}. "
-            "This code needs ltx-2.3-22b-dev.safetensors from https://huggingface.co/Lightricks/LTX-2.3"
-        )
-    for part, supported in SUPPORTED.items():
-        for key, value in supported.items():
-            found = checkpoint.config.get(part, {}).get(key)
-            if found != value:
-                raise UserError(
-                    f"{checkpoint.path} says {part}.{key} = {found!r}, and this code is written for {value!r}: "
-                    "it is another model than the released LTX-2.3"
-                )
-
-
-def _looks_like(checkpoint: Checkpoint, version: str) -> str:
-    """A name for what a safetensors file seems to hold, with the sign that told."""
-    names = checkpoint.tensors
-    transformer = checkpoint.config.get("transformer", {})
-    if any(".lora_" in name for name in names):
-        return "a LoRA (its tensors are named .lora_A/.lora_B): give the model it was trained on"
-    if version.startswith("2.3") and transformer:
-        return "LTX-2.3"
-    if version and transformer:
-        family = ".".join(version.split(".")[:2])
-        reason = "" if transformer.get("cross_attention_adaln") else ", without modulated text attention"
-        return f"LTX-{family} (model_version {version}{reason})"
-    if transformer.get("_class_name") == "AVTransformer3DModel":
-        if transformer.get("cross_attention_adaln"):
-            return "an LTX-2 audio-video model of unknown version (its metadata has no model_version)"
-        return "LTX-2.0 (its config has no modulated text attention, cross_attention_adaln)"
-    if transformer:
-        return f"LTX-Video 0.9 or another relative (transformer class {transformer.get('_class_name')})"
-    if any(name.startswith("model.diffusion_model.") for name in names):
-        return "an LTX-like model whose metadata lacks the config (some trainers and converters drop it)"
-    if any(name.startswith("transformer_blocks.") for name in names):
-        return "one part of a diffusers folder: give the single file instead"
-    first = next(iter(names), "nothing")
-    return f"something unrelated ({len(names)} tensors, the first is {first}, and no config in the metadata)"

@@ -35,8 +35,8 @@ from common.outputs import refuse_overwrite
 from config import ASSETS
 from data import FITS
 from engine.check import check
-from engine.fp8 import store_in_fp8
-from engine.lora_files import LoRA, merge_lora
+from engine.fp8 import load_fp8
+from engine.lora_files import LoRA, merge_lora, merged
 from engine.offload import offload
 from engine.parallel import join_processes
 from engine.recipe import PRESETS, Recipe, begin_with, default_gemma, resolve_loras, resolve_recipe
@@ -145,10 +145,14 @@ def load_dit(
 ) -> LTXVideo:
     """The DiT with its LoRAs, stored and run as --fp8, --offload and --compile say."""
     # A card that is too small for the model in bf16 never sees it in bf16.
-    first = "cpu" if options.fp8 or options.offload else device
-    model = merge_lora(LTXVideo.from_checkpoint(checkpoint, first, dtype), loras)
+    first = "cpu" if options.offload else device
     if options.fp8:
-        store_in_fp8(model, "cpu" if options.offload else device)
+        with torch.device("meta"):
+            model = LTXVideo(checkpoint.config["transformer"])
+        changes = {target: partial(merged, target=target, loras=loras) for lora in loras for target in lora.changes}
+        load_fp8(model, checkpoint, first, dtype, changes)
+    else:
+        model = merge_lora(LTXVideo.from_checkpoint(checkpoint, first, dtype), loras)
     model = offload(model, device) if options.offload else model.to(device)
     return model.compile_blocks() if options.compile else model
 

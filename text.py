@@ -104,8 +104,8 @@ class TextConnector(nn.Module):
         """The module on the meta device. The number of hidden states follows from the projection's width."""
         config = checkpoint.config["transformer"]
         weight = checkpoint.tensors.get(PROJECTION + "weight")
-        if weight is None:
-            raise UserError(f"{checkpoint.path}: tensor {PROJECTION}weight is missing: it holds no text projection")
+        if weight is None or len(weight["shape"]) != 2:
+            raise UserError(f"{checkpoint.path}: tensor {PROJECTION}weight is missing, or is no matrix")
         with torch.device("meta"):
             return cls(config, weight["shape"][1] // config["caption_channels"])
 

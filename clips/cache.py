@@ -54,6 +54,7 @@ from common.cache import (
 )
 from common.device import free
 from common.errors import UserError, whole_file
+from common.media import from_bytes
 from common.outputs import refuse_overwrite
 from common.schema import record
 from common.settings import require_same

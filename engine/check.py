@@ -1,8 +1,10 @@
-"""`sample.py --check`: is a checkpoint complete, and what does it hold?"""
+"""What `sample.py --check` says: the parts of a checkpoint, how they are stored, and what is missing."""
+
+from collections import Counter
 
 import torch
 
-from checkpoint import Checkpoint, file_name
+from checkpoint import FP8, Checkpoint, file_name
 from common.errors import UserError
 from model import LTXVideo
 from text import TextConnector
@@ -10,7 +12,10 @@ from vae import VideoVAE
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Print tensors, parameters and bytes of each part, and what is missing. No tensor data is read."""
+    """Print tensors, parameters, bytes and stored formats of each part. UserError if something is missing.
+
+    No weight is read.
+    """
     with torch.device("meta"):
         vae = VideoVAE(checkpoint.config["vae"])
         parts = {
@@ -21,10 +26,10 @@ def check(checkpoint: Checkpoint) -> None:
             "VAE statistics": (vae.per_channel_statistics, {"": "vae.per_channel_statistics."}),
         }
     print(f"{checkpoint.path}: LTX {checkpoint.metadata.get('model_version')}")
-    print(f"{'part':32}{'tensors':>10}{'parameters':>16}{'bytes':>18}")
-    problems, total = [], [0, 0, 0]
+    print(f"{'part':32}{'tensors':>10}{'parameters':>16}{'bytes':>18}  stored as")
+    problems, total, ignored = [], [0, 0, 0], len(checkpoint.tensors)
     for title, (module, prefixes) in parts.items():
-        row = [0, 0, 0]
+        row, forms = [0, 0, 0], Counter()
         for name, slot in module.state_dict().items():
             source = file_name(name, prefixes)
             if problem := checkpoint.misfit(source, slot):
@@ -32,11 +37,36 @@ def check(checkpoint: Checkpoint) -> None:
                 continue
             start, end = checkpoint.tensors[source]["data_offsets"]
             row = [row[0] + 1, row[1] + slot.numel(), row[2] + end - start]
+            forms[stored_as(checkpoint, source)] += 1
+            ignored -= 1 + (checkpoint.scale_name(source) is not None)
         total = [a + b for a, b in zip(total, row)]
-        print(f"{title:32}{row[0]:>10,}{row[1]:>16,}{row[2]:>18,}")
+        words = ", ".join(f"{count:,} {form}" if len(forms) > 1 else form for form, count in forms.most_common())
+        print(f"{title:32}{row[0]:>10,}{row[1]:>16,}{row[2]:>18,}  {words}")
     print(f"{'all that is needed':32}{total[0]:>10,}{total[1]:>16,}{total[2]:>18,}")
-    print(f"{'ignored (audio and others)':32}{len(checkpoint.tensors) - total[0] - len(problems):>10,}")
+    print(f"{'ignored (audio and others)':32}{ignored - len(problems):>10,}")
     if problems:
         rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{checkpoint.path} is not whole: {'; '.join(problems[:3])}{rest}")
+        raise UserError(f"{checkpoint.path} does not fit: {'; '.join(problems[:3])}{rest}")
     print("nothing is missing")
+
+
+def stored_as(checkpoint: Checkpoint, name: str) -> str:
+    """The dtype of a tensor in the file, for an fp8 weight with the kind of its scale."""
+    dtype = checkpoint.tensors[name]["dtype"]
+    if dtype not in FP8:
+        return dtype
+    scale = checkpoint.scale_name(name)
+    if scale is None:
+        return f"{dtype} without scale"
+    scales = torch.Size(checkpoint.tensors[scale]["shape"]).numel()
+    return f"{dtype} with {'a scale' if scales == 1 else 'a scale for each row'}"
+
+
+def require_bf16(checkpoint: Checkpoint) -> None:
+    """UserError if the DiT is stored in fp8: trained weights and merged LoRAs are written in the base's own format."""
+    for name in checkpoint.tensors:
+        if name.startswith("model.diffusion_model.") and checkpoint.tensors[name]["dtype"] in FP8:
+            raise UserError(
+                f"{checkpoint.path} is in fp8 ({name}), and an export is written over the bf16 file: give that one, "
+                "for instance ltx-2.3-22b-dev.safetensors"
+            )

@@ -4,64 +4,125 @@ and a 24 GB card the model to sample from.
         W (out, in)  ~  scale (out, 1) * Q (out, in)        scale: the power of two next above max |row of W| / 448
 
 Q is float8 e4m3: 4 bits of exponent, 3 of mantissa, at most 448, so a number is off by at most 1/16 of itself, or by
-2^-10 scale if it is tiny; multiplying by a power of two adds no error. Only storage is 8 bits: a weight is brought to
-its input's dtype when the layer's turn comes, and again for the backward pass, instead of being kept for it.
+2^-10 scale if it is tiny; multiplying by a power of two adds no error. Only storage is 8 bits: a weight is converted
+to the dtype of the layer's input when the layer runs, and again for the backward pass, instead of being kept for it.
+
+A checkpoint in fp8 keeps its own Q, e4m3 or e5m2, and its own scales, one for a weight or one for each row.
 """
+
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint import FP8, Checkpoint, file_name
+
 LARGEST = 448.0  # of float8 e4m3
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W (out, in) -> Q (out, in) as bytes, and the rows' scales (out, 1), float32."""
+    """W (out, in) -> Q (out, in) in e4m3 as bytes, and the rows' scales (out, 1), float32."""
     wide = weight.detach().float()
     scale = (wide.abs().amax(dim=1, keepdim=True) / LARGEST).log2().ceil().exp2()
     scale = torch.where(scale > 0, scale, 1)  # a row of zeros
     return (wide / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
-def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return quantized.view(torch.float8_e4m3fn).to(dtype) * scale.to(dtype)
+def dequantize(
+    quantized: Tensor, scale: Tensor, dtype: torch.dtype, stored: torch.dtype = torch.float8_e4m3fn
+) -> Tensor:
+    """Bytes of Q (out, in) and scale (out, 1) or (1, 1) -> W (out, in), the product rounded once."""
+    return quantized.view(stored).to(dtype).mul_(scale)  # Q is exact in every dtype; in place: computed in float32
 
 
 class Product(torch.autograd.Function):
     """x W^T + b with a gradient for x alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, quantized: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, quantized: Tensor, scale: Tensor, stored: torch.dtype, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(quantized, scale)
-        return F.linear(x, dequantize(quantized, scale, x.dtype), bias)
+        ctx.stored = stored
+        return F.linear(x, dequantize(quantized, scale, x.dtype, stored), bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradient @ dequantize(*ctx.saved_tensors, gradient.dtype), None, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return gradient @ dequantize(*ctx.saved_tensors, gradient.dtype, ctx.stored), None, None, None, None
 
 
 class FP8Linear(nn.Linear):
     """A frozen linear layer that holds its weight as bytes: a dtype that every backend of DDP can pass on."""
 
-    def __init__(self, linear: nn.Linear, device: str | torch.device | None = None):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        weight, scale = quantize(linear.weight.to(device or linear.weight.device))
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = linear.bias
+    def __init__(
+        self, quantized: Tensor, scale: Tensor, bias: Tensor | None, stored: torch.dtype = torch.float8_e4m3fn
+    ):
+        super().__init__(quantized.shape[1], quantized.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(quantized, requires_grad=False)  # (out, in), uint8
+        self.scale = nn.Parameter(scale, requires_grad=False)  # (out, 1) or (1, 1), float32
+        self.bias, self.stored = bias, stored
 
     def forward(self, x: Tensor) -> Tensor:
-        return Product.apply(x, self.weight, self.scale, self.bias)
+        return Product.apply(x, self.weight, self.scale, self.stored, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.stored}, scales={len(self.scale)}"
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """The linear layers of a DiT's blocks by name: a list of the layers would keep replaced ones in memory."""
+    blocks = model.transformer_blocks.named_modules(prefix="transformer_blocks")
+    return [name for name, module in blocks if isinstance(module, nn.Linear)]
 
 
 def store_in_fp8(model: nn.Module, device: str | torch.device | None = None) -> nn.Module:
     """Replace the linear layers of a DiT's blocks, one at a time, and freeze the model.
 
-    With `device` that is where the bytes go, from a model in host memory: the card never holds it in bf16.
+    With `device` the bytes go there from a model in host memory: the card never holds the model in bf16.
     """
     model.requires_grad_(False)
-    blocks = model.transformer_blocks
-    for name in [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]:
-        layer = blocks.get_submodule(name)  # by name, for a list of the layers would keep all of them
-        blocks.set_submodule(name, FP8Linear(layer, device).train(layer.training))
+    for name in block_linears(model):
+        layer = model.get_submodule(name)
+        weight = layer.weight.to(device or layer.weight.device)
+        model.set_submodule(name, FP8Linear(*quantize(weight), layer.bias).train(layer.training))
+        del layer, weight
     return model
+
+
+def load_fp8(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> nn.Module:
+    """Load a DiT that is on the meta device, frozen, with the linear layers of its blocks in fp8.
+
+    Layers that the file stores in fp8 keep the file's bytes and scales; the file's maker has then left the others in
+    bf16 for a reason, and they stay so. Of a file without fp8 every layer is quantized as it is read. No layer is in
+    memory in another form than these for longer than its own turn.
+    `changes` maps the released name of a tensor to a function from it to the changed tensor (LoRAs that are merged).
+    A changed fp8 layer is quantized again.
+    """
+    checkpoint.load(model, model.PREFIXES, "meta")  # every name and shape before anything slow
+    sources = {name: file_name(f"{name}.weight", model.PREFIXES) for name in block_linears(model)}
+    in_fp8 = [name for name, source in sources.items() if checkpoint.tensors[source]["dtype"] in FP8]
+    quantized_layers, changes = in_fp8 or list(sources), changes or {}
+    for name in quantized_layers:
+        source, change = sources[name], changes.get(sources[name])
+        if in_fp8 and not change:
+            weight = checkpoint.read(source, device)
+            quantized, scale, stored = weight.view(torch.uint8), checkpoint.scale(source, device), weight.dtype
+        else:
+            weight = checkpoint.read(source, device, torch.float32 if in_fp8 else dtype)
+            quantized, scale = quantize(change(weight) if change else weight)
+            stored = torch.float8_e4m3fn
+        model.set_submodule(name, FP8Linear(quantized, scale, model.get_submodule(name).bias, stored))
+        del weight
+    checkpoint.load(model, model.PREFIXES, device, dtype)
+    quantized = {sources[name] for name in quantized_layers}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            target = file_name(name, model.PREFIXES)
+            if target in changes and target not in quantized:
+                parameter.copy_(changes[target](parameter))
+    return model.requires_grad_(False)

@@ -27,7 +27,7 @@ from checkpoint import Checkpoint, file_name, open_checkpoint
 from common.errors import UserError
 from common.processes import own_place
 from config import Config
-from engine.fp8 import store_in_fp8
+from engine.fp8 import load_fp8
 from engine.lora import new_lora
 from model import LTXVideo
 
@@ -62,14 +62,18 @@ def build_model(config: Config, ckpt: str | Path | Checkpoint, device: torch.dev
     if config.optim.kind == "adamw-bf16" or (lora.rank and run.precision == "bf16"):
         held = torch.bfloat16
     if run.mode == "ddp":
-        model = LTXVideo.from_checkpoint(ckpt, device, held).train()
+        if lora.fp8 and lora.rank:
+            source = open_checkpoint(ckpt)
+            with torch.device("meta"):
+                model = LTXVideo(source.config["transformer"])
+            load_fp8(model, source, device, held).train()
+        else:
+            model = LTXVideo.from_checkpoint(ckpt, device, held).train()
         if config.model.scratch:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(first_weight(name, parameter.shape, config.run.seed))
         if lora.rank:
-            if lora.fp8:
-                store_in_fp8(model)
             alpha = lora.alpha or lora.rank
             new_lora(model, lora.rank, alpha, lora.targets, lora.dropout, config.run.seed)
         set_recompute(model, run.recompute)

@@ -200,12 +200,14 @@ def forge(tmp_path):
     return make
 
 
-def write_sparse(path, shapes, metadata):
-    """A safetensors file of bf16 zeros with a true header and true length, whose data takes no disk."""
+def write_sparse(path, shapes, metadata, dtypes=None):
+    """A safetensors file of zeros with a true header and true length, whose data takes no disk; bf16 if `dtypes` of a
+    tensor says nothing else."""
     header, end = {"__metadata__": metadata}, 0
     for name, shape in shapes.items():
-        start, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+        dtype = (dtypes or {}).get(name, "BF16")
+        start, end = end, end + {"F8_E4M3": 1, "BF16": 2, "F32": 4}[dtype] * torch.Size(shape).numel()
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -25,8 +25,9 @@ from torch._dynamo.testing import CompileCounter
 
 import sample
 import text
-from checkpoint import OUR_METADATA, SUPPORTED, Checkpoint
+from checkpoint import OUR_METADATA, Checkpoint
 from common.errors import UserError
+from common.ltx_file import SUPPORTED
 from data import letterbox
 from model import LTXVideo
 
@@ -573,7 +574,12 @@ WRONG_FILES = {
         ["video_aggregate_embed.weight is missing"],
     ),
     "wrong shape": (lambda f: f(tensors={QKV: torch.zeros(128, 64)}), [QKV, "[128, 64]", "[128, 128]"]),
-    "fp8": (lambda f: f(tensors={QKV: torch.zeros(128, 128).to(torch.float8_e4m3fn)}), [QKV, "fp8"]),
+    "fp8 in tiles": (
+        lambda f: f(
+            tensors={QKV: torch.zeros(128, 128).to(torch.float8_e4m3fn), f"{QKV}_scale": torch.ones(4, 4)},
+        ),
+        [QKV, "F8_E4M3 with scales of shape [4, 4]"],
+    ),
     "int8": (lambda f: f(tensors={QKV: torch.zeros(128, 128, dtype=torch.int8)}), [QKV]),
 }
 
@@ -583,13 +589,13 @@ def test_wrong_checkpoints(refused, forge, face, kind):
     make, words = WRONG_FILES[kind]
     path = make(forge)
     for options in (["--ref", face, "--prompt", "A man.", *SHORT[:2], "--gemma", sample.ASSETS / "gemma"], ["--check"]):
-        if options != ["--check"] and kind in ("tensor missing", "wrong shape", "fp8", "int8"):
+        if options != ["--check"] and kind in ("tensor missing", "wrong shape", "fp8 in tiles", "int8"):
             continue  # found when the DiT is loaded, after a Gemma that fits; see the next test
         line = refused("--ckpt", path, *options)
         assert str(path) in line and all(word in line for word in words), line
 
 
-@pytest.mark.parametrize("kind", ["tensor missing", "wrong shape", "fp8", "int8"])
+@pytest.mark.parametrize("kind", ["tensor missing", "wrong shape", "fp8 in tiles", "int8"])
 def test_wrong_tensors_are_found_before_gemma_reads_the_prompt(refused, forge, face, kind, monkeypatch):
     """Loading 24 GB of Gemma first, to say then that the checkpoint is broken, wastes minutes."""
     path = WRONG_FILES[kind][0](forge)

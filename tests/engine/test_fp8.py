@@ -41,7 +41,7 @@ def test_a_number_is_off_by_a_sixteenth_of_itself_at_most(size):
 @pytest.mark.parametrize("bias", [True, False])
 def test_product_and_gradient_are_those_of_the_stored_weight(dtype, bias):
     linear = layer(dtype=dtype, bias=bias)
-    stored = FP8Linear(linear)
+    stored = FP8Linear(*quantize(linear.weight), linear.bias)
     weight = dequantize(stored.weight, stored.scale, dtype)
     assert not torch.equal(weight, linear.weight)
     x, y = (randn(2, 5, 96, seed=2).to(dtype).requires_grad_() for _ in range(2))
@@ -54,9 +54,30 @@ def test_product_and_gradient_are_those_of_the_stored_weight(dtype, bias):
     assert stored.weight.grad is None and not stored.weight.requires_grad
 
 
+@pytest.mark.parametrize("rows", [1, 48])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_and_formats_of_files(dtype, stored, rows):
+    """e5m2 as well as e4m3, one scale or one for each row, no power of two: rounded once to the input's dtype."""
+    q, scale, bias = (10 * randn(48, 96)).to(stored), 0.01 + randn(rows, 1, seed=1).abs(), randn(48, seed=4).to(dtype)
+    linear = FP8Linear(q.view(torch.uint8), scale, nn.Parameter(bias), stored)
+    weight = (q.double() * scale.double()).float().to(dtype)
+    assert torch.equal(linear.weight.view(stored).double(), q.double())
+    x, y = (randn(2, 5, 96, seed=2).to(dtype).requires_grad_() for _ in range(2))
+    got, want = linear(x), F.linear(y, weight, bias)
+    tolerance = {"atol": 0, "rtol": 0} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 0}  # sums of about 100
+    torch.testing.assert_close(got, want, **tolerance)
+    got.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, **tolerance)
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), got, atol=0, rtol=0)
+
+
 def test_only_the_bytes_are_kept_for_the_backward_pass():
     """A kept bf16 copy of every weight would cost more than bf16 storage."""
-    stored, kept = FP8Linear(layer()), []
+    linear, kept = layer(), []
+    stored = FP8Linear(*quantize(linear.weight), linear.bias)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         stored(randn(4, 96).requires_grad_()).sum()
     assert {(tensor.dtype, tuple(tensor.shape)) for tensor in kept} == {
@@ -89,7 +110,7 @@ def test_error_of_a_product_is_two_to_three_percent():
     linear = layer(out=256, width=1024, bias=False)
     x = randn(64, 1024, seed=5)
     want = F.linear(x, linear.weight)
-    error = (FP8Linear(linear)(x) - want).square().mean().sqrt() / want.square().mean().sqrt()
+    error = (FP8Linear(*quantize(linear.weight), None)(x) - want).square().mean().sqrt() / want.square().mean().sqrt()
     assert 0.02 < error < 0.03
 
 

@@ -3,12 +3,14 @@
 On a CPU the "device" is a second set of buffers, so all but the overlap of copy and computation runs here too.
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import TINY_A
 from torch import nn
 
-from engine.fp8 import store_in_fp8
+from engine.fp8 import FP8Linear, dequantize, store_in_fp8
 from engine.offload import offload
 from model import Block, LTXVideo
 
@@ -39,6 +41,30 @@ def test_streamed_is_resident_to_the_bit(count, dtype, fp8, golden):
         store_in_fp8(resident), store_in_fp8(streamed)
     offload(streamed, CPU)
     for _ in range(2):  # the second time the device holds the last blocks
+        assert torch.equal(velocity(streamed, golden), velocity(resident, golden))
+
+
+def test_blocks_of_several_kinds_are_streamed(golden):
+    """As of a checkpoint in fp8: the first block and the last in bf16, one in another format than the others."""
+
+    def mixed():
+        model = with_blocks(7, torch.bfloat16)
+        plain = [deepcopy(model.transformer_blocks[k]) for k in (0, 6)]
+        store_in_fp8(model)
+        model.transformer_blocks[0], model.transformer_blocks[6] = plain
+        odd = model.transformer_blocks[3].ff.net[2]
+        whole = dequantize(odd.weight, odd.scale, torch.float32)
+        model.transformer_blocks[3].ff.net[2] = FP8Linear(
+            (whole / 3e-4).to(torch.float8_e5m2).view(torch.uint8),
+            torch.full((1, 1), 3e-4),
+            odd.bias,
+            torch.float8_e5m2,
+        )
+        return model
+
+    resident, streamed = mixed(), offload(mixed(), CPU)
+    assert len(list(streamed.transformer_blocks.children())) == 4  # of block 0 and 6, of 1 and 5, of 2 and 4, of 3
+    for _ in range(2):
         assert torch.equal(velocity(streamed, golden), velocity(resident, golden))
 
 
