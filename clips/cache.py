@@ -296,7 +296,7 @@ def _write_texts(
     def features(caption: str) -> Tensor:
         result = encoder.features([caption])[0].to("cpu", torch.bfloat16)  # (tokens, D)
         if not _are_numbers(result):
-            raise UserError("Gemma or its projection makes numbers of it that are not finite")
+            raise UserError(f"Gemma or its projection gives features of {caption!r} that are not finite numbers")
         return result
 
     empty = features("")  # raises here, before hours of work, where the models themselves are damaged
