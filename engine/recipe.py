@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoint import Checkpoint, distilled_sign
 from common.errors import UserError
+from common.sizes import require_video_size
 from config import ASSETS, PAPER, Config
 from engine.lora_files import LoRA, describe, open_loras
 from guidance import DISTILLED_SIGMAS
@@ -177,9 +178,4 @@ def check_numbers(settings: dict[str, Any], scale: tuple[int, int, int]) -> None
     for name in ("fps", "steps", "height", "width", "frames"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")
-    for name, step, extra in zip(("frames", "height", "width"), scale, (1, 0, 0)):
-        value = settings[name]
-        lower = max((value - extra) // step, 0 if extra else 1) * step + extra
-        if value != lower:
-            rule = f"{step}k+1" if extra else f"a multiple of {step}"
-            raise UserError(f"--{name} {value} is not {rule}: the nearest are {lower} and {lower + step}")
+    require_video_size(settings, scale)

@@ -590,7 +590,8 @@ def test_sizes_that_the_vae_cannot_take(options, tmp_path):
         ({"height": 60}, r"--height 60 is not a multiple of 8: the nearest are 56 and 64"),
         ({"frames": 16}, r"--frames 16 is not 4k\+1: the nearest are 13 and 17"),
         ({"width": 0}, "--width 0"),
-        ({"fps": 0}, "--fps 0"),
+        ({"fps": 0}, "fps = 0.0"),
+        ({"height": 8 * 10**9, "width": 8 * 10**9}, r"17 frames of 8000000000x8000000000: at least .* TiB"),
     ]:
         with pytest.raises(UserError, match=said):
             prepare(out=tmp_path / "c", **options | change)
