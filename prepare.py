@@ -24,6 +24,7 @@ from common.errors import Parser, one_line_errors, whole_file
 from common.outputs import refuse_overwrite
 from common.processes import own_place
 from common.schema import Count, Positive, PositiveFloat, record, validate
+from common.sizes import amount
 from config import ASSETS
 from data import CachedClips, letterbox
 from text import GEMMA
@@ -112,7 +113,7 @@ def show(folder: Path) -> None:
     for key, value in clips.settings.items():
         print(f"{key:24}{value}")
     left_out = sum("reason" in line for line in clips.report)
-    print(f"{len(clips):,} clips, {left_out:,} rows left out, {size / 2**20:,.1f} MiB")
+    print(f"{len(clips):,} clips, {left_out:,} rows left out, {amount(size)}")
     with whole_file(folder / "references.png") as temporary:
         sheet.save(temporary)
     print(f"wrote {folder / 'references.png'}")

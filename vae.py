@@ -320,13 +320,3 @@ def latent_scale(config: dict[str, Any]) -> tuple[int, int, int]:
     strides = [block_stride(kind, "_res") for kind, _ in config["encoder_blocks"]]
     time, rows, columns = (math.prod(axis) for axis in zip((1, config["patch_size"], config["patch_size"]), *strides))
     return time, rows, columns
-
-
-def check_size(scale: tuple[int, int, int], frames: int, height: int, width: int) -> None:
-    """Raise UserError, with the option and the nearest sizes, unless a video of this size fills whole latent cells."""
-    sizes = (("frames", frames, 1), ("height", height, 0), ("width", width, 0))
-    for (option, size, first), step in zip(sizes, scale):
-        lower = max((size - first) // step, 1 - first) * step + first
-        if size != lower:
-            rule = f"{step}k+1" if first else f"a multiple of {step}"
-            raise UserError(f"--{option} {size} is not {rule}: the nearest are {lower} and {lower + step}")

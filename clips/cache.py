@@ -45,6 +45,7 @@ from common.cache import (
     LARGEST_NUMBER,
     NULL,
     PARTS,
+    CacheSettings,
     NullMetadata,
     ShardMetadata,
     digest,
@@ -56,12 +57,13 @@ from common.device import free
 from common.errors import UserError, whole_file
 from common.media import from_bytes
 from common.outputs import refuse_overwrite
-from common.schema import record
+from common.schema import record, validate
 from common.settings import require_same
+from common.sizes import amount, duration, require_memory, require_video_size
 from data import fingerprint, fingerprint_faces, fingerprint_gemma, latent_shape
 from face import ArcFace, FaceDetector, embed, recognition_file
 from text import GEMMA, PROJECTION, TextEncoder
-from vae import VideoVAE, check_size, latent_scale
+from vae import VideoVAE, latent_scale
 
 PAPER = {key: config.PAPER[key] for key in ("height", "width", "frames", "fps")}
 TYPICAL_TOKENS, TYPICAL_IMAGE = 256, 2**18  # tokens and bytes of a clip, to fix the number of clips in a shard
@@ -130,7 +132,6 @@ def prepare(
     settings: dict[str, Any] = PAPER | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in PAPER}
     settings |= {k: v for k, v in zip(PAPER, (height, width, frames, fps)) if v is not None}
     settings["fps"] = float(settings["fps"])  # 24 and 24.0 are the same cache
-    _require_memory(settings, workers)
     settings |= {
         "reference": reference,
         "require_face_in_video": require_face_in_video,
@@ -200,11 +201,14 @@ def made_with(
 ) -> dict[str, Any]:
     """cache.json: the clips' size and the other `settings`, with what follows from models and number of clips."""
     vae = checkpoint.config["vae"]
-    _require_size(settings, latent_scale(vae))
+    require_video_size(settings, latent_scale(vae))
+    pixels = settings["frames"] * settings["height"] * settings["width"]
+    what = f"one video of {settings['frames']} frames of {settings['height']}x{settings['width']}"
+    require_memory(15 * pixels, what, "take a smaller size")  # bytes of three channels, as they are and in float32
     shape = latent_shape(settings, vae)
     clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
     rows = max(1, int(shard_gb * 2**30 / (clip_bytes + TYPICAL_IMAGE)))
-    return settings | {
+    settings = settings | {
         "latent_shape": shape,
         "dtype": str(dtype).removeprefix("torch."),
         "checkpoint": fingerprint(checkpoint),
@@ -213,42 +217,8 @@ def made_with(
         "rows_per_shard": rows,
         "shards": -(-clips // rows),
     }
-
-
-def _require_size(settings: dict[str, Any], scale: tuple[int, int, int]) -> None:
-    """Raise UserError if the VAE, one of whose latent cells covers `scale`, cannot take the settings' size."""
-    check_size(scale, settings["frames"], settings["height"], settings["width"])
-    if not settings["fps"] > 0:
-        raise UserError(f"--fps {settings['fps']} is not above 0")
-
-
-def _require_memory(settings: dict[str, Any], workers: int) -> None:
-    """Raise UserError if the pixels of the videos that are read ahead do not fit this machine's memory."""
-    pixels = settings["frames"] * settings["height"] * settings["width"]
-    least = 3 * pixels * (workers + 1) + 12 * pixels  # bytes of each video that waits, and one in float32
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if least > memory:
-        size = f"{settings['frames']} frames of {settings['height']}x{settings['width']}"
-        raise UserError(
-            f"{size} need at least {_amount(least)} with {workers} workers, and this machine has {_amount(memory)}: "
-            "take a smaller size or fewer --workers"
-        )
-
-
-def _amount(size: float) -> str:
-    """Bytes in the largest unit that leaves a number above 1."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
+    validate(CacheSettings, settings, "options")
+    return settings
 
 
 class _Progress:
@@ -266,8 +236,8 @@ class _Progress:
         if len(self.sizes) == 6 and self.rank == 0:
             seconds, size = (time.monotonic() - self.since) / 5, sum(self.sizes) / 6
             self.bar.write(
-                f"{self.title}: {_amount(size)} and {seconds:.2f} s a clip; this process's {self.total:,} "
-                f"will take about {_amount(size * self.total)} and {_duration(seconds * self.total)}"
+                f"{self.title}: {amount(size)} and {seconds:.2f} s a clip; this process's {self.total:,} "
+                f"will take about {amount(size * self.total)} and {duration(seconds * self.total)}"
             )
 
 
@@ -292,7 +262,7 @@ def _write_texts(
     def features(caption: str) -> Tensor:
         result = encoder.features([caption])[0].to("cpu", torch.bfloat16)  # (tokens, D)
         if not _are_numbers(result):
-            raise UserError("Gemma or its projection makes numbers of it that are not finite")
+            raise UserError(f"Gemma or its projection gives features of {caption!r} that are not finite numbers")
         return result
 
     empty = features("")  # raises here, before hours of work, where the models themselves are damaged
@@ -412,7 +382,7 @@ def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> Non
         _save_text(folder / "report.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     reasons = Counter(line["reason"] for line in lines if "reason" in line)
     clips, size = rows - reasons.total(), sum((folder / shard_file(k)).stat().st_size for k in range(len(metadata)))
-    print(f"{folder}: {clips:,} of {rows:,} clips, {_amount(size)} in {len(metadata)} shards")
+    print(f"{folder}: {clips:,} of {rows:,} clips, {amount(size)} in {len(metadata)} shards")
     for reason, count in reasons.most_common():
         print(f"  left out, {reason}: {count:,}")
     if len(lines) > reasons.total():

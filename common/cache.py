@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -179,9 +179,10 @@ class CachedClips(Dataset):
         part = "file"
         try:
             item = {part: self._open(shard).get_tensor(f"{row:07d}.{part}") for part in PARTS}
-            tokens = min(max(1, item["features"].shape[0]), self.settings["max_tokens"])
-            shapes = {"latents": self.latent_shape, "features": (tokens, self.null_features.shape[1])}
-            for part, shape in (shapes | {"e_ref": self.e_ref_shape}).items():
+            tokens = item["features"].shape[0] if item["features"].ndim else 0
+            features_shape = min(max(1, tokens), self.settings["max_tokens"]), self.null_features.shape[1]
+            shapes = {"latents": self.latent_shape, "features": features_shape, "e_ref": self.e_ref_shape}
+            for part, shape in shapes.items():
                 _require_numbers(item[part], shape)
             part = "image"
             item[part] = _photo(item[part])
@@ -203,4 +204,7 @@ def _photo(data: Tensor) -> Image.Image:
     """Bytes of a PNG as an RGB image."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data.numpy().tobytes()), formats=["PNG"]).convert("RGB")
+        try:
+            return Image.open(io.BytesIO(data.numpy().tobytes()), formats=["PNG"]).convert("RGB")
+        except UnidentifiedImageError:
+            raise ValueError("no PNG") from None

@@ -11,12 +11,13 @@ from typing import Any
 
 from checkpoint import Checkpoint, distilled_sign
 from common.errors import UserError
+from common.sizes import require_video_size
 from config import ASSETS, PAPER, Config
 from engine.lora_files import LoRA, describe, open_loras
 from guidance import DISTILLED_SIGMAS
 from rope import Reference
 from text import GEMMA
-from vae import check_size, latent_scale
+from vae import latent_scale
 
 # How the reference is given, by the names that options and metadata have for it.
 REFERENCE = {"ref_timestep" if name == "timestep" else name: value for name, value in asdict(Reference()).items()}
@@ -177,4 +178,4 @@ def check_numbers(settings: dict[str, Any], scale: tuple[int, int, int]) -> None
     for name in ("fps", "steps", "height", "width", "frames"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")
-    check_size(scale, settings["frames"], settings["height"], settings["width"])
+    require_video_size(settings, scale)

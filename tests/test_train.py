@@ -65,7 +65,7 @@ def clips(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "cache"
     options = ["--manifest", ASSETS / "clips" / "manifest.csv", "--ckpt", ASSETS / "tiny.safetensors", "--out", folder]
     options += ["--gemma", ASSETS / "gemma", "--faces", ASSETS / "faces"]
-    subprocess.run([sys.executable, ROOT / "data.py", "prepare", *options], check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / "prepare.py", *options], check=True, capture_output=True)
     return folder
 
 
@@ -517,7 +517,7 @@ def test_dry_run_writes_nothing(clips, tmp_path, monkeypatch, capsys):
         ({"lora__rank": -1}, "rank and alpha are 0 or more"),
         ({"lora__rank": 4, "lora__targets": ["to_q", "to_x"]}, "'to_x'"),
         ({"reference__fit": "stretch"}, "none of letterbox, cover"),
-        ({"data__cache": "nowhere"}, "data.py prepare"),
+        ({"data__cache": "nowhere"}, "prepare.py"),
         ({"faces__pack": "nowhere/at/all"}, "nowhere/at/all"),
         ({"model__ckpt": "missing.safetensors"}, "no checkpoint at missing.safetensors"),
     ],

@@ -9,7 +9,8 @@ from conftest import LiveBytes
 
 import vae as vae_module
 from common.errors import UserError
-from vae import Conv3d, VideoVAE, check_size, depth_to_space, from_tokens, latent_scale, space_to_depth, to_tokens
+from common.sizes import require_video_size
+from vae import Conv3d, VideoVAE, depth_to_space, from_tokens, latent_scale, space_to_depth, to_tokens
 
 
 def randn(*shape, seed=0):
@@ -75,16 +76,16 @@ def test_sizes_that_fill_cells_and_the_nearest_ones(scale):
     names = ("frames", "height", "width")
     fitting = [list(range(step if axis else 1, 300, step)) for axis, step in enumerate(scale)]
     size = dict(zip(names, (sizes[0] for sizes in fitting)))
-    check_size(scale, **size)
+    require_video_size(size, scale)
     for name, sizes in zip(names, fitting):
         for value in range(-40, 200):
             if value in sizes:
-                check_size(scale, **size | {name: value})
+                require_video_size(size | {name: value}, scale)
                 continue
             lower = max([fit for fit in sizes if fit < value], default=sizes[0])
             nearest = f"the nearest are {lower} and {sizes[sizes.index(lower) + 1]}"
             with pytest.raises(UserError, match=f"^--{name} {value} is not .*: {nearest}$"):
-                check_size(scale, **size | {name: value})
+                require_video_size(size | {name: value}, scale)
 
 
 def test_an_unknown_block_is_named(released):

@@ -4,7 +4,9 @@ The clips are red squares (the hand-made detector of test_face takes red for a f
 clip it is and whose brightness says which frame.
 """
 
+import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -17,8 +19,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_face import build_detector, build_iresnet
 
+import data
+from checkpoint import Checkpoint
+from clips import cache, manifest
 from clips.cache import prepare
 from clips.manifest import crop_face, read_manifest
 from common.errors import UserError
@@ -27,11 +34,13 @@ from config import read_config
 from data import (
     CachedClips,
     TrainingClips,
+    check_cache_fits,
     collate,
     epoch_order,
     fingerprint,
     reference_tensor,
     sample_rng,
+    training_batches,
     unpack,
 )
 from face import ArcFace, FaceDetector, align, recognition_file
@@ -148,7 +157,7 @@ def test_each_bad_row_is_reported_with_file_and_line_and_loses_nothing_else(made
     for line, said in {
         3: "corrupt.mp4",
         4: "zero.png",
-        5: "not JSON",
+        5: "Invalid JSON",
         9: "short.mp4 is too short: 0.67",
         10: "wall.png",
     }.items():
@@ -309,6 +318,225 @@ def test_damaged_caches_say_what_to_run(made, tmp_path):
         CachedClips(tmp_path)
 
 
+def test_cache_json_of_another_form_is_one_line(made, tmp_path):
+    """Every field that reading needs, broken in several ways; a value of the right type but not this cache's, too."""
+    good = json.loads((made / "cache.json").read_text())
+    whole = [b"", b"{", b"[1]", b"null", b"5", b"{}", b"[" * 100_000, b'{"height":' * 50_000, b"\xff\xfe{}"]
+    texts = [(text, r"cache\.json is damaged") for text in whole]
+    for key in ("height", "width", "frames", "fps", "shards", "rows_per_shard", "latent_shape"):
+        for bad in ("x", -1, 0, None, [], 10**30, True, "\ud800"):
+            texts.append((json.dumps(good | {key: bad}).encode(), r"cache\.json is damaged"))
+        texts.append((json.dumps({k: v for k, v in good.items() if k != key}).encode(), f"{key} is missing"))
+    texts += [(json.dumps(good | {key: 5}).encode(), "is damaged") for key in ("checkpoint", "gemma", "faces")]
+    texts += [(json.dumps(good | {"shards": 10**9}).encode(), "not complete")]
+    texts += [(json.dumps(good | {"latent_shape": [16, 5, 8, 9]}).encode(), "not complete")]
+    shutil.copytree(made, tmp_path / "cache")
+    for text, said in texts:
+        (tmp_path / "cache" / "cache.json").write_bytes(text)
+        with pytest.raises(UserError, match=said) as caught:
+            CachedClips(tmp_path / "cache")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
+    (tmp_path / "cache" / "cache.json").unlink()
+    os.mkfifo(tmp_path / "cache" / "cache.json")  # would be waited for
+    with pytest.raises(UserError, match="no file"):
+        CachedClips(tmp_path / "cache")
+
+
+def rewrite(file, change_tensors=lambda tensors: None, change_metadata=lambda metadata: None):
+    """A file of a cache with other contents under the same name."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["cache"])
+    change_tensors(tensors)
+    metadata = change_metadata(metadata) or metadata
+    file.unlink()
+    save_file(tensors, file, {"cache": metadata if isinstance(metadata, str) else json.dumps(metadata)})
+
+
+def test_metadata_of_another_form_is_a_damaged_file(made, tmp_path):
+    def clips_of(value):
+        return lambda metadata: metadata | {"clips": value}
+
+    good = {"row": 0, "name": "own:1"}
+    changes = [lambda _: "{", lambda _: "[]", lambda _: "[" * 100_000, lambda m: m | {"report": 5}]
+    changes += [
+        clips_of(bad) for bad in (5, ["a"], [{"row": "0", "name": "x"}], [{"row": -1, "name": "x"}], [{"row": 0}])
+    ]
+    changes += [clips_of([good, {"row": 99, "name": "x"}]), lambda m: {k: v for k, v in m.items() if k != "clips"}]
+    changes += [lambda m: m | {"settings": "0" * 16}, lambda m: m | {"more": 1}]
+    for k, change in enumerate(changes):
+        shutil.copytree(made, tmp_path / str(k))
+        rewrite(tmp_path / str(k) / "shard-00000.safetensors", change_metadata=change)
+        with pytest.raises(UserError, match=r"not complete: shard-00000\.safetensors"):
+            CachedClips(tmp_path / str(k))
+    for k, bad in enumerate(("x", 0, -1, 10**10, None, 1.5)):
+        shutil.copytree(made, tmp_path / f"null{k}")
+        rewrite(tmp_path / f"null{k}" / "null.safetensors", change_metadata=lambda m, bad=bad: m | {"max_tokens": bad})
+        with pytest.raises(UserError, match=r"not complete: null\.safetensors"):
+            CachedClips(tmp_path / f"null{k}")
+    shutil.copytree(made, tmp_path / "nan")
+    rewrite(tmp_path / "nan" / "null.safetensors", lambda tensors: tensors["features"].fill_(math.nan))
+    with pytest.raises(UserError, match=r"null\.safetensors holds numbers that are not finite"):
+        CachedClips(tmp_path / "nan")
+
+
+def poisoned(name, part, change):
+    return pytest.param(part, change, id=f"{part}-{name}")
+
+
+def put(value):
+    """One number in the middle of a tensor."""
+
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[tensor.numel() // 2] = value
+        return tensor
+
+    return change
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+POISONS = [poisoned(str(value), part, put(value)) for part in ("latents", "features", "e_ref")
+           for value in (math.nan, math.inf, -math.inf, 3e38)]  # fmt: skip
+POISONS += [poisoned("int", part, lambda t: t.int()) for part in ("latents", "features", "e_ref")]
+POISONS += [poisoned("cut", part, lambda t: t[..., :-1].contiguous()) for part in ("latents", "features", "e_ref")]
+POISONS += [
+    poisoned("empty", "features", lambda t: t[:0]),
+    poisoned("long", "features", lambda t: t.repeat(50, 1)),
+    poisoned("flat", "features", lambda t: t.flatten()),
+    poisoned("no-number", "features", lambda t: torch.tensor(1.0)),
+    poisoned("zeros", "image", torch.zeros_like),
+    poisoned("half", "image", lambda t: t[: len(t) // 2].clone()),
+    poisoned("empty", "image", lambda t: t[:0]),
+    poisoned("checksum", "image", lambda t: torch.cat([t[:60], 255 - t[60:70], t[70:]])),
+    poisoned("bomb", "image", lambda _: png(Image.new("1", (20_000, 20_000)))),
+    poisoned("jpeg", "image", lambda _: torch.frombuffer(bytearray(b"\xff\xd8\xff\xe0JFIF"), dtype=torch.uint8)),
+    poisoned("latin", "caption", lambda _: torch.tensor([0xE9], dtype=torch.uint8)),
+]
+
+
+@pytest.mark.parametrize(("part", "change"), POISONS)
+def test_a_damaged_clip_is_named_and_costs_itself(part, change, made, tmp_path, monkeypatch):
+    """In training zeros stand in for it, so that every rank has as many samples as before; the others are untouched."""
+    folder = tmp_path / "cache"
+    shutil.copytree(made, folder)
+
+    def poison(tensors):
+        tensors[f"0000006.{part}"] = change(tensors[f"0000006.{part}"])
+
+    rewrite(folder / "shard-00002.safetensors", poison)
+    clips, before = CachedClips(folder), CachedClips(made)
+    with pytest.raises(UserError, match=rf"clip anna1:7 in .*: its {part} is damaged") as caught:
+        clips[2]
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(data.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: 1)
+    config = read_config(None, ["optim.batch=7", "parallel.micro_batch=7", "data.workers=0"])
+    (batch,), (good,) = (list(training_batches(config, c, 0, 1)) for c in (clips, before))
+    assert batch["names"] == good["names"] and sorted(batch["numbers"]) == list(range(7))
+    for k, name in enumerate(batch["names"]):
+        if name == "anna1:7":
+            assert batch["problems"][k] == str(caught.value)
+            assert not batch["latents"][k].any() and not batch["e_ref"][k].any()
+            assert torch.equal(batch["features"][k], clips.null_features)
+        else:
+            assert not batch["problems"][k]
+            for key in ("latents", "ref_images", "e_ref", "features"):
+                assert torch.equal(batch[key][k], good[key][k])
+        assert torch.equal(batch["draws"][k].eps, good["draws"][k].eps)
+
+
+def test_a_cache_of_other_models_is_refused(made, options, world, tmp_path):
+    """What a run has is compared with what the cache was made with; a Gemma that is no folder here is not."""
+    settings, checkpoint = CachedClips(made).settings, Checkpoint(options["ckpt"])
+    check_cache_fits(settings, checkpoint)
+    check_cache_fits(settings, checkpoint, "google/gemma", world / "pack")
+    check_cache_fits(settings, checkpoint, world / "gemma", world / "pack")
+    changed, name = bytearray(options["ckpt"].read_bytes()), "vae.encoder.conv_in.conv.weight"
+    changed[checkpoint.data_start + checkpoint.tensors[name]["data_offsets"][0]] ^= 1
+    (tmp_path / "other.safetensors").write_bytes(changed)
+    shutil.copytree(world / "gemma", tmp_path / "gemma")
+    (tmp_path / "gemma" / "more.json").write_text("{}")
+    shutil.copytree(world / "pack", tmp_path / "pack")
+    build_iresnet(tmp_path / "pack" / "extra.onnx")
+    for said, change in [
+        ("checkpoint", {"checkpoint": Checkpoint(tmp_path / "other.safetensors")}),
+        ("gemma", {"gemma": tmp_path / "gemma"}),
+        ("faces", {"faces": tmp_path / "pack"}),
+        ("latent_shape", {"settings": settings | {"height": 128}}),
+    ]:
+        with pytest.raises(UserError, match=rf"the cache was begun with {said} = .*make another cache"):
+            check_cache_fits(**{"settings": settings, "checkpoint": checkpoint} | change)
+
+
+def test_whatever_a_row_brings_about_costs_this_row(options, world, tmp_path, monkeypatch):
+    """Exceptions of every kind while a row is read, and numbers that are not finite, beside rows that are fine."""
+    names = [
+        "own",
+        "KeyError",
+        "MemoryError",
+        "UnicodeDecodeError",
+        "RuntimeError",
+        "latents",
+        "e_ref",
+        "caption",
+        "last",
+    ]
+    rows = [
+        {"video": f"{name}.mp4", "caption": f"Clip {name}.", "reference": str(world / "photo.png")} for name in names
+    ]
+    for name in names:
+        shutil.copy(world / "own.mp4", tmp_path / f"{name}.mp4")
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    errors = {"KeyError": KeyError("x"), "MemoryError": MemoryError(), "RuntimeError": RuntimeError("odd"),
+              "UnicodeDecodeError": UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "bad title")}  # fmt: skip
+    real_read, real_encode, real_features = manifest.read_video, VideoVAE.encode, TextEncoder.features
+    real_embed, order = cache.embed, iter(["own", "latents", "e_ref", "last"])  # rows whose pixels can be read
+    current = []
+
+    def read(path, *size):
+        if path.stem in errors:
+            raise errors[path.stem]
+        return real_read(path, *size)
+
+    def encode(self, video):
+        current[:] = [next(order)]
+        return real_encode(self, video) * (math.nan if current == ["latents"] else 1)
+
+    def embed(*arguments):
+        return real_embed(*arguments) * (math.inf if current == ["e_ref"] else 1)
+
+    def features(self, prompts):
+        return [f * (math.nan if prompts == ["Clip caption."] else 1) for f in real_features(self, prompts)]
+
+    monkeypatch.setattr(manifest, "read_video", read)
+    monkeypatch.setattr(VideoVAE, "encode", encode)
+    monkeypatch.setattr(cache, "embed", embed)
+    monkeypatch.setattr(TextEncoder, "features", features)
+    prepare(out=tmp_path / "c", **options | {"manifest": tmp_path / "m.jsonl"})
+    clips = CachedClips(tmp_path / "c")
+    assert clips.names == ["own:1", "last:9"]
+    reasons = {line["line"]: (line["reason"], line["detail"]) for line in clips.report}
+    assert [reasons[k][0] for k in (2, 3, 4, 5)] == ["cannot be read"] * 4
+    assert all(name in reasons[k][1] for k, name in enumerate(names[1:5], start=2))
+    assert [reasons[k][0] for k in (6, 7)] == ["numbers that are not finite"] * 2
+    assert "latents of" in reasons[6][1] and "e_ref of" in reasons[7][1]
+    assert reasons[8][0] == "unreadable caption" and "not finite" in reasons[8][1]
+
+
+def test_a_text_encoder_that_makes_no_numbers_ends_at_once(options, tmp_path, monkeypatch):
+    real = TextEncoder.features
+    monkeypatch.setattr(TextEncoder, "features", lambda self, prompts: [f * math.nan for f in real(self, prompts)])
+    with pytest.raises(UserError, match="Gemma or its projection"):
+        prepare(out=tmp_path / "c", **options)
+    assert not list((tmp_path / "c").glob("*.safetensors"))
+
+
 def test_a_damaged_shard_is_made_again(made, options, tmp_path):
     folder = tmp_path / "cache"
     shutil.copytree(made, folder)
@@ -344,8 +572,6 @@ def test_other_settings_are_refused(made, options, world, tmp_path):
 
 def test_fingerprint_is_of_vae_and_projection(options, tmp_path):
     """A fine-tuned DiT fits the same cache; another VAE or text projection does not."""
-    from checkpoint import Checkpoint
-
     checkpoint = Checkpoint(options["ckpt"])
     data, print_ = bytearray(options["ckpt"].read_bytes()), fingerprint(checkpoint)
     for name, same in [
@@ -364,7 +590,8 @@ def test_sizes_that_the_vae_cannot_take(options, tmp_path):
         ({"height": 60}, r"--height 60 is not a multiple of 8: the nearest are 56 and 64"),
         ({"frames": 16}, r"--frames 16 is not 4k\+1: the nearest are 13 and 17"),
         ({"width": 0}, "--width 0"),
-        ({"fps": 0}, "--fps 0"),
+        ({"fps": 0}, "fps = 0.0"),
+        ({"height": 8 * 10**9, "width": 8 * 10**9}, r"17 frames of 8000000000x8000000000: at least .* TiB"),
     ]:
         with pytest.raises(UserError, match=said):
             prepare(out=tmp_path / "c", **options | change)
