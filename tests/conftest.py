@@ -2,7 +2,6 @@
 
 import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
 
-
 import json
 import os
 import struct
@@ -11,6 +10,7 @@ import warnings
 import weakref
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,6 +22,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; read wh
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["ST_DRC_TRACEBACK"] = "1"  # an unexpected exception keeps its traceback in a test
 torch.set_num_threads(2)
+
+# Property tests: no deadline, because machines are slow, and the same examples in every run.
+# --hypothesis-profile=search draws new ones.
+PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, **PATIENT)
+hypothesis.settings.register_profile("search", max_examples=1000, print_blob=True, **PATIENT)
+hypothesis.settings.load_profile("fixed")
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_A = ROOT / "tests" / "data" / "tiny_a.safetensors"
@@ -171,7 +178,7 @@ def connector(tiny_a):
 
 
 def is_audio(name):
-    """Facts: what of the file belongs to the audio branch."""
+    """Whether a tensor of the released file belongs to the audio branch."""
     return any(sign in name for sign in AUDIO)
 
 
@@ -186,15 +193,15 @@ def forge(tmp_path):
 
     def make(tensors=None, config=None, metadata=None):
         all_tensors = load_file(TINY_A) | (tensors or {})
-        told = read_metadata(TINY_A)
-        parts = json.loads(told["config"])
+        entries = read_metadata(TINY_A)
+        parts = json.loads(entries["config"])
         for key, value in (config or {}).items():
             part, key = key.split(".")
             parts[part][key] = value
-        told = told | {"config": json.dumps(parts)} | (metadata or {})
+        entries |= {"config": json.dumps(parts)} | (metadata or {})
         path = tmp_path / "forged.safetensors"
         kept = {name: tensor for name, tensor in all_tensors.items() if tensor is not None}
-        save_file(kept, path, {key: value for key, value in told.items() if value is not None})
+        save_file(kept, path, {key: value for key, value in entries.items() if value is not None})
         return path
 
     return make
