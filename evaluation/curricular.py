@@ -11,6 +11,7 @@ The modules carry the names of the published file, glint360k_curricular_face_r10
 ConsisID and OpenS2V loads (their backbone is TFace's recognition/torchkit/backbone/model_irse.py, IR_101).
 """
 
+import pickle
 import warnings
 from pathlib import Path
 
@@ -83,7 +84,8 @@ class CurricularFace(nn.Module):
                 safe = Path(path).suffix == ".safetensors"
                 weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file raises almost any type in zipfile, pickle and torch
-            reason = str(error).strip().split("\n")[0] or "it is cut short"
+            code = isinstance(error, pickle.UnpicklingError)  # torch's own text advises to run it
+            reason = "it holds more than tensors" if code else str(error).strip().split("\n")[0] or "it is cut short"
             raise UserError(f"{path} cannot be read as weights ({reason}): {WHERE}") from None
         with torch.device("meta"):
             model = cls()

@@ -51,8 +51,11 @@ def stamp(files: Iterable[Path | None], texts: Iterable[object] = ()) -> str:
     """A hash of texts, and of files by name, size and time of change."""
     parts = [str(text) for text in texts]
     for file in files:
-        status = file.stat() if file and file.is_file() else None
-        parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}" if status else str(file))
+        try:
+            status = file.stat()
+            parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
+        except (AttributeError, OSError, ValueError):  # no file, or a name that no file can have
+            parts.append(str(file))
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
