@@ -9,6 +9,7 @@ where the paper is silent they are the decisions that README lists.
 """
 
 import difflib
+import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -181,11 +182,13 @@ class Config:
     guidance: Guidance = Field(default_factory=Guidance)
 
 
-DEFAULTS = asdict(Config())
+DEFAULTS = json.loads(json.dumps(asdict(Config())))  # as plain JSON values
 # Options that a run may change when it is continued; any other change would make it another run.
-CHANGEABLE = {("run", "out"), ("data", "workers"), ("optim", "steps")}
+CHANGEABLE = {("run", "out"), ("data", "workers"), ("data", "max_bad"), ("optim", "steps")}
 CHANGEABLE |= {(section, key) for section in ("parallel", "log", "guidance") for key in DEFAULTS[section]}
 CHANGEABLE -= {("parallel", "precision")}
+# Options that older runs do not record. They ran with these defaults.
+LATER = {("data", "max_bad"), *(("augment", key) for key in DEFAULTS["augment"])}
 # Of these only the name counts: files and folders may move.
 PATHS = {("model", "ckpt"), ("model", "gemma"), ("data", "cache"), ("faces", "pack")}
 
@@ -219,13 +222,11 @@ def as_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def require_same_run(old: dict[str, Any], new: Config, run: Path) -> None:
-    """Raise UserError that names the first option in which a continued run would differ from its beginning.
-
-    An option that the record of the run does not have is one that came later: it had its default.
-    """
+    """Raise UserError that names the first option in which a continued run would differ from its beginning."""
     for section, options in as_dict(new).items():
         for key, value in options.items():
-            before = old.get(section, {}).get(key, as_dict(Config())[section][key])
+            default = DEFAULTS[section][key] if (section, key) in LATER else None
+            before = old.get(section, {}).get(key, default)
             moved = (section, key) in PATHS and Path(str(before)).name == Path(value).name
             if before != value and not moved and (section, key) not in CHANGEABLE:
                 raise UserError(

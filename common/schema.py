@@ -61,7 +61,7 @@ def validate(kind: type[T], value: Any, where: str | Path) -> T:
     By way of JSON, so that a list will do for a tuple and a dict for a record, as in a file.
     """
     try:
-        return parse_json(kind, json.dumps(value, default=str), where)
+        return parse_json(kind, json.dumps(value, default=lambda other: [str(other)]), where)
     except RecursionError:
         raise UserError(f"{where}: nested too deep") from None
 
