@@ -35,7 +35,7 @@ from engine.offload import offload
 from engine.optim import AdamWBF16
 from engine.parallel import set_recompute
 from engine.plan import GIB, dit_flops, vae_flops
-from guidance import DECODED_AT_ONCE, sample_latents, sigma_schedule
+from guidance import DECODE_CHUNK, sample_latents, sigma_schedule
 from losses import flow_loss, predict_x0
 from model import LTXVideo
 from objective import decode_window
@@ -152,7 +152,7 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
         latents = torch.zeros(1, channels, *grid, device=device, dtype=dtype)
         encode, decode = vae_flops(ltx["vae"], grid[0], height, width, frames)
         parts = [sum(p.nbytes for p in part.parameters()) for part in (vae.encoder, vae.decoder)]
-        chunk = DECODED_AT_ONCE
+        chunk = DECODE_CHUNK
         yield Row("VAE encode, in pieces", encode, parts[0], lambda: vae.encode(video, chunk))
         yield Row("VAE decode, in pieces", decode, parts[1], lambda: vae.decode(latents, chunk))
         yield Row("VAE decode, at once", decode, parts[1], lambda: vae.decode(latents))

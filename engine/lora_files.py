@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from checkpoint import OUR_METADATA, Checkpoint, file_name, json_object
+from checkpoint import Checkpoint, file_name
 from common.errors import UserError
+from common.ltx_file import read_ours
 from model import LTXVideo
 from text import TextConnector
 
@@ -81,7 +82,7 @@ class LoRA:
         except (SafetensorError, ValueError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error})") from None
         self.metadata: dict[str, str] = self.file.metadata() or {}
-        self.ours: dict = json_object(self.metadata.get(OUR_METADATA), self.path)
+        self.ours: dict = read_ours(self.metadata, self.path)
         self.names: list[str] = self.file.keys()
         self.shapes = {
             file_name(name, module.PREFIXES): list(parameter.shape)

@@ -303,6 +303,7 @@ def test_paths_of_the_repository_are_found_from_anywhere(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # a run that is continued
 
+
 @pytest.mark.parametrize("name", flat(DEFAULTS))
 def test_a_continued_run_may_change_only_what_leaves_it_the_same_run(name):
     section, key = name.split(".")

@@ -14,14 +14,18 @@ from torch import nn
 
 from common import onnx_reader
 from common.media import read_image, read_video, to_tensor
-from data import letterbox
+from config import Faces as FaceOptions
+from config import ReferenceOptions
+from data import Draws, draw_sample, letterbox
 from face import ARCFACE_TEMPLATE, ArcFace, embed, recognition_file
 from losses import shifted_logit_normal
 from model import LTXVideo
-from objective import Dice, Objective, decode_window, roll, same_window, windows_at_once
+from objective import Objective, decode_window, same_window, windows_at_once
 from text import TextConnector, TextEncoder
 from vae import VideoVAE
 
+FACES = {"lambda_id", "lambda_tic", "gamma", "window", "context", "min_weight"}
+REFERENCE = {"placement", "source_id", "phase_scale", "ref_timestep", "use"}
 GRID = (5, 4, 4)
 TOKENS, PER_FRAME, CHANNELS, SLOTS, FPS = 80, 16, 16, 24, 12.0
 
@@ -88,6 +92,9 @@ def build(ckpt, pack, tiny_vae):
             "detector": Faces(),
             "arcface": ArcFace.from_onnx(recognition_file(pack)),
         }
+        faces = {key: options.pop(key) for key in FACES & options.keys()}
+        reference = {key.removeprefix("ref_"): options.pop(key) for key in REFERENCE & options.keys()}
+        parts |= {"faces": FaceOptions(**faces), "reference": ReferenceOptions(**reference)}
         return Objective(**(parts | options))
 
     return make
@@ -100,14 +107,19 @@ def randn(*shape, seed=0):
 def make_batch(size, seed=0, grid=GRID):
     return {
         "latents": randn(size, CHANNELS, *grid, seed=seed + 1),
-        "references": randn(size, 3, 8 * grid[1], 8 * grid[2], seed=seed + 2).clamp(-1, 1),
+        "ref_images": randn(size, 3, 8 * grid[1], 8 * grid[2], seed=seed + 2).clamp(-1, 1),
         "e_ref": randn(size, 64, seed=seed + 3),
         "features": [randn(3 + 4 * k, 128, seed=seed + 10 + k) for k in range(size)],
     }
 
 
-def throw(t, seed=0, drop_text=False, drop_reference=False, window=0, tokens=TOKENS):
-    return Dice(t, randn(tokens, CHANNELS, seed=1000 + seed), drop_text, drop_reference, window)
+def throw(t, seed=0, drop_text=False, drop_ref=False, window=0, tokens=TOKENS):
+    return Draws(t, randn(tokens, CHANNELS, seed=1000 + seed), drop_text, drop_ref, window)
+
+
+def roll(seed, number, tokens, channels, windows, p_text, p_ref, noise_tokens=0):
+    """draw_sample for a number of tokens and of window positions, T - window + 1."""
+    return draw_sample(seed, number, (tokens, 1, 1), channels, p_text, p_ref, tokens - windows + 1, noise_tokens)
 
 
 def part(batch, k):
@@ -141,10 +153,10 @@ def double_parts(build, dit, ckpt, pack, **options):
     objective, model = build(**options), dit.double()
     batch = make_batch(2)
     batch["latents"] = batch["latents"].double()
-    dice = [throw(0.31, seed=1, window=0), throw(0.62, seed=2, window=2)]
+    draws = [throw(0.31, seed=1, window=0), throw(0.62, seed=2, window=2)]
 
     def identity():
-        out = objective(model, batch, dice)
+        out = objective(model, batch, draws)
         return (out["loss"] - out["flow"]).sum()
 
     return model, identity
@@ -193,7 +205,7 @@ def test_identity_gradient_reaches_the_first_block_and_is_right(build, dit, ckpt
 def test_only_the_dit_learns(build, dit):
     """The reference, e_ref and the frozen networks get no gradient, though the losses pass through all of them."""
     objective, batch = build(lambda_id=10.0, lambda_tic=10.0), make_batch(2)
-    inputs = [batch["references"], batch["e_ref"], objective.null_features, *batch["features"]]
+    inputs = [batch["ref_images"], batch["e_ref"], objective.null_features, *batch["features"]]
     for tensor in inputs:
         tensor.requires_grad_()
     out = objective(dit, batch, [throw(0.3), throw(0.5, seed=1, drop_text=True)])
@@ -214,12 +226,12 @@ def cosine(a, b):
     return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
 
 
-def by_hand(objective, batch, dice, v, frames):
+def by_hand(objective, batch, draws, v, frames):
     """One sample's L_flow, L_id, L_tic, w_aux and L from its velocity v (N, C), as the paper writes them; `frames` is
     the slice of the clip's pixel frames that is looked at."""
     grid = batch["latents"].shape[2:]
     z_0 = batch["latents"][0].permute(1, 2, 3, 0).reshape(-1, CHANNELS).double()
-    eps, t, v = dice.eps.double(), float(np.float32(dice.t)), v.detach().double()
+    eps, t, v = draws.eps.double(), float(np.float32(draws.t)), v.detach().double()
     z_t = (1 - t) * z_0 + t * eps
     flow = ((v - (eps - z_0)) ** 2).mean().item()
 
@@ -237,21 +249,21 @@ def by_hand(objective, batch, dice, v, frames):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("drop_reference", [False, True])
+@pytest.mark.parametrize("drop_ref", [False, True])
 @pytest.mark.parametrize(("t", "found"), [(0.2, lambda f: True), (0.55, lambda f: f % 3 != 1), (0.9, lambda f: f == 4)])
-def test_total_loss_of_one_sample(build, dit, t, found, drop_reference):
+def test_total_loss_of_one_sample(build, dit, t, found, drop_ref):
     """The window is the whole clip here, so that its decode is the clip's."""
     objective, batch, spy = build(detector=Faces(found), window=5), make_batch(1), Spy(dit)
-    dice = throw(t, drop_reference=drop_reference)
-    out = objective(spy, batch, [dice])
-    want = by_hand(objective, batch, dice, spy.calls[0]["v"][0, :TOKENS], slice(None))
-    if drop_reference:  # nothing says whose face it should be
+    draws = throw(t, drop_ref=drop_ref)
+    out = objective(spy, batch, [draws])
+    want = by_hand(objective, batch, draws, spy.calls[0]["v"][0, :TOKENS], slice(None))
+    if drop_ref:  # nothing says whose face it should be
         want["loss"] -= want["w_aux"] * 0.1 * want["id"]
         want["id"] = 0
     assert want["tic"] > 1e-4 or found(0) is False
     for key, value in want.items():
         assert out[key].item() == pytest.approx(value, rel=2e-5, abs=1e-6), key
-    assert out["looked"].item() == 17 and out["faces"].item() == sum(map(found, range(17)))
+    assert out["frames"].item() == 17 and out["faces"].item() == sum(map(found, range(17)))
 
 
 @torch.no_grad()
@@ -263,7 +275,7 @@ def test_what_the_dit_is_given(build, dit):
     z_0 = batch["latents"].permute(0, 2, 3, 4, 1).reshape(2, TOKENS, CHANNELS)
     eps, t = torch.stack([throw(0.2).eps, throw(0.7, seed=1).eps]), torch.tensor([0.2, 0.7])[:, None, None]
     torch.testing.assert_close(call["latents"][:, :TOKENS], (1 - t) * z_0 + t * eps)
-    z_ref = objective.vae.encode(batch["references"][:, :, None])  # (2, C, 1, 4, 4)
+    z_ref = objective.vae.encode(batch["ref_images"][:, :, None])  # (2, C, 1, 4, 4)
     torch.testing.assert_close(call["latents"][:, TOKENS:], z_ref[:, :, 0].permute(0, 2, 3, 1).reshape(2, -1, CHANNELS))
     assert torch.equal(call["sigma"], torch.tensor([0.2, 0.7]))
     assert torch.equal(call["timesteps"][:, :TOKENS], torch.tensor([[0.2], [0.7]]).expand(2, TOKENS))
@@ -332,7 +344,7 @@ def test_how_many_frames_are_looked_at(build, dit, frames, window, starts):
     """F = 1 + 4 (n - 1) from the clip's beginning, 4 n elsewhere."""
     objective, batch = build(window=window), make_batch(len(starts), grid=(frames, 4, 4))
     out = objective(dit, batch, [throw(0.4, window=start, tokens=16 * frames) for start in starts])
-    assert out["looked"].tolist() == list(starts.values()) == out["faces"].tolist()
+    assert out["frames"].tolist() == list(starts.values()) == out["faces"].tolist()
 
 
 def test_windows_at_once():
@@ -344,9 +356,9 @@ def test_windows_at_once():
 
 
 def test_same_window():
-    dice = [Dice(0.5, torch.zeros(1), False, False, window) for window in (2, 0, 2, 1, 2, 0)]
-    assert list(same_window(dice, [0, 1, 2, 4, 5], 2)) == [(0, [1, 5]), (2, [0, 2]), (2, [4])]
-    assert list(same_window(dice, [], 2)) == []
+    draws = [Draws(0.5, torch.zeros(1), False, False, window) for window in (2, 0, 2, 1, 2, 0)]
+    assert list(same_window(draws, [0, 1, 2, 4, 5], 2)) == [(0, [1, 5]), (2, [0, 2]), (2, [4])]
+    assert list(same_window(draws, [], 2)) == []
 
 
 @torch.no_grad()
@@ -355,15 +367,15 @@ def test_each_sample_s_own_window_is_looked_at(build, dit, most, lengths, monkey
     """Samples of one window are decoded together; each still gets its own frames, embedding and losses."""
     monkeypatch.setattr("objective.windows_at_once", lambda *_: most)
     objective, batch, spy = build(), make_batch(4), Spy(dit)
-    dice = [throw(0.1, seed=k, window=start) for k, start in enumerate((3, 0, 2, 0))]
-    out = objective(spy, batch, dice)
+    draws = [throw(0.1, seed=k, window=start) for k, start in enumerate((3, 0, 2, 0))]
+    out = objective(spy, batch, draws)
     assert [len(seen) for seen in objective.detector.seen] == lengths  # windows 0, 2 and 3
     seen = dict(zip((1, 3, 2, 0), torch.cat(objective.detector.seen).split([5, 5, 8, 8])))
     for k in range(4):
-        t = np.float32(dice[k].t)
-        z_t = (1 - t) * batch["latents"][k].permute(1, 2, 3, 0).reshape(TOKENS, CHANNELS) + t * dice[k].eps
+        t = np.float32(draws[k].t)
+        z_t = (1 - t) * batch["latents"][k].permute(1, 2, 3, 0).reshape(TOKENS, CHANNELS) + t * draws[k].eps
         estimate = (z_t - t * spy.calls[0]["v"][k, :TOKENS]).reshape(*GRID, CHANNELS).permute(3, 0, 1, 2)[None]
-        want = decode_window(objective.vae, estimate, dice[k].window, 2)[0].transpose(0, 1)
+        want = decode_window(objective.vae, estimate, draws[k].window, 2)[0].transpose(0, 1)
         torch.testing.assert_close(seen[k], want, atol=1e-4, rtol=0)
         landmarks, _, _ = objective.detector.detect(want)
         e = embed(want, landmarks, objective.arcface).numpy()
@@ -380,13 +392,13 @@ def test_a_mixed_micro_batch_is_its_samples_alone(build, dit, ref_timestep):
     """With and without reference, with and without text, at every noise level: losses and the sum of gradients."""
     batch, drops = make_batch(5), [(False, False), (False, True), (True, False), (True, True), (False, True)]
     levels = (0.6, 0.05, 0.3, 0.85, 1.0)
-    dice = [throw(t, k, *drop, window=k % 4) for k, (t, drop) in enumerate(zip(levels, drops))]
+    draws = [throw(t, k, *drop, window=k % 4) for k, (t, drop) in enumerate(zip(levels, drops))]
     objective = build(lambda_id=1.0, lambda_tic=1.0, ref_timestep=ref_timestep)
-    together = objective(dit, batch, dice)
+    together = objective(dit, batch, draws)
     want = gradients(dit, together["loss"])
     alone, total = [], {}
     for k in range(5):
-        alone.append(objective(dit, part(batch, k), dice[k : k + 1]))
+        alone.append(objective(dit, part(batch, k), draws[k : k + 1]))
         for name, grad in gradients(dit, alone[-1]["loss"]).items():
             total[name] = total.get(name, 0) + grad
     for key, value in together.items():
@@ -414,7 +426,7 @@ def test_a_dropped_text_is_the_empty_prompt(build, dit):
 @torch.no_grad()
 def test_a_dropped_reference_is_a_call_without_its_tokens(build, dit):
     objective, batch, spy = build(), make_batch(2), Spy(dit)
-    out = objective(spy, batch, [throw(0.4), throw(0.6, 1, drop_reference=True)])
+    out = objective(spy, batch, [throw(0.4), throw(0.6, 1, drop_ref=True)])
     assert spy.calls[0]["mask"].sum(1).tolist() == [TOKENS + PER_FRAME, TOKENS]
     assert spy.calls[0]["mask"][1, :TOKENS].all()
     inputs = spy.calls[0]
@@ -426,9 +438,9 @@ def test_a_dropped_reference_is_a_call_without_its_tokens(build, dit):
         inputs["positions"][1:, :, :TOKENS],
     )
     torch.testing.assert_close(inputs["v"][1:, :TOKENS], v, atol=1e-5, rtol=0)
-    nan = batch | {"references": batch["references"].clone()}
-    nan["references"][1] = 1e3  # whatever the removed tokens hold
-    assert objective(spy, nan, [throw(0.4), throw(0.6, 1, drop_reference=True)])["flow"][1] == pytest.approx(
+    nan = batch | {"ref_images": batch["ref_images"].clone()}
+    nan["ref_images"][1] = 1e3  # whatever the removed tokens hold
+    assert objective(spy, nan, [throw(0.4), throw(0.6, 1, drop_ref=True)])["flow"][1] == pytest.approx(
         out["flow"][1].item(), rel=1e-6
     )
     objective(spy, batch, [throw(0.4, 0, False, True), throw(0.6, 1, False, True)])
@@ -438,8 +450,8 @@ def test_a_dropped_reference_is_a_call_without_its_tokens(build, dit):
 @torch.no_grad()
 def test_without_reference_there_never_is_one(build, dit):
     """Table 1's first row: no tokens, no L_id, the photo not even encoded."""
-    objective, batch, spy = build(use_reference=False), make_batch(2), Spy(dit)
-    out = objective(spy, batch | {"references": None}, [throw(0.3), throw(0.6, 1)])
+    objective, batch, spy = build(use=False), make_batch(2), Spy(dit)
+    out = objective(spy, batch | {"ref_images": None}, [throw(0.3), throw(0.6, 1)])
     assert spy.calls[0]["latents"].shape[1] == TOKENS and spy.calls[0]["mask"] is None
     assert not out["id"].any() and (out["tic"] > 0).all()
     dropped = build()(spy, batch, [throw(0.3, 0, False, True), throw(0.6, 1, False, True)])
@@ -448,22 +460,22 @@ def test_without_reference_there_never_is_one(build, dit):
 
 def test_a_dropped_reference_keeps_its_temporal_loss(build, dit):
     objective, batch = build(), make_batch(1)
-    out = objective(dit, batch, [throw(0.3, drop_reference=True)])
-    assert out["id"].item() == 0 and out["tic"].item() > 0 and out["faces"].item() == out["looked"].item() == 5
+    out = objective(dit, batch, [throw(0.3, drop_ref=True)])
+    assert out["id"].item() == 0 and out["tic"].item() > 0 and out["faces"].item() == out["frames"].item() == 5
     assert out["loss"].item() == pytest.approx((out["flow"] + out["w_aux"] * 0.05 * out["tic"]).item(), rel=1e-6)
-    with_other_face = objective(dit, batch | {"e_ref": -batch["e_ref"]}, [throw(0.3, drop_reference=True)])
+    with_other_face = objective(dit, batch | {"e_ref": -batch["e_ref"]}, [throw(0.3, drop_ref=True)])
     assert torch.equal(with_other_face["loss"], out["loss"])
 
 
 def test_what_the_dit_says_of_the_reference_does_not_count(build, dit):
     objective, batch = build(), make_batch(2)
-    dice = [throw(0.3), throw(0.6, 1, drop_reference=True)]
+    draws = [throw(0.3), throw(0.6, 1, drop_ref=True)]
 
     def disturb(v):
         return torch.cat([v[:, :TOKENS], 100 * torch.randn_like(v[:, TOKENS:])], dim=1)
 
     plain, disturbed = Spy(dit), Spy(dit, disturb)
-    out, other = objective(plain, batch, dice), objective(disturbed, batch, dice)
+    out, other = objective(plain, batch, draws), objective(disturbed, batch, draws)
     assert disturbed.calls[0]["v"][:, TOKENS:].abs().mean() > 10
     assert all(torch.equal(out[key], other[key]) for key in out)
     same_gradients(gradients(dit, other["loss"]), gradients(dit, out["loss"]), 1e-7)
@@ -471,16 +483,16 @@ def test_what_the_dit_says_of_the_reference_does_not_count(build, dit):
 
 @torch.no_grad()
 def test_placement_and_level_of_the_reference_matter(build, dit):
-    batch, dice = make_batch(1), [throw(0.5)]
+    batch, draws = make_batch(1), [throw(0.5)]
     options = [{}, {"ref_timestep": "shared"}]
     options += [{"placement": name} for name in ("overlap", "temporal", "fixed", "remote")]
-    flows = [build(**option)(dit, batch, dice)["flow"].item() for option in options]
+    flows = [build(**option)(dit, batch, draws)["flow"].item() for option in options]
     assert len({round(flow, 6) for flow in flows}) == len(options)
     spy = Spy(dit)
-    build(ref_timestep="shared")(spy, batch, dice)
+    build(ref_timestep="shared")(spy, batch, draws)
     assert (spy.calls[0]["timesteps"] == 0.5).all()
-    other = batch | {"references": batch["references"].flip(-1)}
-    assert build()(dit, other, dice)["flow"].item() not in flows
+    other = batch | {"ref_images": batch["ref_images"].flip(-1)}
+    assert build()(dit, other, draws)["flow"].item() not in flows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,13 +501,13 @@ def test_placement_and_level_of_the_reference_matter(build, dit):
 
 def test_no_face_in_any_frame_is_the_flow_loss_alone(build, dit):
     objective, batch = build(detector=Faces(lambda f: False), lambda_id=10.0, lambda_tic=10.0), make_batch(2)
-    dice = [throw(0.1), throw(0.4, 1, drop_reference=True)]
-    out = objective(dit, batch, dice)
-    assert objective.detector.calls == 2 and out["looked"].tolist() == [5, 5]
+    draws = [throw(0.1), throw(0.4, 1, drop_ref=True)]
+    out = objective(dit, batch, draws)
+    assert objective.detector.calls == 2 and out["frames"].tolist() == [5, 5]
     assert not out["id"].any() and not out["tic"].any() and not out["faces"].any()
     assert torch.equal(out["loss"], out["flow"])
-    plain = build(detector=None)(dit, batch, dice)
-    assert torch.equal(plain["loss"], out["loss"]) and not plain["looked"].any()
+    plain = build(detector=None)(dit, batch, draws)
+    assert torch.equal(plain["loss"], out["loss"]) and not plain["frames"].any()
     got, want = gradients(dit, out["loss"]), gradients(dit, plain["loss"])
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
@@ -511,7 +523,7 @@ def test_pure_noise_is_not_decoded(build, dit, monkeypatch):
     decodes = count_decodes(objective, monkeypatch)
     out = objective(dit, batch, [throw(1.0), throw(1.0, 1)])
     assert decodes == [] and objective.detector.calls == 0
-    assert not out["w_aux"].any() and not out["id"].any() and not out["looked"].any()
+    assert not out["w_aux"].any() and not out["id"].any() and not out["frames"].any()
     assert torch.equal(out["loss"], out["flow"])
     assert all(g.isfinite().all() for g in gradients(dit, out["loss"]).values())
 
@@ -522,7 +534,7 @@ def test_what_is_decoded_is_decided_by_the_weight(build, dit, monkeypatch):
     objective, batch = build(), make_batch(3)
     decodes = count_decodes(objective, monkeypatch)
     out = objective(dit, batch, [throw(limit + 1e-4), throw(limit - 1e-4, 1), throw(0.999, 2)])
-    assert (out["looked"] > 0).tolist() == [False, True, False] and len(decodes) == 1
+    assert (out["frames"] > 0).tolist() == [False, True, False] and len(decodes) == 1
     assert decodes[0][:2] == (1, CHANNELS)  # one sample at a time
 
 
@@ -542,11 +554,11 @@ def test_almost_no_noise(build, dit, t):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dice
+# draws
 
 
-def rolls(count, seed=0, tokens=1, channels=1, windows=4, p_text=0.05, p_reference=0.20):
-    return [roll(seed, k, tokens, channels, windows, p_text, p_reference) for k in range(count)]
+def rolls(count, seed=0, tokens=1, channels=1, windows=4, p_text=0.05, p_ref=0.20):
+    return [roll(seed, k, tokens, channels, windows, p_text, p_ref) for k in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -559,20 +571,20 @@ def test_dice_depend_on_seed_and_count_alone():
     a, b = (roll(3, 17, 6, 2, 4, 0.5, 0.5) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)  # nor do they disturb anybody else's
     assert torch.equal(a.eps, b.eps) and a.eps.shape == (6, 2) and a.eps.dtype == torch.float32
-    assert (a.t, a.drop_text, a.drop_reference, a.window) == (b.t, b.drop_text, b.drop_reference, b.window)
+    assert (a.t, a.drop_text, a.drop_ref, a.window) == (b.t, b.drop_text, b.drop_ref, b.window)
 
 
 def test_different_counts_and_seeds_are_different_dice():
     """(0, 1) and (1, 0) too: a sum or a product of the two would not tell them apart."""
     firsts = [roll(seed, count, 2, 2, 4, 0.05, 0.2) for seed in range(20) for count in range(20)]
-    assert len({dice.eps[0, 0].item() for dice in firsts}) == 400
-    assert len({dice.t for dice in firsts}) > 390  # some are clamped to 1
+    assert len({draws.eps[0, 0].item() for draws in firsts}) == 400
+    assert len({draws.t for draws in firsts}) > 390  # some are clamped to 1
     assert roll(0, 2**40, 2, 2, 4, 0.05, 0.2).eps.isfinite().all()
 
 
 def test_rates_of_dropout_and_their_independence(many):
     """Sec. 3.4: 0.05 and 0.20, independently; five standard deviations of 20,000 draws."""
-    n, pairs = len(many), np.array([(d.drop_text, d.drop_reference) for d in many])
+    n, pairs = len(many), np.array([(d.drop_text, d.drop_ref) for d in many])
     for rate, p in zip(pairs.mean(0), (0.05, 0.20)):
         assert abs(rate - p) < 5 * math.sqrt(p * (1 - p) / n)
     both = pairs.all(1).mean()
@@ -580,7 +592,7 @@ def test_rates_of_dropout_and_their_independence(many):
 
 
 def test_windows_are_uniform_and_independent_of_what_is_dropped(many):
-    for chosen in (many, [d for d in many if d.drop_reference], [d for d in many if d.drop_text]):
+    for chosen in (many, [d for d in many if d.drop_ref], [d for d in many if d.drop_text]):
         seen = np.bincount([d.window for d in chosen], minlength=4)
         assert len(seen) == 4
         chi_square = ((seen - len(chosen) / 4) ** 2 / (len(chosen) / 4)).sum()
@@ -601,7 +613,7 @@ def test_noise_tokens_change_the_level_and_nothing_else():
     plain, shifted = rolls(300), [roll(0, k, 1, 1, 4, 0.05, 0.20, noise_tokens=2048) for k in range(300)]
     assert all(a.eps == b.eps and (a.window, a.drop_text) == (b.window, b.drop_text) for a, b in zip(plain, shifted))
     few, many = (0.95 + 1.1 * (tokens - 1024) / 3072 for tokens in (1, 2048))
-    t, got = (np.array([d.t for d in dice]) for dice in (plain, shifted))
+    t, got = (np.array([d.t for d in draws]) for draws in (plain, shifted))
     moved = (t != got) & (t > 0.1) & (t < 1) & (got < 1)  # no mirrored and no cut ones
     assert 0.8 < moved.mean() < 0.95
     low, high = ends(few)
@@ -621,7 +633,7 @@ def test_levels_and_noise_are_the_trainer_s(many):
     assert abs(eps.mean()) < 5 / math.sqrt(20_000) and abs(eps.var() - 1) < 5 * math.sqrt(2 / 20_000)
     long = roll(0, 0, 6240, 16, 4, 0, 0).eps.double()
     assert abs((long**4).mean() - 3) < 0.2 and abs((long[1:] * long[:-1]).mean()) < 0.02
-    corr = np.corrcoef(np.array([(d.t, d.eps.item(), d.window, d.drop_text, d.drop_reference) for d in many]).T)
+    corr = np.corrcoef(np.array([(d.t, d.eps.item(), d.window, d.drop_text, d.drop_ref) for d in many]).T)
     assert np.abs(corr - np.eye(5)).max() < 5 / math.sqrt(20_000)
 
 
@@ -633,11 +645,11 @@ def test_more_tokens_mean_more_noise():
 
 def test_one_dropout_switched_off_leaves_everything_else():
     """So rows of an ablation see the same noise, levels and windows."""
-    for other in ({"p_text": 0.0}, {"p_reference": 0.0}, {"p_text": 1.0, "p_reference": 1.0}):
+    for other in ({"p_text": 0.0}, {"p_ref": 0.0}, {"p_text": 1.0, "p_ref": 1.0}):
         for a, b in zip(rolls(300), rolls(300, **other)):
             assert (a.t, a.window) == (b.t, b.window) and torch.equal(a.eps, b.eps)
             assert b.drop_text == (a.drop_text if "p_text" not in other else bool(other["p_text"]))
-            assert b.drop_reference == (a.drop_reference if "p_reference" not in other else bool(other["p_reference"]))
+            assert b.drop_ref == (a.drop_ref if "p_ref" not in other else bool(other["p_ref"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -648,8 +660,8 @@ def test_one_dropout_switched_off_leaves_everything_else():
 @pytest.mark.parametrize("way", ["autocast", "bf16"])
 def test_bf16_is_close_to_float32(build, ckpt, dit, way):
     """As DDP computes it (float32 weights under autocast) and as FSDP does (bf16 weights); losses are float32."""
-    batch, dice = make_batch(2), [throw(0.3), throw(0.6, 1, drop_reference=True)]
-    want = build()(dit, batch, dice)
+    batch, draws = make_batch(2), [throw(0.3), throw(0.6, 1, drop_ref=True)]
+    want = build()(dit, batch, draws)
     exact = gradients(dit, want["loss"])
     if way == "autocast":
         model, objective = dit, build(autocast=True)
@@ -660,7 +672,7 @@ def test_bf16_is_close_to_float32(build, ckpt, dit, way):
         objective = build(dtype=torch.bfloat16, vae=vae, connector=connector)
     batch["latents"] = batch["latents"].bfloat16()  # as the cache has them
     spy = Spy(model)
-    out = objective(spy, batch, dice)
+    out = objective(spy, batch, draws)
     assert spy.calls[0]["v"].dtype == torch.bfloat16
     assert all(value.dtype == torch.float32 for value in out.values())
     for key in ("loss", "flow", "id"):
@@ -673,12 +685,12 @@ def test_bf16_is_close_to_float32(build, ckpt, dit, way):
 
 def test_recomputed_blocks_give_the_same_loss_and_gradient(build, dit):
     objective, batch = build(lambda_id=1.0), make_batch(2)
-    dice = [throw(0.3, window=1), throw(0.6, 1, drop_reference=True)]
-    out = objective(dit, batch, dice)
+    draws = [throw(0.3, window=1), throw(0.6, 1, drop_ref=True)]
+    out = objective(dit, batch, draws)
     want = gradients(dit, out["loss"])
     for block in dit.transformer_blocks:
         block.recompute = True
-    again = objective(dit, batch, dice)
+    again = objective(dit, batch, draws)
     assert torch.equal(again["loss"], out["loss"])
     same_gradients(gradients(dit, again["loss"]), want, 1e-6)
 
@@ -699,7 +711,7 @@ def four_clips(root, ckpt):
         latents = vae.encode(torch.stack(videos))
     batch = {
         "latents": latents,
-        "references": torch.stack(
+        "ref_images": torch.stack(
             [to_tensor(letterbox(read_image(folder / row["reference"]), 64, 64)) for row in rows]
         ),
         "e_ref": torch.zeros(4, 64),
@@ -738,9 +750,9 @@ def test_overfitting_four_clips(build, dit, four_clips, one_thread):
         with torch.no_grad():
             return np.mean([objective(dit, clips, levels(1, 4 * k))["flow"].mean().item() for k in range(16)])
 
-    draws = [dice for k in range(16) for dice in levels(1, 4 * k)]
+    draws = [one for k in range(16) for one in levels(1, 4 * k)]
     z_0 = clips["latents"].flatten(2).transpose(1, 2)  # (4, N, C)
-    says_nothing = np.mean([(dice.eps - z_0[k % 4]).square().mean().item() for k, dice in enumerate(draws)])
+    says_nothing = np.mean([(one.eps - z_0[k % 4]).square().mean().item() for k, one in enumerate(draws)])
     before = mean_loss()
     optimizer = torch.optim.AdamW(dit.parameters(), lr=3e-3, weight_decay=0.01)
     falling = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.2)

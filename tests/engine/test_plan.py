@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
+from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import Checkpoint
 from common.errors import UserError
-from config import DEFAULTS, read_config
+from config import read_config
 from engine.plan import CARDS, GIB, Plan, connector_flops, dit_flops, parameters, vae_flops
 from model import LTXVideo
 from text import TextConnector
@@ -43,10 +44,11 @@ def paper(root, released):
 
 def changed(plan: Plan, **options) -> Plan:
     """The same plan with other options, "section__key" = value."""
-    other = deepcopy(plan)
+    other = copy(plan)
     for name, value in options.items():
         section, key = name.split("__")
-        other.config[section][key] = value
+        changed = replace(getattr(other.config, section), **{key: value})
+        other.config = replace(other.config, **{section: changed})
     return other
 
 
@@ -170,7 +172,7 @@ def test_parameters_of_the_released_model(paper, released):
 def test_memory_of_the_paper_s_run_under_fsdp(paper):
     """By hand: 16 bytes a parameter shared by the GPUs, the rest on each."""
     parts, weights = paper.memory(8), 13.12e9
-    assert paper.config["parallel"]["mode"] == "fsdp"
+    assert paper.config.parallel.mode == "fsdp"
     states = [parts.pop(f"{name}, fp32") for name in ("DiT weights", "gradients", "AdamW moments")]
     assert states == pytest.approx([4 * weights / 8, 4 * weights / 8, 8 * weights / 8], rel=0.001)
     block = 28 * 4096**2 / 2 + 4 * 4096**2 / 2  # 28 n D^2 + 4 s D^2 operations are two for each weight
@@ -275,8 +277,9 @@ def test_what_autograd_keeps_of_a_block(autocast, mask, tiny_config):
     per_s = (bytes_of_a_block(128, 96, autocast, mask) - base) / 64 / 256
     assert (per_n / 2, per_s / 2) == pytest.approx((62, 8) if autocast else (80, 10), rel=0.02)
 
-    config = deepcopy(DEFAULTS)
-    config["parallel"] |= {"precision": "bf16" if autocast else "fp32", "recompute": False, "micro_batch": 3}
+    precision = "bf16" if autocast else "fp32"
+    changes = [f"parallel.precision={precision}", "parallel.recompute=false", "parallel.micro_batch=3"]
+    config = read_config(None, changes)
     plan = Plan(config, tiny_config, (17, 64, 64), 64)
     n, s = plan.tokens + plan.reference_tokens, 64
     assert plan.memory(1)["activations"] == pytest.approx(4 * 3 * D * (per_n * n + per_s * s), rel=0.02)
@@ -288,8 +291,8 @@ def test_what_autograd_keeps_of_the_tiny_model(tiny, tiny_config, recompute):
     model = LTXVideo.from_checkpoint(tiny)
     for block in model.transformer_blocks:
         block.recompute = recompute
-    config = deepcopy(DEFAULTS)
-    config["parallel"] |= {"precision": "fp32", "recompute": recompute, "micro_batch": 2}
+    changes = ["parallel.precision=fp32", f"parallel.recompute={str(recompute).lower()}", "parallel.micro_batch=2"]
+    config = read_config(None, changes)
     plan = Plan(config, tiny_config, (17, 64, 64), 64)
     n = plan.tokens + plan.reference_tokens
     inputs = (torch.randn(2, n, 16), torch.full((2, n), 0.5), torch.full((2,), 0.5), torch.randn(2, 64, D))
@@ -311,9 +314,8 @@ def test_the_plan_s_sum_is_the_peak_of_a_step(frames, side, batch, recompute, ti
 
     In float32: the CPU has no fused RMS norm for bf16 and keeps more of a block than a GPU does.
     """
-    config = deepcopy(DEFAULTS)
-    config["parallel"] |= {"precision": "fp32", "recompute": recompute, "micro_batch": batch}
-    config["faces"]["pack"] = ""
+    changes = ["parallel.precision=fp32", f"parallel.recompute={str(recompute).lower()}", "faces.pack="]
+    config = read_config(None, [*changes, f"parallel.micro_batch={batch}"])
     plan = Plan(config, tiny_config, (frames, side, side), 64)
     n = plan.tokens + plan.reference_tokens
     model = LTXVideo.from_checkpoint(tiny).train()
@@ -338,11 +340,11 @@ def test_what_autograd_keeps_of_the_decoder(released):
     """decoder_activations against a narrow decoder of the released shape: between blocks, and the largest block."""
     ltx = deepcopy(released["config"])
     ltx["vae"] |= {"decoder_base_channels": 16, "encoder_base_channels": 8, "latent_channels": 8}
-    plan = Plan(deepcopy(DEFAULTS), ltx, (33, 64, 96), 64)
+    plan = Plan(read_config(None), ltx, (33, 64, 96), 64)
     torch.manual_seed(0)
     vae = VideoVAE(ltx["vae"]).requires_grad_(False)
     constants = [*vae.parameters(), *vae.buffers()]
-    z = torch.randn(1, 8, plan.config["faces"]["window"] + 2, 2, 3, requires_grad=True)
+    z = torch.randn(1, 8, plan.config.faces.window + 2, 2, 3, requires_grad=True)
     between, _ = kept_for_backward(lambda: vae.decode(z), constants)
     x, largest = vae.decoder.conv_in(z), 0
     for block in vae.decoder.up_blocks:
