@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import Checkpoint
 from common.errors import Parser, UserError, one_line_errors
 from config import ASSETS, PAPER, Config, read_config
-from data import CachedClips, training_batches
+from data import CachedClips, check_cache_fits, training_batches
 from engine import state
 from engine.average import Average
 from engine.logbook import Log
@@ -57,29 +57,35 @@ def main() -> None:
     if options.export:
         return state.export_run(config, Checkpoint(ckpt), Path(options.export))
     device = join_processes()
-    try:
-        train(config, Checkpoint(ckpt), device, options)
-    finally:
-        dist.destroy_process_group()
+    if config.optim.batch % (world := dist.get_world_size()):
+        raise UserError(f"optim.batch = {config.optim.batch} cannot be shared out evenly over {world} ranks")
+    run, clips, base = Path(config.run.out), CachedClips(config.data.cache), Checkpoint(ckpt)
+    local_pack = config.faces.pack if Path(config.faces.pack).is_dir() else ""  # of a name, ranks would download all at once
+    check_cache_fits(clips.settings, base, config.model.gemma, local_pack)
+    if not options.dry_run:
+        state.require_same(run, config, clips.settings)
+    with nullcontext() if options.dry_run else state.locked(run):
+        train(config, base, clips, device, options)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def train(config: Config, ckpt: Checkpoint, device: torch.device, options: argparse.Namespace) -> None:
-    # ---- the run's folder and its data
+def train(
+    config: Config, ckpt: Checkpoint, clips: CachedClips, device: torch.device, options: argparse.Namespace
+) -> None:
+    """All steps of a run, or of --dry-run the first."""
     run, rank, world = Path(config.run.out), dist.get_rank(), dist.get_world_size()
     batch, micro_batch = config.optim.batch, config.parallel.micro_batch
-    if batch % world:
-        raise UserError(f"optim.batch = {batch} cannot be shared out evenly over {world} ranks")
-    clips = CachedClips(config.data.cache)
-    lock = None if options.dry_run else state.open_run(run, config, clips.settings)  # noqa: F841 (held until the end)
 
     # ---- frozen parts, the DiT, the optimizer
     objective = build_objective(config, ckpt, clips, device)
-    samples = [] if options.dry_run else encode_samples(config, ckpt, clips.settings, run, device)
     model = build_model(config, ckpt, device)
     optimizer = build_optimizer(config, model, device)
     average = Average(model, config.optim.ema) if config.optim.ema else None
-    first, skipped = 0, []
+    first, skipped, samples = 0, [], []
     if not options.dry_run:
+        state.write_record(run, config, clips.settings)
+        samples = encode_samples(config, ckpt, clips.settings, run, device)
         first, skipped = state.resume(run, model, optimizer, average, options.from_previous)
     log = Log(config, make_plan(config, ckpt.path), run, first, enabled=rank == 0 and not options.dry_run)
 
@@ -148,7 +154,6 @@ def train(config: Config, ckpt: Checkpoint, device: torch.device, options: argpa
     elif not options.dry_run and not stop_now:
         report(f"finished: --export FILE writes the model; tensorboard --logdir {run} shows the curves")
     log.close()
-    dist.barrier()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -39,7 +39,7 @@ from guidance import DECODE_CHUNK, sample_latents, sigma_schedule
 from losses import flow_loss, predict_x0
 from model import LTXVideo
 from objective import decode_window
-from rope import reference_positions, video_positions
+from rope import Place, reference_positions, video_positions
 from vae import VideoVAE, from_tokens, latent_scale
 
 HERE = Path(__file__).parent.parent
@@ -136,7 +136,7 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
 
     def guided(steps: int) -> Tensor:
         levels = sigma_schedule(steps, n)
-        return sample_latents(model, z, levels, places, context, null, ref, ref_places, dtype=dtype)
+        return sample_latents(model, z, levels, places, context, null, ref, Place(ref_places), dtype=dtype)
 
     with torch.no_grad():
         yield Row("DiT forward, text only", text_only, weights, lambda: forward(False))

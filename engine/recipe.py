@@ -134,11 +134,11 @@ def default_gemma(checkpoint: Checkpoint) -> str | Path:
 
 
 def export_guidance(config: Config, base: Checkpoint) -> dict[str, float]:
-    """The guidance scales that an export carries as defaults: those of the run's config where it changed them, else
-    the base model's own, else the paper's."""
-    defaults = base.ours.get("defaults", {})
+    """The guidance scales that an export carries as defaults: the run's, or, where those are the paper's, the ones of
+    the base model (the tiny model's are lower)."""
     scales = {key: getattr(config.guidance, key) for key in ("s_text", "s_ref")}
-    return {key: defaults.get(key, value) if value == PAPER[key] else value for key, value in scales.items()}
+    defaults = base.ours.get("defaults", {})
+    return {k: defaults.get(k, PAPER[k]) for k in scales} if all(PAPER[k] == scales[k] for k in scales) else scales
 
 
 def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> Recipe:

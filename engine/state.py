@@ -6,7 +6,6 @@
             shard-*.safetensors      of model.*, optim.* and ema.* of what is trained; loads on any number of ranks
             progress.json            written last: a folder without it is not a checkpoint
         log.jsonl, tensorboard/, samples/
-        .lock                        held by the trainer that is at work
 
 A checkpoint is written under a temporary name and renamed, so a kill leaves the last good one. Nothing random is
 stored: every draw of a run follows from its seed and the sample's number (data.py). Everything is safetensors or
@@ -14,10 +13,12 @@ JSON; nothing is unpickled.
 """
 
 import fcntl
-import hashlib
 import json
+import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from checkpoint import OUR_METADATA, Checkpoint, file_name, open_checkpoint, write
+from common.cache import digest
 from common.errors import UserError, whole_file
 from common.schema import Count, Text, foreign_record, parse_json
 from config import Config, as_dict, require_same_run
@@ -50,39 +52,52 @@ class Progress:
 # The folder of a run
 
 
-def open_run(run: Path, config: Config, cache: dict[str, Any]) -> Any:
-    """Make the run's folder, or see that it was started with the same options and cache. Called by every rank.
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Make the run's folder and hold a lock on it: two trainers in one folder would mix their checkpoints.
 
-    Returns the lock that rank 0 holds while it is referred to: two trainers in one folder would mix their checkpoints.
+    Called by every rank; rank 0 holds the lock, which the system releases if the process is killed. A folder that is
+    still empty at the end goes again.
     """
-    record, lock, problem = run / "config.json", None, ""
-    digest = hashlib.sha256(json.dumps(cache, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    problems, folder = [""], None
     if dist.get_rank() == 0:
         try:
             run.mkdir(parents=True, exist_ok=True)
-            lock = open(run / ".lock", "w")  # noqa: SIM115 (open as long as the run)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder = os.open(run, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            problem = f"another trainer is at work in {run}: wait for it, or give run.out another folder"
+            problems = [f"another trainer is at work in {run}: wait for it, or give run.out another folder"]
         except OSError as error:
-            problem = f"{run} cannot be written ({error.strerror}): give run.out another folder"
-    problems = [problem]
-    dist.broadcast_object_list(problems)
-    if problems[0]:
-        raise UserError(problems[0])
-    if record.exists():
-        before = parse_json(dict[str, Any], record.read_bytes(), record)
-        require_same_run(before, config, run)
-        if before.get("cache", digest) != digest:
-            raise UserError(
-                f"{run} was started with another cache than {config.data.cache}: give run.out another folder"
-            )
+            problems = [f"{run} cannot be written ({error.strerror}): give run.out another folder"]
+    try:
+        dist.broadcast_object_list(problems)
+        if problems[0]:
+            raise UserError(problems[0])
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+            with suppress(OSError):
+                run.rmdir()
+
+
+def require_same(run: Path, config: Config, cache: dict[str, Any]) -> None:
+    """UserError if the run was started with other options or another cache. `cache` is the settings of the cache."""
+    if not (record := run / "config.json").exists():
+        return
+    before = parse_json(dict[str, Any], record.read_bytes(), record)
+    require_same_run(before, config, run)
+    if before.get("cache", digest(cache)) != digest(cache):
+        raise UserError(f"{run} was started with another cache than {config.data.cache}: give another run.out")
+
+
+def write_record(run: Path, config: Config, cache: dict[str, Any]) -> None:
+    """Write config.json of a run. Called by every rank."""
     dist.barrier()
     if dist.get_rank() == 0:
-        with whole_file(record) as temporary:
-            temporary.write_text(json.dumps(as_dict(config) | {"cache": digest}, indent=1))
+        with whole_file(run / "config.json") as temporary:
+            temporary.write_text(json.dumps(as_dict(config) | {"cache": digest(cache)}, indent=1))
     dist.barrier()
-    return lock
 
 
 def checkpoints(run: Path) -> list[Path]:
