@@ -23,10 +23,10 @@ LARGEST = 448.0  # of float8 e4m3
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """W (out, in) -> Q (out, in) in e4m3 as bytes, and the rows' scales (out, 1), float32."""
-    wide = weight.detach().float()
-    scale = (wide.abs().amax(dim=1, keepdim=True) / LARGEST).log2().ceil().exp2()
+    weight = weight.detach()
+    scale = (weight.abs().amax(dim=1, keepdim=True).float() / LARGEST).log2().ceil().exp2()
     scale = torch.where(scale > 0, scale, 1)  # a row of zeros
-    return (wide / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
+    return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
 def dequantize(
