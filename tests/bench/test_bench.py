@@ -1,4 +1,4 @@
-"""bench.py on the tiny model: the table it writes, and the operations it states against PyTorch's counter."""
+"""`python -m bench` on the tiny model: the table it writes, and the operations it states against PyTorch's counter."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ SIZE = (64, 64, 9)
 
 @pytest.fixture
 def command(in_process):
-    return partial(in_process, bench.main, "bench.py")
+    return partial(in_process, bench.main, "bench")
 
 
 def test_stated_operations_are_the_counted_ones(small, monkeypatch):
