@@ -38,9 +38,9 @@ from engine.parallel import set_recompute
 from engine.plan import GIB, dit_flops, vae_flops
 from guidance import DECODE_CHUNK, sample_latents, sigma_schedule
 from losses import flow_loss, predict_x0
-from model import LTXVideo
+from model import LTXVideo, append_reference, video_tokens
 from objective import decode_window
-from rope import reference_positions, video_positions
+from rope import Place, reference_positions, video_positions
 from text import MAX_TOKENS
 from vae import VideoVAE, from_tokens, latent_scale
 
@@ -99,7 +99,7 @@ def draw_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 
 def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Namespace) -> Iterator[Row]:
-    """All measurements at one size (height, width, frames). DiT and VAE are in memory only during their own rows."""
+    """All measurements at one size (height, width, frames). Each part of the model is made when its rows begin."""
     (height, width, frames), dit = size, ltx["transformer"]
     device, dtype = options.device, options.dtype
     scale = latent_scale(ltx["vae"])
@@ -120,18 +120,17 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
         model.compile_blocks()
     z, z_ref = (torch.randn(1, k, channels, device=device) for k in (n, r))  # (1, N, C), (1, R, C)
     context, null = (torch.randn(1, s, model.dim, device=device, dtype=dtype) for _ in range(2))
-    positions, ref_positions = (f(*grid, FPS, scale)[None].to(device) for f in (video_positions, reference_positions))
-    all_positions = torch.cat([positions, ref_positions], dim=2)  # (1, 3, N + R, 2)
-    sigma = torch.full((1,), 0.7, device=device)
+    positions, t = video_positions(*grid, FPS, scale)[None].to(device), torch.full((1,), 0.7, device=device)
+    place = Place(reference_positions(*grid, FPS, scale)[None].to(device))
 
     def forward(reference: bool) -> Tensor:
-        x = torch.cat([z, z_ref], dim=1) if reference else z  # (1, N + R, C) or (1, N, C)
-        timesteps = torch.cat([sigma.expand(n), torch.zeros(x.shape[1] - n, device=device)])[None]
-        return model(x.to(dtype), timesteps, sigma, context, all_positions if reference else positions)
+        x = z.to(dtype)
+        tokens = append_reference(x, z_ref, t, positions, place) if reference else video_tokens(x, t, positions)
+        return model(tokens.latents, tokens.timesteps, t, context, tokens.positions)  # (1, N or N + R, C)
 
     def guided(steps: int) -> Tensor:
         sigmas = sigma_schedule(steps, n)
-        return sample_latents(model, z, sigmas, positions, context, null, z_ref, ref_positions, dtype=dtype)
+        return sample_latents(model, z, sigmas, positions, context, null, z_ref, place, dtype=dtype)
 
     with torch.no_grad():
         yield Row("DiT forward, text only", text_only, weights, lambda: forward(False))
@@ -165,7 +164,7 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
         v = forward(True)[:, :n]
         loss = flow_loss(v, torch.zeros_like(z), z).sum()
         if faces:
-            z_0 = from_tokens(predict_x0(z, v, sigma), grid).to(dtype)
+            z_0 = from_tokens(predict_x0(z, v, t), grid).to(dtype)
             loss = loss + decode_window(vae, z_0, start, window - start - 1 if window > 2 else 1).square().mean()
         loss.backward()
 
