@@ -167,7 +167,8 @@ class TextEncoder:
         words = {}  # in order and once each
         for word in re.finditer(r"\w+", prompt):
             parts = [number for begin, end, number in spans if begin < word.end() and end > word.start()]
-            words[word.group()] = len(parts) == 1 and parts[0] != self.tokenizer.unk_token_id
+            known = len(parts) == 1 and parts[0] != self.tokenizer.unk_token_id
+            words[word.group()] = known and words.get(word.group(), True)
         return [word for word, known in words.items() if not known]
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ class Memory(dict):
 
 
 def run_in_pieces(layer: Callable, pieces: Iterable, memory: Memory, limit: int) -> Iterator[tuple[Tensor, bool]]:
-    """A layer from pieces to pieces of at most `limit` frames; each is (frames (B, C, F, H, W), true if the last)."""
+    """Send pieces, (frames (B, C, F, H, W), true if the last), through a layer: pieces of at most `limit` frames."""
     for x, last in pieces:
         memory.last = last  # between two pieces the layers behind this one set it too
         parts = layer(x, memory).split(limit, dim=2)
@@ -169,7 +169,7 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Video (B, 3, F, H, W) -> latents (B, C, T, h, w), not yet normalized."""
+    """Video (B, 3, F, H, W) -> latents (B, C, T, h, w) without normalization."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -196,7 +196,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, T, h, w), no more normalized, -> video (B, 3, F, H, W)."""
+    """Latents (B, C, T, h, w) without normalization -> video (B, 3, F, H, W)."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()

@@ -107,6 +107,8 @@ def _load(folder: Path, kind: str, device: str | torch.device, dtype: torch.dtyp
             f"the tokenizer in {folder} does not begin a prompt with <bos>, which LTX-2.3 was trained with: set "
             f"add_bos_token to true in its tokenizer_config.json, or take {GEMMA}"
         )
+    if set(tokenizer("a")["input_ids"]) <= {tokenizer.bos_token_id, tokenizer.unk_token_id}:
+        raise UserError(f"the tokenizer in {folder} has no vocabulary: download its tokenizer.json again")
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for tensor in tensors.keys():  # noqa: SIM118, it is no dict
@@ -134,5 +136,8 @@ def _load(folder: Path, kind: str, device: str | torch.device, dtype: torch.dtyp
     with torch.no_grad():
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     if not output.last_hidden_state.isfinite().all():
-        raise UserError(f"the Gemma in {folder} returns NaN or infinity: compare its config.json with that of {GEMMA}")
+        raise UserError(
+            f"the Gemma in {folder} returns NaN or infinity in {str(dtype).removeprefix('torch.')}: "
+            f"try another --dtype, or compare its config.json with that of {GEMMA}"
+        )
     return tokenizer, model

@@ -1,12 +1,17 @@
 """text.py against the golden context, and against transformers' own hidden states of a random Gemma 3 made here."""
 
 import copy
+import json
 import math
+import os
 import shutil
+import warnings
 import weakref
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import text
@@ -263,6 +268,63 @@ def test_bfloat16_is_near_float32(tiny_a, gemma, encoder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what a user hears about a prompt
+
+
+@pytest.mark.parametrize("limit", [48, 1024])
+@pytest.mark.parametrize("count", [0, 1, 46, 47, 48, 1023, 1024, 4999])
+def test_a_prompt_beyond_the_limit(encoder, connector, limit, count):
+    """Each of these words is one token, and <bos> is one more, so the truth is arithmetic."""
+    tokenizer = copy.copy(encoder.tokenizer)
+    tokenizer.model_max_length = 48 if limit == 48 else int(1e30)
+    limited = TextEncoder(tokenizer, encoder.gemma, connector)
+    words = [("walks", "nods", "wall", "blue", "front", "the", "left")[k * k % 7] for k in range(count)]
+    assert len(tokenizer(" ".join(words))["input_ids"]) == count + 1
+    kept = words[: limit - 1]
+    want = None if count + 1 <= limit else (count + 1 - limit, " ".join(kept[-5:]))
+    assert limited.cut(f"  {' '.join(words)}\n") == want
+    if want and limit == 48:  # and Gemma reads just the kept words
+        assert torch.equal(limited.features([" ".join(words)])[0], limited.features([" ".join(kept)])[0])
+
+
+@pytest.mark.parametrize(
+    "prompt, unknown",
+    [
+        ("A person walks by to the left in front of a teal wall.", []),
+        ("Someone nods, then walks by: blue-teal!", []),
+        ("", []),
+        ("A young woman in a red coat turns to the camera.", ["young", "woman", "coat"]),
+        ("woman, coat; a woman's coat", ["woman", "coat"]),
+        ("Une femme devant un mur bleu", ["Une", "femme", "devant", "un", "mur", "bleu"]),
+        ("一个女人", ["一个女人"]),
+        ("a naïve person", ["naïve"]),
+    ],
+)
+def test_unknown_words_of_the_tiny_tokenizer(root, encoder, connector, prompt, unknown):
+    assert set(encoder.unknown_words(prompt)) == set(unknown)
+    assert encoder.unknown_words(prompt) == sorted(encoder.unknown_words(prompt), key=prompt.index)
+
+
+def test_a_tokenizer_with_bytes_knows_every_word(encoder, connector):
+    from transformers import GemmaTokenizer
+
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=48, add_bos_token=True)
+    assert len(tokenizer("femme 女")["input_ids"]) == 1 + 5 + 1 + 3  # <bos>, and a token for each byte
+    assert TextEncoder(tokenizer, encoder.gemma, connector).unknown_words("Une femme 女 coat") == []
+
+
+def test_nothing_is_printed(gemma, tiny_a, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder = TextEncoder.from_checkpoint(tiny_a, gemma)
+        encoder.encode([LONG, ""])
+        encoder.cut(LONG)
+    assert capfd.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what can be wrong with it
 
 
@@ -314,6 +376,141 @@ def test_broken_gemma_folder_is_a_user_error(tiny_a, gemma, tmp_path, what):
     file, break_it = BROKEN[what]
     break_it(folder / file)
     with pytest.raises(UserError, match="tokenizer" if what == "no tokenizer" else str(folder)):
+        TextEncoder.from_checkpoint(tiny_a, folder)
+
+
+CONFIGS = ("config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "file, fields",
+    [
+        ("config.json", {"num_hidden_layers": 0}),
+        ("config.json", {"num_hidden_layers": True}),
+        ("config.json", {"num_hidden_layers": 10**9}),
+        ("config.json", {"hidden_size": "24"}),
+        ("config.json", {"vocab_size": 10**12}),
+        ("config.json", {"intermediate_size": 10**12}),
+        ("config.json", {"layer_types": ["full_attention"]}),
+        ("config.json", {"rms_norm_eps": math.nan}),
+        ("config.json", {"query_pre_attn_scalar": -1}),  # this one and the next show only when a prompt is read
+        ("config.json", {"sliding_window": None}),
+        ("config.json", {"hidden_activation": "unheard of"}),
+        ("config.json", {"model_type": "llama"}),
+        ("tokenizer_config.json", {"model_max_length": -1}),
+        ("tokenizer_config.json", {"model_max_length": 0}),
+        ("tokenizer_config.json", {"model_max_length": "48"}),
+        ("tokenizer_config.json", {"pad_token": None}),
+        ("tokenizer_config.json", {"model_input_names": [1]}),
+        ("tokenizer.json", {"model": {"type": "BPE"}}),
+        ("tokenizer.json", {"added_tokens": 3}),
+    ],
+)
+def test_a_wrong_value_is_a_user_error(tiny_a, gemma, tmp_path, file, fields):
+    folder = shutil.copytree(gemma, tmp_path / "gemma")
+    change(folder / file, **fields)
+    with pytest.raises(UserError, match=str(folder)) as caught:
+        TextEncoder.from_checkpoint(tiny_a, folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"null", b"\x00\xff\xfe", b"[" * 100_000, b'{"a":' * 5000, '{"a": 1}'.encode("utf-16")]
+)
+def test_a_file_of_garbage_is_a_user_error(tiny_a, gemma, tmp_path, file, data):
+    folder = shutil.copytree(gemma, tmp_path / "gemma")
+    (folder / file).write_bytes(data)
+    with pytest.raises(UserError, match=str(folder)):
+        TextEncoder.from_checkpoint(tiny_a, folder)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_anywhere_loads_or_is_a_user_error(tiny_a, gemma, tmp_path_factory, data):
+    """One value somewhere in one of Gemma's three JSON files is replaced by any other."""
+    folder = tmp_path_factory.mktemp("any") / "gemma"
+    shutil.copytree(gemma, folder)
+    path = folder / data.draw(st.sampled_from(CONFIGS))
+    value = whole = {"": json.loads(path.read_text())}
+    key = ""
+    while isinstance(value[key], dict | list) and value[key] and (value is whole or data.draw(st.booleans())):
+        value = value[key]
+        key = data.draw(st.sampled_from(sorted(value)) if isinstance(value, dict) else st.integers(0, len(value) - 1))
+    numbers = st.integers(-(2**70), 2**70) | st.floats()
+    plain = st.none() | st.booleans() | numbers | st.text(max_size=5)
+    value[key] = data.draw(st.recursive(plain, lambda some: st.lists(some) | st.dictionaries(st.text(), some)))
+    path.write_text(json.dumps(whole[""]))
+    try:
+        encoder = TextEncoder.from_checkpoint(tiny_a, folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert encoder.encode([LONG, ""]).isfinite().all()
+    encoder.cut(LONG), encoder.unknown_words(LONG)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.1.mlp.down_proj.weight", "norm.weight"])
+def test_weights_that_are_not_numbers_are_named(tiny_a, gemma, tmp_path, name, value):
+    folder = shutil.copytree(gemma, tmp_path / "gemma")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{folder} has NaN or infinity in {name}"):
+        TextEncoder.from_checkpoint(tiny_a, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_not_plain_floats_are_named(tiny_a, gemma, tmp_path, dtype):
+    """transformers would cast them to float without a word."""
+    folder = shutil.copytree(gemma, tmp_path / "gemma")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.safetensors stores norm\.weight as"):
+        TextEncoder.from_checkpoint(tiny_a, folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_the_folder_does_not_run(tiny_a, gemma, encoder, tmp_path, monkeypatch, file):
+    """And nobody is asked whether it may: input() would hang where there is no terminal."""
+    folder, ran = shutil.copytree(gemma, tmp_path / "gemma"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
+    names = {"config.json": ["AutoConfig", "AutoModel"], "tokenizer_config.json": ["AutoTokenizer"]}[file]
+    change(folder / file, auto_map={name: "evil.C" if name != "AutoTokenizer" else ["evil.C", None] for name in names})
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    got = TextEncoder.from_checkpoint(tiny_a, folder).encode(PROMPTS)
+    assert torch.equal(got, encoder.encode(PROMPTS)) and not ran.exists()
+    (folder / "tokenizer.json").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        TextEncoder.from_checkpoint(tiny_a, folder)
+    assert not ran.exists()
+
+
+def test_only_safetensors_are_read(tiny_a, gemma, tmp_path):
+    folder = shutil.copytree(gemma, tmp_path / "gemma")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=str(folder)):
+        TextEncoder.from_checkpoint(tiny_a, folder)
+
+
+def test_an_adapter_and_a_pipe_are_refused(tiny_a, gemma, tmp_path):
+    folder = shutil.copytree(gemma, tmp_path / "gemma")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/something"}')
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        TextEncoder.from_checkpoint(tiny_a, folder)
+    (folder / "adapter_config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is a pipe"):
         TextEncoder.from_checkpoint(tiny_a, folder)
 
 

@@ -1,4 +1,4 @@
-"""bench.py on the tiny model: the table it writes, and the operations it states against PyTorch's counter."""
+"""`python -m bench` on the tiny model: the table it writes, and the operations it states against PyTorch's counter."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ SIZE = (64, 64, 9)
 
 @pytest.fixture
 def command(in_process):
-    return partial(in_process, bench.main, "bench.py")
+    return partial(in_process, bench.main, "bench")
 
 
 def test_stated_operations_are_the_counted_ones(small, monkeypatch):
@@ -82,3 +82,28 @@ def test_what_does_not_fit_says_so(monkeypatch):
     options = argparse.Namespace(device=torch.device("cpu"), repeat=1, against=None)
     lines = bench.table({}, (1, 1, 1), options, (1e12, 1e12))
     assert lines[-2] == "| large | out of memory | 2.00 | | | 2,000.0 | |" and lines[-1].startswith("| small | ")
+
+
+@pytest.mark.parametrize("more, folder", [((), "out/bench"), (("--publish",), "repository/bench")])
+def test_only_publish_touches_the_repository(more, folder, command, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "ROOT", tmp_path / "repository")
+    monkeypatch.setattr(bench, "rows", lambda *_: iter(()))
+    monkeypatch.setattr(bench, "ceilings", lambda *_: (1e12, 1e12))
+    monkeypatch.setattr(bench, "device_name", lambda _: ("NVIDIA H200", "1.0"))
+    code, _, stderr = command("--ckpt", small, "--size", "32x32x1", "--device", "cpu", "--fp8", *more)
+    assert code == 0, stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / folder / "nvidia-h200-fp8.md"]
+
+
+@pytest.mark.parametrize("option", ["--steps", "--repeat", "--text-tokens"])
+def test_numbers_out_of_range_are_one_line(option, command, small, tmp_path):
+    for value in (0, -1, 10**9):
+        code, _, stderr = command("--ckpt", small, option, value, "--device", "cpu", "--out", tmp_path / "x.md")
+        assert code == 2 and stderr.startswith(f"error: {option} {value} is not between"), stderr
+
+
+def test_the_page_never_replaces_the_checkpoint(command, small):
+    before = small.read_bytes()
+    code, _, stderr = command("--ckpt", small, "--size", "32x32x1", "--device", "cpu", "--out", small)
+    assert code == 2 and "would replace" in stderr and small.read_bytes() == before
