@@ -505,14 +505,16 @@ OURS = [None, "{}", "[]", "nope", "[" * 9999, '{"placement": 5}', '{"defaults": 
     tensors=st.dictionaries(st.sampled_from(NAMES), FORMS, max_size=5),
     ours=st.sampled_from(OURS),
     value=st.sampled_from([1.0, 1.0, float("nan"), 6e4]),
-    ignore_unknown=st.booleans(),
+    pair=st.booleans(),
+    ignore=st.booleans(),
 )
-def test_any_file_is_read_or_refused_with_a_user_error(tensors, ours, value, ignore_unknown, model, tmp_path_factory):
+def test_any_file_is_read_or_refused_with_a_user_error(tensors, ours, value, pair, ignore, model, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
-    full = {name: torch.full(shape, value).to(dtype) for name, (shape, dtype) in tensors.items()}
+    full = long_pair() if pair else {}
+    full |= {name: torch.full(shape, value).to(dtype) for name, (shape, dtype) in tensors.items()}
     save_file(full, path, {OUR_METADATA: ours} if ours else None)
     try:
-        file = LoRA(path, [model], 2.0, ignore_unknown)
+        file = LoRA(path, [model], 2.0, ignore)
         file.require_finite()
         for target in file.changes:
             assert merged(torch.ones(file.shapes[target]), target, [file]).isfinite().all()
