@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from checkpoint import AUDIO, DIT, FLOATS, FP8, Checkpoint, file_name
@@ -81,7 +81,10 @@ class LoRA:
             for module in modules
             for name, parameter in module.named_parameters()
         }
-        self.file = safe_open(self.path, framework="pt")
+        try:
+            self.file = safe_open(self.path, framework="pt")
+        except SafetensorError as error:  # a format of numbers that this version of the library does not know
+            raise UserError(f"{path} cannot be read: {error}") from None
         self.rank, self.audio, self.ignored = 0, 0, []
         self.changes = {target: self._change(target, parts) for target, parts in self._parts(ignore_unknown).items()}
         if not self.changes:
