@@ -260,6 +260,7 @@ class Ours:
     weights: Text = ""
     distilled: Text = ""
     base: Text = ""
+    gemma: Literal["embedded"] = "embedded"  # the text encoder, where it is not Gemma 3 12B
     training: dict[str, Any] = Field(default_factory=dict)
     lora: dict[str, Any] = Field(default_factory=dict)
     loras: list[Text] = Field(default_factory=list)

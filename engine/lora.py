@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from checkpoint import NAMES, OUR_METADATA, Checkpoint, write
 from common.errors import Parser, UserError, one_line_errors
 from common.outputs import refuse_overwrite
+from engine.check import require_bf16
 from engine.lora_files import LoRA, describe, merged, open_loras
 from engine.recipe import merged_metadata
 
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the checkpoint to write")
     options = parser.parse_args()
     base = Checkpoint(options.ckpt)
+    require_bf16(base)
     loras = open_loras(options.lora, base, options.lora_ignore_unknown)
     refuse_overwrite([options.out], [base.path, *(lora.path for lora in loras)])
     merge_file(base, loras, options.out)

@@ -21,13 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, file_name
+from checkpoint import AUDIO, DIT, FLOATS, FP8, Checkpoint, file_name
 from common.errors import UserError
-from common.ltx_file import read_ours
+from common.ltx_file import read_header, read_ours
 from model import LTXVideo
 from text import TextConnector
 
-DIT = LTXVideo.PREFIXES[""]
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 UNDERSCORED = re.compile(r"lora_unet_(?:model_)?(?:diffusion_model_)?")
 PART = re.compile(
@@ -39,8 +38,6 @@ PART = re.compile(
     r"|(?P<diff>diff)|(?P<diff_b>diff_b))",
     re.DOTALL,
 )
-AUDIO = ("audio_", "av_ca_", "scale_shift_table_a2v_", "vocoder")  # signs of the audio branch in a name
-FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # some trainers store alpha as one
 LARGEST_STRENGTH = 100.0
 
@@ -77,18 +74,17 @@ class LoRA:
         self.path, self.strength = Path(path), strength
         if not self.path.is_file():
             raise UserError(f"no LoRA at {path}: give --lora FILE or FILE:STRENGTH")
-        try:
-            self.file = safe_open(self.path, framework="pt")
-        except (SafetensorError, ValueError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error})") from None
-        self.metadata: dict[str, str] = self.file.metadata() or {}
-        self.ours: dict = read_ours(self.metadata, self.path)
-        self.names: list[str] = self.file.keys()
+        self.metadata, self.tensors, _ = read_header(self.path)
+        self.ours = read_ours(self.metadata, self.path)
         self.shapes = {
             file_name(name, module.PREFIXES): list(parameter.shape)
             for module in modules
             for name, parameter in module.named_parameters()
         }
+        try:
+            self.file = safe_open(self.path, framework="pt")
+        except SafetensorError as error:  # a format of numbers that this version of the library does not know
+            raise UserError(f"{path} cannot be read: {error}") from None
         self.rank, self.audio, self.ignored = 0, 0, []
         self.changes = {target: self._change(target, parts) for target, parts in self._parts(ignore_unknown).items()}
         if not self.changes:
@@ -96,17 +92,17 @@ class LoRA:
 
     def _parts(self, ignore_unknown: bool) -> dict[str, dict[str, str]]:
         """The names in the file by the tensor they change and by part: {released name: {"A": name, "B": name}}."""
-        if self.names and not any(map(PART.fullmatch, self.names)):
+        if self.tensors and not any(map(PART.fullmatch, self.tensors)):
             raise UserError(
-                f"{self.path} is no LoRA that can be read here: it has tensors like {self.names[0][:100]} and none "
-                "like X.lora_A.weight; a checkpoint goes to --ckpt"
+                f"{self.path} is no LoRA that can be read here: it has tensors like {next(iter(self.tensors))[:100]}, "
+                "and none like X.lora_A.weight; a checkpoint goes to --ckpt"
             )
         dotted, underscored = _layers(self.shapes)
         parts: dict[str, dict[str, str]] = {}
-        for name in self.names:
+        for name in self.tensors:
             match = PART.fullmatch(name)
             target = self._target(match["layer"], match.lastgroup, dotted, underscored) if match else None
-            if target is None and any(sign in name for sign in AUDIO):
+            if target is None and any(sign in name for sign in (*AUDIO, "vocoder")):
                 self.audio += 1
             elif target is None:
                 self.ignored.append(name)
@@ -118,7 +114,7 @@ class LoRA:
                 parts[target][match.lastgroup] = name
         if self.ignored and not ignore_unknown:
             raise UserError(
-                f"{self.path}: {len(self.ignored)} of {len(self.names)} tensors have no place in the LTX-2.3 video "
+                f"{self.path}: {len(self.ignored)} of {len(self.tensors)} tensors have no place in the LTX-2.3 video "
                 f"branch: {_shortened(self.ignored)}; --lora-ignore-unknown goes on without them"
             )
         return parts
@@ -142,8 +138,8 @@ class LoRA:
     def _change(self, target: str, parts: dict[str, str]) -> LowRank | Difference:
         shape, layer = self.shapes[target], target.removesuffix(".weight").removeprefix(DIT)
         for part, name in parts.items():
-            stored = self.file.get_slice(name).get_dtype()
-            if stored not in FLOATS and not (part == "alpha" and stored in INTEGERS):
+            stored = self.tensors[name]["dtype"]
+            if stored not in (*FLOATS, *FP8) and not (part == "alpha" and stored in INTEGERS):
                 raise UserError(f"{self.path}: {name} is stored as {stored}: a LoRA holds floating-point numbers")
         if name := parts.get("diff") or parts.get("diff_b"):
             if others := [other for other in parts.values() if other != name]:
@@ -178,12 +174,12 @@ class LoRA:
         return alpha.item()
 
     def _shape(self, name: str) -> list[int]:
-        return self.file.get_slice(name).get_shape()
+        return self.tensors[name]["shape"]
 
     def require_finite(self) -> None:
         """Read the whole file once. UserError for NaN or infinity, and for changes too large for float32."""
         largest = {}
-        for name in self.names:
+        for name in self.tensors:
             if name not in self.ignored:
                 largest[name] = _largest(self.file.get_tensor(name))
                 if not math.isfinite(largest[name]):

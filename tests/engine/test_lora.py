@@ -27,7 +27,7 @@ from guidance import sample_latents
 from model import LTXVideo
 from objective import Objective
 from rope import Place
-from text import GEMMA, TextConnector
+from text import GEMMA, TextConnector, TextEncoder
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 # of a released file: six attentions and two feed-forwards a block
@@ -505,14 +505,16 @@ OURS = [None, "{}", "[]", "nope", "[" * 9999, '{"placement": 5}', '{"defaults": 
     tensors=st.dictionaries(st.sampled_from(NAMES), FORMS, max_size=5),
     ours=st.sampled_from(OURS),
     value=st.sampled_from([1.0, 1.0, float("nan"), 6e4]),
-    ignore_unknown=st.booleans(),
+    pair=st.booleans(),
+    ignore=st.booleans(),
 )
-def test_any_file_is_read_or_refused_with_a_user_error(tensors, ours, value, ignore_unknown, model, tmp_path_factory):
+def test_any_file_is_read_or_refused_with_a_user_error(tensors, ours, value, pair, ignore, model, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
-    full = {name: torch.full(shape, value).to(dtype) for name, (shape, dtype) in tensors.items()}
+    full = long_pair() if pair else {}
+    full |= {name: torch.full(shape, value).to(dtype) for name, (shape, dtype) in tensors.items()}
     save_file(full, path, {OUR_METADATA: ours} if ours else None)
     try:
-        file = LoRA(path, [model], 2.0, ignore_unknown)
+        file = LoRA(path, [model], 2.0, ignore)
         file.require_finite()
         for target in file.changes:
             assert merged(torch.ones(file.shapes[target]), target, [file]).isfinite().all()
@@ -672,6 +674,42 @@ def test_what_is_made_from_the_embedded_model_finds_its_text_encoder(in_process,
     for ckpt, gemma in ((base, ASSETS / "gemma"), (twice, ASSETS / "gemma"), (TINY_A, GEMMA)):
         words = ["--ckpt", ckpt, "--prompt", "x", "--out", tmp_path / "x.mp4"]
         assert f"the text encoder is {gemma}" in in_process(sample.main, "sample.py", *words)[2]
+
+
+def test_the_command_applies_layers_of_the_text_path(in_process, monkeypatch, tmp_path):
+    """A bias of the projection moves the context of the prompt by as much as computed here; one of the DiT does not."""
+    import sample
+
+    contexts = []
+
+    def generate(model, vae, context, null_context, *_, **__):
+        contexts.append(context)
+        raise UserError("no video is needed")
+
+    monkeypatch.setattr(sample, "generate", generate)
+    width = Checkpoint(ASSETS / "tiny.safetensors").tensors[f"{PROJECTION}.bias"]["shape"][0]
+    step = torch.linspace(-1, 1, width)
+    save_file({f"diffusion_model.{PROJECTION}.diff_b": step}, tmp_path / "text.safetensors")
+    save_file({f"diffusion_model.{Q}.diff_b": step}, tmp_path / "dit.safetensors")
+    loras = ["--lora", f"{tmp_path}/text.safetensors:0.5"], ["--lora", tmp_path / "dit.safetensors"]
+    for options in ([], *loras):
+        words = ["--prompt", "A person smiles.", "--out", tmp_path / "x.mp4", *options]
+        assert "no video is needed" in in_process(sample.main, "sample.py", *words)[2]
+    plain, text, dit = contexts
+    assert torch.equal(dit, plain)
+    encoder = TextEncoder.from_checkpoint(ASSETS / "tiny.safetensors", ASSETS / "gemma")
+    assert torch.equal(encoder.encode(["A person smiles."]), plain)
+    encoder.connector.projection.bias.data += 0.5 * step
+    torch.testing.assert_close(encoder.encode(["A person smiles."]), text, atol=1e-6, rtol=0)
+    assert (text - plain).abs().max() > 0.1
+
+
+def test_nothing_is_merged_into_a_base_in_fp8(in_process, face, forge, tmp_path):
+    name = f"model.diffusion_model.{Q}.weight"
+    base = forge(tensors={name: load_file(TINY_A)[name].to(torch.float8_e4m3fn)})
+    words = ["--ckpt", base, "--lora", face, "--out", tmp_path / "out.safetensors"]
+    code, _, error = in_process(lora.main, "engine.lora", *words)
+    assert code == 2 and "is in fp8" in error and not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_merged_file_never_replaces_its_sources(in_process, face, tmp_path):
