@@ -80,8 +80,7 @@ def text_file(number: int) -> str:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], **metadata: Any) -> None:
-    """Write a file of the cache whole, after removing what a killed run left of it."""
-    _remove_leftovers(path)
+    """Write a file of the cache, with the digest of the settings in its metadata."""
     text = json.dumps(metadata | {"settings": digest(settings)}, ensure_ascii=False)
     text = text.encode(errors="backslashreplace").decode()  # a reason may name a file whose name is not UTF-8
     wide_first = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # so that each is aligned in the file
@@ -90,14 +89,8 @@ def _save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], **me
 
 
 def _save_text(path: Path, text: str) -> None:
-    _remove_leftovers(path)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _remove_leftovers(path: Path) -> None:
-    for stale in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
-        stale.unlink(missing_ok=True)
 
 
 def prepare(
@@ -389,5 +382,7 @@ def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> Non
         print(f"  remarks: {len(lines) - reasons.total():,}")
     if lines:
         print(f"  each with its line in {folder / 'report.jsonl'}")
-    if not clips:
+    if not clips:  # the report stays; another run tries the rows again
+        for name in ("cache.json", NULL, *map(shard_file, range(len(metadata)))):
+            (folder / name).unlink(missing_ok=True)
         raise UserError(f"none of the {rows:,} clips can be used: {folder / 'report.jsonl'} says why")

@@ -122,6 +122,8 @@ class CachedClips(Dataset):
         """Raises UserError, saying which command to run, where the cache is missing, incomplete or damaged."""
         self.folder = Path(folder)
         settings = read_settings(self.folder)
+        if settings is None and (self.folder / "report.jsonl").is_file():
+            raise UserError(f"the cache in {folder} holds no clip: {self.folder / 'report.jsonl'} says why")
         if settings is None:
             raise UserError(f"no cache in {folder} (it has no cache.json): make it with python prepare.py")
         self.names: list[str] = []
@@ -134,7 +136,7 @@ class CachedClips(Dataset):
             places += [(k, clip.row) for clip in metadata.clips]
         max_tokens = self._metadata(NULL, settings, NullMetadata).max_tokens
         if not places:
-            raise UserError(f"the cache in {folder} holds no clip: {self.folder / 'report.jsonl'} says why")
+            raise UserError(f"the cache in {folder} holds no clip")
         self.settings: dict[str, Any] = settings | {"max_tokens": max_tokens}
         self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
         self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit

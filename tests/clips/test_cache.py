@@ -620,6 +620,7 @@ def test_nothing_usable(options, world, tmp_path):
     (tmp_path / "m.csv").write_text("\n".join(rows))
     with pytest.raises(UserError, match=r"none of the 3 clips can be used.*report\.jsonl"):
         prepare(out=tmp_path / "c", **options | {"manifest": tmp_path / "m.csv"})
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["report.jsonl"]  # mended rows are tried again
     with pytest.raises(UserError, match=r"holds no clip.*report\.jsonl"):
         CachedClips(tmp_path / "c")
 
