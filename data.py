@@ -1,9 +1,9 @@
 """Data of training: clips out of a cache, references augmented anew, and the randomness of each sample.
 
-    cache (clips/cache.py) ──> CachedClips[i] ─┬─> latents, features, e_ref ──────────────────────────────┬─> batch
-                                               └─> image ──> augment_reference ──> letterbox ──> ref_image ┤
-                                                             Eq. 5                 Sec. 3.1               │
-    seed, number of the sample ──> draw_sample ──> t, eps, two drops, window ──────────────────────────────┘
+    cache ──> CachedClips[i] ─┬─> latents, features, e_ref ──────────────────────────────────┬─> batch
+                              └─> image ──> augment_reference ──> letterbox ──> ref_image ───┤
+                                            Eq. 5                 Sec. 3.1                   │
+    seed, number of the sample ──> draw_sample ──> t, eps, two drops, window ────────────────┘
 
 Latents of a video never change, so the cache holds them. The reference is augmented anew in each epoch, so the cache
 holds its pixels, and the VAE encodes them in the training loop. e_ref comes from the unaugmented reference.

@@ -80,8 +80,7 @@ def text_file(number: int) -> str:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], **metadata: Any) -> None:
-    """Write a file of the cache whole, after removing what a killed run left of it."""
-    _remove_leftovers(path)
+    """Write a file of the cache, with the digest of the settings in its metadata."""
     text = json.dumps(metadata | {"settings": digest(settings)}, ensure_ascii=False)
     text = text.encode(errors="backslashreplace").decode()  # a reason may name a file whose name is not UTF-8
     wide_first = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # so that each is aligned in the file
@@ -90,14 +89,8 @@ def _save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], **me
 
 
 def _save_text(path: Path, text: str) -> None:
-    _remove_leftovers(path)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _remove_leftovers(path: Path) -> None:
-    for stale in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
-        stale.unlink(missing_ok=True)
 
 
 def prepare(
@@ -172,6 +165,10 @@ def fill(
         require_same(begun, settings, folder, "run it with the same options and files, or give another --out")
     elif rank == 0:
         _save_text(folder / "cache.json", json.dumps(settings, indent=1) + "\n")
+    names = ["report.jsonl", NULL, *(name(k) for name in (shard_file, text_file) for k in range(settings["shards"]))]
+    for path in (folder / name for name in names):
+        if path.is_dir():  # found here rather than after hours of work
+            raise UserError(f"{path} is a folder, and a file of the cache will have this name: give another --out")
     rows, numbered = settings["rows_per_shard"], list(enumerate(clips))
     shards = {k: numbered[k * rows : (k + 1) * rows] for k in range(settings["shards"])}
     done = [k for k in shards if read_metadata(folder / shard_file(k), settings, ShardMetadata)]
@@ -186,7 +183,10 @@ def fill(
         load = partial(load, settings=settings, detector=FaceDetector(faces, device))
         vae = VideoVAE.from_checkpoint(ckpt, device, dtype)
         arcface = ArcFace.from_onnx(recognition_file(faces)).to(device)
-        _write_shards(folder, own, settings, load, vae, arcface, workers, rank)
+        with _Progress("videos", sum(map(len, own.values())), rank) as progress:
+            for k, shard in own.items():
+                files = folder / shard_file(k), folder / text_file(k)
+                _write_shard(*files, shard, settings, load, vae, arcface, workers, progress)
     _report(folder, settings, len(clips), rank)
 
 
@@ -222,11 +222,20 @@ def made_with(
 
 
 class _Progress:
-    """A bar on rank 0 and, after a few clips, how much time and disk all of them will take."""
+    """A bar on rank 0 and, after a few clips, how much time and disk all of them will take.
+
+    A context: whatever ends it, the bar is wiped, so that an error begins a line of its own.
+    """
 
     def __init__(self, title: str, total: int, rank: int):
         self.title, self.total, self.rank, self.sizes = title, total, rank, []
         self.bar = tqdm(total=total, desc=title, unit="clip", disable=rank > 0, leave=False)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
 
     def step(self, size: int) -> None:
         self.bar.update()
@@ -268,20 +277,19 @@ def _write_texts(
     empty = features("")  # raises here, before hours of work, where the models themselves are damaged
     if null_missing:
         _save(folder / NULL, {"features": empty}, settings, max_tokens=encoder.max_tokens)
-    progress = _Progress("captions", sum(map(len, shards.values())), rank)
-    for k, rows in shards.items():
-        tensors, problems = {}, {}
-        for row, clip in rows:
-            size = 0
-            if clip.caption and not clip.problem:
-                try:
-                    tensors[f"{row:07d}.features"] = features(clip.caption)
-                    size = tensors[f"{row:07d}.features"].nbytes
-                except Exception as error:  # of whatever kind: it costs this row only
-                    problems[str(row)] = f"{type(error).__name__}: {error}"
-            progress.step(size)
-        _save(folder / text_file(k), tensors, settings, problems=problems)
-    progress.bar.close()
+    with _Progress("captions", sum(map(len, shards.values())), rank) as progress:
+        for k, rows in shards.items():
+            tensors, problems = {}, {}
+            for row, clip in rows:
+                size = 0
+                if clip.caption and not clip.problem:
+                    try:
+                        tensors[f"{row:07d}.features"] = features(clip.caption)
+                        size = tensors[f"{row:07d}.features"].nbytes
+                    except Exception as error:  # of whatever kind: it costs this row only
+                        problems[str(row)] = f"{type(error).__name__}: {error}"
+                progress.step(size)
+            _save(folder / text_file(k), tensors, settings, problems=problems)
 
 
 def _are_numbers(tensor: Tensor) -> bool:
@@ -289,43 +297,40 @@ def _are_numbers(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _write_shards(
-    folder: Path,
-    shards: dict[int, list],
+def _write_shard(
+    file: Path,
+    text: Path,
+    rows: list[tuple[int, Clip]],
     settings: dict[str, Any],
     load: Callable[[Clip], dict],
     vae: VideoVAE,
     arcface: ArcFace,
     workers: int,
-    rank: int,
+    progress: _Progress,
 ) -> None:
-    progress = _Progress("videos", sum(map(len, shards.values())), rank)
-    for k, rows in shards.items():
-        texts = load_file(folder / text_file(k))
-        problems = read_metadata(folder / text_file(k), settings, TextMetadata).problems
-        tensors: dict[str, Tensor] = {}
-        clips, report = [], []
-        for (row, clip), future in _ahead(lambda item: load(item[1]), rows, workers):
-            line = {"manifest": settings["manifest"], "line": clip.line, "id": clip.name}
-            size = 0
-            try:
-                loaded = _loaded(future)
-                if str(row) in problems:
-                    raise Rejected("unreadable caption", problems[str(row)])
-                parts = _parts(loaded, clip, texts[f"{row:07d}.features"], vae, arcface)
-            except Rejected as rejection:
-                report.append(line | {"reason": rejection.reason, "detail": rejection.detail})
-            else:
-                if loaded["note"]:
-                    report.append(line | {"note": loaded["note"]})
-                for part in PARTS:
-                    tensors[f"{row:07d}.{part}"] = parts[part]
-                    size += parts[part].nbytes
-                clips.append({"row": row, "name": clip.name})
-            progress.step(size)
-        _save(folder / shard_file(k), tensors, settings, clips=clips, report=report)
-        (folder / text_file(k)).unlink()
-    progress.bar.close()
+    """A shard of its rows' videos and of the features in the file `text`, which is then deleted."""
+    texts, problems = load_file(text), read_metadata(text, settings, TextMetadata).problems
+    tensors: dict[str, Tensor] = {}
+    clips, report = [], []
+    for (row, clip), future in _ahead(lambda item: load(item[1]), rows, workers):
+        line, size = {"manifest": settings["manifest"], "line": clip.line, "id": clip.name}, 0
+        try:
+            loaded = _loaded(future)
+            if str(row) in problems:
+                raise Rejected("unreadable caption", problems[str(row)])
+            parts = _parts(loaded, clip, texts[f"{row:07d}.features"], vae, arcface)
+        except Rejected as rejection:
+            report.append(line | {"reason": rejection.reason, "detail": rejection.detail})
+        else:
+            if loaded["note"]:
+                report.append(line | {"note": loaded["note"]})
+            for part in PARTS:
+                tensors[f"{row:07d}.{part}"] = parts[part]
+                size += parts[part].nbytes
+            clips.append({"row": row, "name": clip.name})
+        progress.step(size)
+    _save(file, tensors, settings, clips=clips, report=report)
+    text.unlink()
 
 
 def _loaded(future: Future) -> dict[str, Any]:
@@ -389,5 +394,7 @@ def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> Non
         print(f"  remarks: {len(lines) - reasons.total():,}")
     if lines:
         print(f"  each with its line in {folder / 'report.jsonl'}")
-    if not clips:
+    if not clips:  # the report stays; another run tries the rows again
+        for name in ("cache.json", NULL, *map(shard_file, range(len(metadata)))):
+            (folder / name).unlink(missing_ok=True)
         raise UserError(f"none of the {rows:,} clips can be used: {folder / 'report.jsonl'} says why")

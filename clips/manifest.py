@@ -21,6 +21,7 @@ import io
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
             if reader.fieldnames and (missing := [name for name in REQUIRED if name not in reader.fieldnames]):
                 there = ", ".join(reader.fieldnames)
                 raise UserError(f"{path}, line 1: no column {missing[0]!r}; there are {there}")
+            if twice := [name for name, count in Counter(reader.fieldnames).items() if name and count > 1]:
+                raise UserError(f"{path}, line 1: two columns {twice[0]!r}")
             for row in reader:
                 yield reader.line_num, "more fields than columns" if "" in row else row
         except csv.Error as error:

@@ -92,9 +92,9 @@ def read_metadata(path: Path, settings: dict[str, Any], kind: type[M]) -> M | No
         metadata = parse_json(kind, text, path)
     except (SafetensorError, OSError, UserError):
         return None
-    clips = getattr(metadata, "clips", ())
-    whole = all(f"{clip.row:07d}.{part}" in names for clip in clips for part in PARTS)
-    return metadata if whole and metadata.settings == digest(settings) else None
+    needed = {"features"} if kind is NullMetadata else set()
+    needed |= {f"{clip.row:07d}.{part}" for clip in getattr(metadata, "clips", ()) for part in PARTS}
+    return metadata if needed <= names and metadata.settings == digest(settings) else None
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
@@ -122,6 +122,8 @@ class CachedClips(Dataset):
         """Raises UserError, saying which command to run, where the cache is missing, incomplete or damaged."""
         self.folder = Path(folder)
         settings = read_settings(self.folder)
+        if settings is None and (self.folder / "report.jsonl").is_file():
+            raise UserError(f"the cache in {folder} holds no clip: {self.folder / 'report.jsonl'} says why")
         if settings is None:
             raise UserError(f"no cache in {folder} (it has no cache.json): make it with python prepare.py")
         self.names: list[str] = []
@@ -134,7 +136,7 @@ class CachedClips(Dataset):
             places += [(k, clip.row) for clip in metadata.clips]
         max_tokens = self._metadata(NULL, settings, NullMetadata).max_tokens
         if not places:
-            raise UserError(f"the cache in {folder} holds no clip: {self.folder / 'report.jsonl'} says why")
+            raise UserError(f"the cache in {folder} holds no clip")
         self.settings: dict[str, Any] = settings | {"max_tokens": max_tokens}
         self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
         self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit
@@ -144,9 +146,9 @@ class CachedClips(Dataset):
         if not self.null_features.abs().max() < LARGEST_NUMBER:
             raise UserError(f"{self.folder / NULL} holds numbers that are not finite: make the cache anew")
         shard = self._open(int(places[0][0]))
-        names = [name for name in list(shard.keys()) if name.endswith(".e_ref")]
-        shapes = Counter(tuple(shard.get_slice(name).get_shape()) for name in names)
-        self.e_ref_shape = shapes.most_common(1)[0][0]  # (E,)
+        self.e_ref_shape = _usual_shape(shard, "e_ref")  # (E,)
+        if self.latent_shape != (shape := _usual_shape(shard, "latents")):
+            raise UserError(f"{folder}: cache.json has latent_shape = {self.latent_shape}, and the clips have {shape}")
 
     def _metadata(self, name: str, settings: dict[str, Any], kind: type) -> Any:
         metadata = read_metadata(self.folder / name, settings, kind)
@@ -191,6 +193,12 @@ class CachedClips(Dataset):
         except Exception as error:  # whatever a damaged file makes a library throw
             raise UserError(f"clip {self.names[i]} in {self.folder}: its {part} is damaged ({error})") from None
         return item | {"name": self.names[i]}
+
+
+def _usual_shape(file: Any, part: str) -> tuple[int, ...]:
+    """The shape that most clips of a shard have: one damaged clip does not decide it."""
+    names = [name for name in list(file.keys()) if name.endswith(f".{part}")]
+    return Counter(tuple(file.get_slice(name).get_shape()) for name in names).most_common(1)[0][0]
 
 
 def _require_numbers(tensor: Tensor, shape: tuple[int, ...]) -> None:

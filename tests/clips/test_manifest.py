@@ -86,6 +86,7 @@ def test_what_is_no_manifest(tmp_path):
         ("a.csv", "video,text\na.mp4,x\n", r"a\.csv, line 1: no column 'caption'.*text"),
         ("only.csv", "file,caption\n", r"only\.csv, line 1: no column 'video'"),
         ("a.jsonl", '\n{"video": "a.mp4", "text": "x"}\n', r"a\.jsonl, line 2: no column 'caption'"),
+        ("twice.csv", "video,caption,video\na.mp4,x,b.mp4\n", r"twice\.csv, line 1: two columns 'video'"),
         ("empty.csv", "", r"empty\.csv lists no clip"),
         ("head.csv", "video,caption\n", r"head\.csv lists no clip"),
         ("a.txt", "x", r"a\.txt.*\.csv or \.jsonl"),
