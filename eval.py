@@ -42,10 +42,8 @@ from face import recognition_file
 
 CLIP = "openai/clip-vit-base-patch32"
 TABLES = ("scores.csv", "summary.md", "sheet.png")
-RANGES = {
-    "det_size": Annotated[int, Field(ge=0, le=4096, multiple_of=32)],  # the detector's coarsest grid is 32 pixels
-    "gpus": Annotated[int, Field(ge=1, le=1024)],
-}
+DetectorSize = Annotated[int, Field(ge=0, le=4096, multiple_of=32)]  # the detector's coarsest grid is 32 pixels
+Gpus = Annotated[int, Field(ge=1, le=1024)]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,11 +64,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(dtype="float32")
     options = parser.parse_args()
-    for key, kind in RANGES.items():
-        value = getattr(options, key)
-        validate(kind, value, f"--{key.replace('_', '-')} {value}")
-    if empty := [key for key in ("videos", "cases", "out", "faces", "curricular", "clip") if vars(options)[key] == ""]:
-        raise UserError(f"--{empty[0]} is empty")
+    validate(DetectorSize, options.det_size, f"--det-size {options.det_size}")
+    validate(Gpus, options.gpus, f"--gpus {options.gpus}")
+    if "" in vars(options).values():
+        raise UserError("an option is empty: give a name, or leave it out")
     return options
 
 
@@ -83,7 +80,7 @@ def main() -> None:
     if strangers := files.keys() - {case.id for case in cases}:
         print(f"note: {len(strangers)} videos belong to no case, {min(strangers)!a} for one")
     inputs = [options.cases, *files.values(), *(case.reference for case in cases if case.reference)]
-    claim(out, options, [*inputs, options.curricular] if options.curricular else inputs)
+    claim(out, options, [*inputs, options.curricular])
     clip_name = None if options.clip == "none" else options.clip
     faces = recognition_file(options.faces)
     others = {case.id: other_photo(cases, k) for k, case in enumerate(cases)}
@@ -177,8 +174,6 @@ def other_photo(cases: list[Case], k: int) -> Path | None:
 
 
 def score(file: Path, case: Case, other: Path | None, reader: FaceReader, clip: ClipScore | None) -> dict[str, Any]:
-    if not file.is_file():  # a pipe would be waited for
-        raise UserError(f"{file} is not a file")
     reference, stranger = read_reference(read_image(case.reference), reader), None
     with suppress(Exception):  # a photo of another case, which has its own line in the report
         stranger = read_reference(read_image(other), reader)

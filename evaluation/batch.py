@@ -18,7 +18,8 @@ from typing import Any
 import av
 from pydantic import JsonValue
 
-from common.errors import UserError, whole_file
+from common.errors import UserError, remove_leftovers, whole_file
+from common.images import require_file
 from common.outputs import refuse_overwrite
 from common.processes import own_place
 from common.schema import parse_json
@@ -87,6 +88,7 @@ class Batch:
             yield
             if self.is_complete(case):
                 self.note(case).unlink(missing_ok=True)
+                remove_leftovers(self.note(case))
         except Exception as error:
             reason = one_line(error)
             self.failed += 1
@@ -94,7 +96,7 @@ class Batch:
             try:
                 with whole_file(self.note(case)) as temporary:
                     temporary.write_text(reason + "\n", encoding="utf-8", errors="backslashreplace")
-            except OSError as error:  # the disk is full, or a folder has the note's name
+            except (UserError, OSError) as error:  # the disk is full, or a folder has the name of the note
                 print(f"{case.id}: the reason could not be written: {one_line(error)}")
 
     def finish(self) -> None:
@@ -118,11 +120,10 @@ def read_comment(video: Path) -> dict[str, Any] | None:
 
     The packets are counted, not decoded: a few milliseconds a video.
     """
-    if not video.is_file():
-        return None
     options = {"format": "mp4", "metadata_errors": "ignore", "options": {"protocol_whitelist": "file"}}
     try:
-        with av.open(str(video), **options) as container:
+        require_file(video, "video")
+        with av.open(f"file:{video}", **options) as container:
             stream = container.streams.video[0]
             count = sum(packet.size > 0 and not packet.is_corrupt for packet in container.demux(stream))
             if not 0 < stream.frames == count:

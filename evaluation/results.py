@@ -52,9 +52,9 @@ def stamp(files: Iterable[Path | None], texts: Iterable[object] = ()) -> str:
     parts = [str(text) for text in texts]
     for file in files:
         try:
-            status = file.stat()
+            status = os.stat(file)
             parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
-        except (AttributeError, OSError, ValueError):  # no file, or a name that no file can have
+        except (TypeError, OSError, ValueError):  # None, no file, or a name that no file can have
             parts.append(str(file))
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 

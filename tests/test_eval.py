@@ -724,7 +724,7 @@ def test_any_exception_costs_only_its_video(command, monkeypatch, tmp_path):
     assert code == 0, stderr
     table = scores(tmp_path / "out")
     assert table["bug"]["problem"] == "KeyError: 'a bug'" and "facesim_arc = nan" in table["nan"]["problem"]
-    assert "is not a file" in table["pipe"]["problem"] and table["good"]["problem"] == ""
+    assert "a pipe" in table["pipe"]["problem"] and table["good"]["problem"] == ""
     assert table["title"]["problem"] == "" and float(table["title"]["facesim_arc"]) > 0.5
     assert table["good"]["background_chance"] == "" and "2 of 6 cases scored" in stdout
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
