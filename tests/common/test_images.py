@@ -444,11 +444,9 @@ def test_video_reads_back_as_it_was_written(tmp_path, fps):
     assert np.array_equal(imageio.imread(path, plugin="pyav"), got)  # another program sees the same
 
 
-@pytest.mark.parametrize(
-    "count, height, width", [(17, 64, 64), (25, 128, 128), (9, 270, 480), (9, 480, 832), (1, 8, 8)]
-)
+@pytest.mark.parametrize("count, height, width", [(9, 64, 64), (17, 64, 64), (25, 128, 128), (9, 270, 480), (1, 8, 8)])
 def test_equal_frames_give_equal_files(tmp_path, count, height, width):
-    """Noise moved over the frame: x264 without its settings gives two to five different files out of five."""
+    """Noise in motion: with x264's own settings, two or three of five files differ at 64x64."""
     noise = np.random.default_rng(0).integers(0, 256, (height + count, width + count, 3)).astype(np.uint8)
     frames = np.stack([noise[k : k + height, k : k + width] // 4 + 2 * k for k in range(count)])
     files = []
