@@ -19,8 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 TRACEBACK = "ST_DRC_TRACEBACK"  # environment variable
 BUG, INTERRUPTED, CLOSED_PIPE = 70, 130, 141  # exit codes: EX_SOFTWARE of sysexits.h; a shell's for SIGINT and SIGPIPE
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,14 +51,13 @@ def one_line_errors() -> Iterator[None]:
         _leave(f"{error.strerror or error}{where}")
     except MemoryError:
         _leave("out of memory: take a smaller size or fewer frames")
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        _leave(f"out of GPU memory: {reason}; take a smaller size or fewer frames")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        # torch has no class of its own for a CPU that is out of memory.
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, so that --help need not import torch
+            reason = str(error).split(". ")[0]
+            _leave(f"out of GPU memory: {reason}; take a smaller size or fewer frames")
+        if "DefaultCPUAllocator" in str(error):  # torch has no class of its own for a CPU that is out of memory
             _leave("out of memory: take a smaller size or fewer frames")
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
@@ -147,8 +144,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             raise FileNotFoundError(f"no byte of {path} was written")
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in _DISK or str(error.filename) not in ("None", str(temporary), str(path)):
-            raise
+        name = Path(str(error.filename or path)).name
+        if error.errno not in _DISK or not (name == path.name or f".{path.stem}." in name):
+            raise  # of another file, one that the block reads
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         if temporary is not None:

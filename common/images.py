@@ -98,7 +98,7 @@ def read_image(path: str | Path) -> Image.Image:
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # a decoder may raise anything on damaged data
-        raise UserError(f"{path} is a damaged image: {error or type(error).__name__}") from None
+        raise UserError(f"{path} is a damaged image: {str(error) or type(error).__name__}") from None
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

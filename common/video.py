@@ -175,7 +175,11 @@ def _opened(path: str | Path) -> Iterator[tuple]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # FFmpeg's own, and what PyAV says about numbers out of range
-        raise UserError(f"{path} cannot be read as a video: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{path} cannot be read as a video: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _decode(path: str | Path, start: float) -> Iterator[tuple]:
@@ -208,5 +212,8 @@ def _upright_frame(frame, path: str | Path) -> Image.Image:
     """A decoded frame as RGB, turned as the file says a player should turn it (phones film on their side)."""
     if frame.is_corrupt:
         raise UserError(f"{path} is damaged {float(frame.time):.2f} seconds in: fetch it again")
-    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    try:
+        pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    except (ValueError, RuntimeError, OSError) as error:  # a pixel format that cannot be converted
+        raise UserError(f"{path} cannot be read as a video: {_reason(error)}") from None
     return Image.fromarray(np.ascontiguousarray(pixels))

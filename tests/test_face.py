@@ -5,6 +5,9 @@ is a hand-weighted SCRFD that fires on red squares, loaded by insightface unchan
 """
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -533,6 +536,30 @@ def test_detector_finds_the_largest_face(tmp_path, monkeypatch, capfd, recwarn):
     assert capfd.readouterr() == ("", "") and not recwarn.list
 
 
+def test_all_faces_of_an_image_largest_first(tmp_path):
+    build_detector(tmp_path / "det.onnx")
+    detector = FaceDetector(tmp_path, det_size=(64, 64))
+    frames = torch.full((3, 3, 64, 64), -1.0)
+    frames[0, 0, 8:16, 40:48] = 1
+    frames[0, 0, 32:64, 0:32] = 1
+    frames[0, 0, 0:16, 0:16] = 1
+    frames[1, 0, 56:64, 56:64] = 1
+    landmarks, boxes = detector.faces(frames[0].requires_grad_())
+    # A red square is a face of its own size and, to this detector, of all smaller sizes that it holds.
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    assert areas.tolist() == [1024.0] + (4 + 1) * [256.0] + (16 + 4 + 1) * [64.0]
+    torch.testing.assert_close(boxes[0], torch.tensor([0.0, 32, 32, 64]))
+    sides, corners = boxes[:, None, 2:] - boxes[:, None, :2], boxes[:, None, :2]
+    torch.testing.assert_close(landmarks, torch.from_numpy(POINTS).float() * sides + corners)
+    assert [len(detector.faces(frame)[1]) for frame in frames] == [27, 1, 0]
+    assert [t.shape for t in detector.faces(frames[2])] == [(0, 5, 2), (0, 4)]
+    points, first, valid = detector.detect(frames)  # of several faces, the first of this list counts
+    assert valid.tolist() == [True, True, False]
+    assert torch.equal(first[0], boxes[0]) and torch.equal(points[0], landmarks[0])
+    for shape in ((3, 1, 20000), (3, 4000, 1)):  # fitted into the detector's input, nothing of it is left
+        assert len(detector.faces(torch.ones(shape))[1]) == 0 and not detector.detect(torch.ones(1, *shape))[2].any()
+
+
 def test_detector_default_size_suits_small_and_large_frames(tmp_path):
     build_detector(tmp_path / "det.onnx")
     detector = FaceDetector(str(tmp_path))
@@ -565,6 +592,89 @@ def test_detector_threshold(tmp_path):
     frames[0, 0, :8, :8] = 1  # score sigmoid(4) = 0.982
     assert FaceDetector(tmp_path, det_size=(64, 64), det_thresh=0.98).detect(frames)[2].item()
     assert not FaceDetector(tmp_path, det_size=(64, 64), det_thresh=0.985).detect(frames)[2].item()
+
+
+def change_weight(path, name, value):
+    """Write `value` into one element of a weight; without a name, into the first that has several."""
+    model = onnx.load(str(path))
+    weight = next(w for w in model.graph.initializer if w.name == name or (not name and np.prod(w.dims) > 1))
+    values = numpy_helper.to_array(weight).copy()
+    values.flat[len(values.flat) // 2] = value
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, str(path))
+    return weight.name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_named(tmp_path, value):
+    build_detector(tmp_path / "det.onnx")
+    build_iresnet(tmp_path / "rec.onnx")
+    name = change_weight(tmp_path / "rec.onnx", None, value)
+    with pytest.raises(UserError, match=rf"rec\.onnx.*weight {name} holds NaN or infinity"):
+        ArcFace.from_onnx(tmp_path / "rec.onnx")
+    name = change_weight(tmp_path / "det.onnx", None, value)
+    with pytest.raises(UserError, match=rf"det\.onnx.*weight {name} holds NaN or infinity"):
+        FaceDetector(tmp_path)
+
+
+def test_a_bound_may_be_infinite(tmp_path):
+    g = Graph()
+    x = g.add("Clip", g.body(), g.weight(-math.inf), g.weight(1.5))
+    path = g.save(tmp_path / "clip.onnx", g.add("Flatten", x), shape=("n", 784), opset=13)
+    crops = torch.rand(2, 3, 112, 112)
+    np.testing.assert_allclose(
+        ArcFace.from_onnx(path)(crops).numpy(), onnx_embeddings(path, crops.numpy(), False), atol=1e-4
+    )
+
+
+def test_constants_in_nodes_are_checked_too(tmp_path):
+    g = Graph()
+    odd = g.add("Constant", value=numpy_helper.from_array(np.full((16, 1, 1), np.nan, np.float32), "odd"))
+    with pytest.raises(UserError, match=r"constant\.onnx.*odd holds NaN"):
+        ArcFace.from_onnx(g.save(tmp_path / "constant.onnx", g.add("Flatten", g.add("Mul", g.body(), odd))))
+
+
+def test_weights_that_do_not_fit_together_show_when_the_file_is_read(tmp_path):
+    g = Graph()
+    x = g.add("MatMul", g.add("Flatten", g.body()), g.normal(99, 16))  # 784 columns meet 99 rows
+    with pytest.raises(UserError, match=r"sizes\.onnx is damaged"):
+        ArcFace.from_onnx(g.save(tmp_path / "sizes.onnx", x))
+    g = Graph()
+    x = g.add("Mul", g.body(), g.add("Reshape", g.normal(16), g.weight([5, 1, 1])))  # 16 numbers as 5
+    with pytest.raises(UserError, match=r"Reshape.*folded\.onnx cannot be computed"):
+        ArcFace.from_onnx(g.save(tmp_path / "folded.onnx", g.add("Flatten", x)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_detector_file_has_one_error(root, tmp_path, seed):
+    """Cut, or hit in its first bytes, where the graph is: refused, or read as it is; never another exception."""
+    rng, data = np.random.default_rng(seed), bytearray((root / "assets" / "faces" / "det_toy.onnx").read_bytes())
+    if seed % 3 == 0:
+        data = data[: rng.integers(len(data) // 2)]
+    else:
+        for place in rng.integers(1000, size=20):
+            data[place] = rng.integers(256)
+    (tmp_path / "det.onnx").write_bytes(data)
+    with pytest.raises(UserError, match="no face detector in"):
+        FaceDetector(tmp_path)
+
+
+FRESH_HOME = """
+import sys, time, torch
+from face import ArcFace, FaceDetector, recognition_file
+FaceDetector("assets/faces").detect(torch.zeros(1, 3, 64, 64))
+ArcFace.from_onnx(recognition_file("assets/faces"))
+assert "onnxruntime" in sys.modules
+time.sleep(0.5)
+"""
+
+
+def test_no_file_appears_in_the_users_home(root, tmp_path):
+    """onnxruntime stores a device id and usage events below ~/.cache, unless that is off before it is imported."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "ORT_"))}
+    environment |= {"HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
+    subprocess.run([sys.executable, "-c", FRESH_HOME], cwd=root, env=environment, check=True, timeout=300)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and "matplotlib" not in path.parts] == []
 
 
 def test_packs_that_are_not_there(tmp_path, monkeypatch):

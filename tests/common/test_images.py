@@ -2,17 +2,22 @@
 
 import io
 import json
+import os
 import random
+import socket
 import struct
+import zlib
 
 import av
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from common.errors import UserError
-from common.media import contact_sheet, read_image, to_tensor, to_uint8, write_video
+from common.images import contact_sheet, cover, cover_box, from_bytes, read_image, to_bytes, to_tensor, to_uint8
+from common.video import write_video
 from data import letterbox
 
 
@@ -158,9 +163,191 @@ def test_truncated_and_damaged_images_never_end_in_a_traceback(tmp_path, kind):
     assert refused > 10
 
 
-def test_a_folder_is_no_image(tmp_path):
-    with pytest.raises(UserError, match="no image"):
-        read_image(tmp_path)
+def test_what_is_no_ordinary_file_is_refused_and_not_waited_for(tmp_path, monkeypatch):
+    """Each of these blocks, never ends or shows a device when opened: nothing may open them."""
+    monkeypatch.setattr(Image, "open", lambda *a, **b: pytest.fail("opened"))
+    os.mkfifo(tmp_path / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "s.png"))
+    (tmp_path / "to-pipe.png").symlink_to("pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "dangling.png").symlink_to("nowhere.png")
+    names = ["pipe.png", "s.png", "to-pipe.png", "loop.png", "dangling.png", ".", "x" * 300, "nul\0.png", "a.png/b.png"]
+    for path in [*(tmp_path / name for name in names), "/dev/zero", "/dev/null", "", " ", "https://example.com/a.jpg"]:
+        with pytest.raises(UserError, match="no image at"):
+            read_image(path)
+
+
+def eps(marker):
+    """Pillow would hand it to Ghostscript, which would write a file."""
+    return f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n({marker}) (w) file closefile\n".encode()
+
+
+FOREIGN = {  # formats that nobody has photos in; each of these ended in a traceback or started a program
+    "emf": b"\x01\0\0\0" + b"\0" * 36 + b" EMF" + b"\0" * 100,
+    "wmf": b"\xd7\xcd\xc6\x9a\0\0" + struct.pack("<hhhhH", 0, 0, 64, 64, 96) + b"\0" * 6 + b"\x01\0\t\0" + b"\0" * 40,
+    "dds": b"DDS " + struct.pack("<I", 124) + bytes(range(120)) + b"\0" * 64,
+    "blp": b"BLP2" + struct.pack("<I", 9) + b"\x63\x63\x63\x63" + struct.pack("<II", 64, 64) + b"\0" * 2000,
+    "qoi": b"qoif" + struct.pack(">IIBB", 64, 64, 3, 0) + b"\xfe",
+    "ppm": b"P6 64 64 255\n" + b"\x40" * 64 * 64 * 3,
+    "psd": b"8BPS\0\x01" + b"\0" * 6 + struct.pack(">HIIHH", 3, 64, 64, 8, 3) + b"\0\0\0\0" * 3,
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><circle r="4"/></svg>',
+    "pdf": b"%PDF-1.4\n1 0 obj<<>>endobj\n",
+    "hdf": b"\x89HDF\r\n\x1a\n" + b"\0" * 100,
+}
+
+
+@pytest.mark.parametrize("kind", ["eps", *FOREIGN])
+def test_other_formats_are_not_decoded(tmp_path, kind, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(eps(tmp_path / "ran") if kind == "eps" else FOREIGN[kind])
+    with pytest.raises(UserError, match=r"photo\.jpg is not an image that can be read \(JPEG, PNG"):
+        read_image(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF"])
+def test_formats_that_people_have(tmp_path, kind, recwarn):
+    """Of an animation the first picture; lossless formats exactly."""
+    image = smooth_image(48, 64)
+    more = {"save_all": True, "append_images": [image.rotate(90)]} if kind in ("PNG", "WEBP", "AVIF", "GIF") else {}
+    image.save(tmp_path / "photo", kind, **more)
+    got = np.asarray(read_image(tmp_path / "photo")).astype(int)
+    tolerance = {"PNG": 0, "TIFF": 0, "BMP": 0}.get(kind, 24)
+    assert np.abs(got - np.asarray(image)).max() <= tolerance and not recwarn.list
+
+
+def entries(*rows):
+    """An EXIF directory of (tag, type, count, four bytes)."""
+    body = b"".join(struct.pack("<HHI", *row[:3]) + row[3] for row in rows)
+    return b"II*\0" + struct.pack("<IH", 8, len(rows)) + body + b"\0\0\0\0"
+
+
+TURNED = (0x112, 3, 1, struct.pack("<I", 6))
+BROKEN_EXIF = {  # payload, is it turned
+    "garbage": (b"garbage garbage garbage", False),
+    "cut": (b"II*\0\x08\0\0\0\xff\xff\x12\x01", False),
+    "orientation 99": (entries((0x112, 3, 1, struct.pack("<I", 99))), False),
+    "orientation text": (entries((0x112, 2, 4, b"six\0")), False),
+    "orientation twice": (entries((0x112, 3, 2, struct.pack("<HH", 6, 6))), True),
+    "bad offsets": (entries(TURNED, (0x8769, 4, 1, b"\0\0\0\x80"), (0x100, 5, 10**6, struct.pack("<I", 10**9))), True),
+    "loops": (entries(TURNED, (0x8769, 4, 1, struct.pack("<I", 8)), (0x8825, 4, 1, struct.pack("<I", 8))), True),
+    "wrong types": (
+        entries((0x10F, 5, 1, struct.pack("<I", 8)), TURNED, (0x8769, 2, 4, b"abc\0"), (0x501B, 1, 4, b"abcd")),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_EXIF)
+def test_broken_exif_costs_no_photo(tmp_path, name, recwarn):
+    """As in a viewer: turned if the orientation can be read, otherwise as stored."""
+    payload, turned = BROKEN_EXIF[name]
+    smooth_image(24, 40).save(tmp_path / "photo.jpg")
+    data, part = (tmp_path / "photo.jpg").read_bytes(), b"Exif\0\0" + payload
+    stored = np.asarray(Image.open(tmp_path / "photo.jpg")).astype(int)
+    (tmp_path / "photo.jpg").write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part + data[2:])
+    got = np.asarray(read_image(tmp_path / "photo.jpg")).astype(int)
+    assert np.array_equal(got, np.rot90(stored, -1) if turned else stored) and not recwarn.list
+
+
+def png(width, height, depth=8, color=2, rows=None, extra=b""):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    channels = {0: 1, 2: 3}[color]
+    line = b"\0" + b"\x40" * ((width * channels * depth + 7) // 8) if rows is None else b""
+    if rows is None:
+        packer = zlib.compressobj(9)
+        rows = b"".join(packer.compress(line) for _ in range(height)) + packer.flush()
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1)])
+def test_extreme_shapes_work(tmp_path, size):
+    (tmp_path / "photo.png").write_bytes(png(*size))
+    image = read_image(tmp_path / "photo.png")
+    assert image.size == size
+    for fitted in (cover(image, 32, 64), letterbox(image, 32, 64)):
+        assert fitted.size == (64, 32)
+    assert (np.asarray(cover(image, 32, 64)) == 64).all()
+
+
+BOMBS = {
+    "20000x20000": (lambda: png(20000, 20000, 1, 0), r"more than \d+ million pixels"),
+    "2147483647 squared": (lambda: png(2**31 - 1, 2**31 - 1, rows=b"\0"), "million pixels"),
+    "no pixel": (lambda: png(0, 0, rows=zlib.compress(b"")), "image"),
+    "text": (lambda: png(9, 9, extra=4 * text_chunk(10**8)), "damaged image"),
+    "garbage": (lambda: png(64, 64, rows=b"not zlib at all"), "damaged image"),
+}
+
+
+def text_chunk(size):
+    data = b"zTXtk\0\0" + zlib.compress(b"A" * size, 9)
+    return struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_have_their_line(tmp_path, name, recwarn):
+    make, words = BOMBS[name]
+    (tmp_path / "photo.png").write_bytes(make())
+    with pytest.raises(UserError, match=rf"photo\.png.*{words}"):
+        read_image(tmp_path / "photo.png")
+    assert not recwarn.list
+
+
+def test_large_photos_give_no_warning(tmp_path, recwarn):
+    """100 million pixels: Pillow warns from 89 on."""
+    Image.new("1", (10000, 10000)).save(tmp_path / "photo.png")
+    assert read_image(tmp_path / "photo.png").size == (10000, 10000) and not recwarn.list
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), IndexError(), ZeroDivisionError(), struct.error(), KeyError("x")])
+def test_whatever_a_decoder_raises_is_damage(tmp_path, error, monkeypatch):
+    smooth_image(8, 8).save(tmp_path / "photo.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=r"photo\.png is a damaged image: \S"):
+        read_image(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_no_numbers(tmp_path, value):
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8).copy()
+    values[0, 0] = value
+    Image.fromarray(values).save(tmp_path / "photo.tif")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        read_image(tmp_path / "photo.tif")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cover
+
+
+@pytest.mark.parametrize("height, width", [(480, 832), (512, 512), (704, 1216), (128, 128), (1088, 1920), (832, 480)])
+def test_the_box_of_cover_lies_in_every_picture(height, width):
+    """All sizes from 1x1 to 4096x4096: inside, centred, of the target's shape, and touching two sides."""
+    across = np.arange(1, 4097)[None, :]
+    for first in range(1, 4097, 256):
+        down = np.arange(first, first + 256)[:, None]
+        box = [np.asarray(side, np.float32) for side in cover_box(across, down, width, height)]  # as Pillow takes it
+        left, top, right, bottom = np.broadcast_arrays(*box)
+        assert left.min() >= 0 and top.min() >= 0 and (right <= across).all() and (bottom <= down).all()
+        assert (right > left).all() and (bottom > top).all()
+        wide = across * height >= down * width  # in whole numbers: the picture is wider than the target
+        assert (top[wide] == 0).all() and (bottom == down)[wide].all()
+        assert (left[~wide] == 0).all() and (right == across)[~wide].all()
+        truth = np.where(wide, down * (width / height), across * (height / width))
+        assert (np.abs(np.where(wide, right - left, bottom - top) - truth) < 1e-3).all()
+        assert (np.abs(left + right - across) < 1e-3).all() and (np.abs(top + bottom - down) < 1e-3).all()
+
+
+@pytest.mark.parametrize("size", [(720, 480), (720, 576), (1440, 1080), (720, 1280), (3, 7), (4096, 1), (1, 4096)])
+def test_cover_takes_every_picture(size):
+    assert cover(Image.new("RGB", size, "white"), 480, 832).getextrema() == ((255, 255),) * 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,6 +396,16 @@ def test_bytes_to_tensor_and_back():
     assert to_tensor(Image.fromarray(np.array([[[255, 0, 0]]], dtype=np.uint8))).flatten().tolist() == [1, -1, -1]
 
 
+def test_all_bytes_survive_in_any_shape():
+    values = np.arange(256, dtype=np.uint8)
+    x = from_bytes(values)
+    assert np.array_equal(x.numpy(), values.astype(np.float32) / np.float32(127.5) - 1)
+    assert np.array_equal(to_bytes(x).numpy(), values)
+    shifted = to_bytes(x + torch.linspace(-0.99, 0.99, 256) / 255)  # within half a level
+    assert np.array_equal(shifted.numpy(), values)
+    assert to_bytes(x.view(2, 4, 8, 4).bfloat16()).shape == (2, 4, 8, 4)
+
+
 def test_beyond_the_range_is_clamped_and_axes_are_frames_rows_columns():
     video = torch.full((3, 2, 4, 5), 7.0)
     video[:, 1] = -7.0
@@ -244,6 +441,24 @@ def test_video_reads_back_as_it_was_written(tmp_path, fps):
     assert np.allclose(times, np.arange(9) / fps, atol=1e-3)
     got = np.stack([frame.to_ndarray(format="rgb24") for frame in decoded]).astype(int)
     assert np.abs(got - frames).mean() < 6
+    assert np.array_equal(imageio.imread(path, plugin="pyav"), got)  # another program sees the same
+
+
+@pytest.mark.parametrize("count, height, width", [(9, 64, 64), (17, 64, 64), (25, 128, 128), (9, 270, 480), (1, 8, 8)])
+def test_equal_frames_give_equal_files(tmp_path, count, height, width):
+    """Noise in motion: with x264's own settings, two or three of five files differ at 64x64."""
+    noise = np.random.default_rng(0).integers(0, 256, (height + count, width + count, 3)).astype(np.uint8)
+    frames = np.stack([noise[k : k + height, k : k + width] // 4 + 2 * k for k in range(count)])
+    files = []
+    for k in range(5):
+        write_video(tmp_path / f"{k}.mp4", frames, 24.0, "the same")
+        files.append((tmp_path / f"{k}.mp4").read_bytes())
+    assert all(data == files[0] for data in files[1:])
+    assert (
+        b"mbtree=0" in files[0] and b"threads=4" in files[0]
+    )  # as x264 notes in the file; the rest may differ by luck
+    write_video(tmp_path / "5.mp4", frames[:, ::-1], 24.0, "the same")
+    assert (tmp_path / "5.mp4").read_bytes() != files[0]
 
 
 @pytest.mark.parametrize("count, height, width", [(1, 32, 32), (2, 8, 8), (17, 480, 832)])

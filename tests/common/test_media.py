@@ -4,16 +4,22 @@ The clips are written here with PyAV; each frame carries its number as eight bar
 says where it comes from whatever the codec does to it.
 """
 
+import ctypes
+import os
+import socket
 import struct
 import wave
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.errors import UserError
-from common.media import TooShort, probe_video, read_frame, read_video
+from common.images import read_image
+from common.video import TooShort, count_frames, probe_video, read_frame, read_frames, read_video
 
 HEIGHT, WIDTH = 32, 64
 
@@ -164,3 +170,175 @@ def test_what_is_no_video(tmp_path):
         assert not isinstance(caught.value, TooShort), name  # cut.mp4 is broken, whatever is left of it
     assert len(read_video(tmp_path / "cut.mp4", 10, 24, HEIGHT, WIDTH)) == 10  # what is there can be used
     assert len(read_video(tmp_path / "whole.mp4", 45, 24, HEIGHT, WIDTH)) == 45
+
+
+def test_a_title_that_is_not_utf8_costs_nothing(tmp_path):
+    path = make_video(tmp_path / "a.mp4", [bars(k) for k in range(30)])
+    with av.open(str(path)) as source, av.open(str(tmp_path / "titled.mp4"), "w") as out:
+        out.metadata["title"] = "TITLETITLE"
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    data = (tmp_path / "titled.mp4").read_bytes()
+    assert data.count(b"TITLETITLE") == 1
+    path.write_bytes(data.replace(b"TITLETITLE", b"Caf\xe9 \xff\xfe\x80\xc3\x28"))
+    with pytest.raises(UnicodeDecodeError), av.open(str(path)):
+        pass
+    assert [number_of(frame) for frame in read_video(path, 30, 30, HEIGHT, WIDTH)] == list(range(30))
+    assert number_of(np.asarray(read_frame(path, 0.5))) == 15 and count_frames(path) == 30
+    assert number_of(read_frames(path, [7])[0]) == 7 and probe_video(path) == pytest.approx(1, abs=0.01)
+
+
+READERS = [
+    lambda path: read_video(path, 2, 24, HEIGHT, WIDTH),
+    lambda path: read_frame(path, 0.0),
+    lambda path: read_frames(path, [0]),
+    count_frames,
+    probe_video,
+]
+
+
+@pytest.fixture
+def listener():
+    """A socket on the loopback. At the end nobody must have come."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield server.getsockname()[1]
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+ADDRESSES = ["http://{}/a.mp4", "tcp://{}", "rtmp://{}/a", "rtsp://{}/a", "hls+http://{}/a.m3u8", "ftp://{}/a.mp4"]
+
+
+@pytest.mark.parametrize("address", [*ADDRESSES, "cache:http://{}/a", "concat:http://{}/a|http://{}/b"])
+def test_no_name_opens_the_network(tmp_path, monkeypatch, listener, address):
+    """Neither as a name that is not there, nor as the name of a file that is."""
+    monkeypatch.chdir(tmp_path)
+    name = address.replace("{}", f"127.0.0.1:{listener}")
+    for read in READERS:
+        with pytest.raises(UserError, match="no video at"):
+            read(name)
+    path = Path(name)  # with folders "http:" and so on: "http:/127.0.0.1/a.mp4" is a good name of a file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_video(tmp_path / "a.mp4", [bars(5)] * 3).rename(path)
+    for read in READERS:
+        read(str(path))
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """opened(): was the file secret.mp4 opened since the last call? By inotify."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "inotify_init1"):
+        pytest.skip("no inotify here")
+    secret = make_video(tmp_path / "secret.mp4", [bars(9)] * 30)
+    queue = libc.inotify_init1(os.O_NONBLOCK)
+    assert queue >= 0 and libc.inotify_add_watch(queue, bytes(secret), 0x20) >= 0  # IN_OPEN
+
+    def opened():
+        try:
+            return bool(os.read(queue, 4096))
+        except BlockingIOError:
+            return False
+
+    assert not opened() and count_frames(secret) == 30 and opened()  # it does notice
+    while opened():
+        pass
+    yield opened
+    os.close(queue)
+
+
+PLAYLISTS = {
+    "m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n",
+    "ffconcat": "ffconcat version 1.0\nfile {}\n",
+    "concat": "file '{}'\n",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {port} RTP/AVP 96\n"
+    "a=rtpmap:96 H264/90000\n",
+    "mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"'
+    ' mediaPresentationDuration="PT1S" profiles="urn:mpeg:dash:profile:full:2011"><Period>'
+    '<AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="1"><BaseURL>{}</BaseURL>'
+    "</Representation></AdaptationSet></Period></MPD>",
+    "asx": '<asx version="3.0"><entry><ref href="{}"/></entry></asx>',
+    "ism": '<SmoothStreamingMedia><StreamIndex Url="{}"/></SmoothStreamingMedia>',
+    "lavfi": "movie={}",
+    "ffmeta": ";FFMETADATA1\ntitle={}\n",
+}
+
+
+@pytest.mark.parametrize("suffix", ["own", "mp4", "avi"])
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_no_playlist_opens_another_file(tmp_path, monkeypatch, watched, listener, kind, suffix):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"list.{kind if suffix == 'own' else suffix}"
+    for target in ("secret.mp4", str(tmp_path / "secret.mp4"), f"http://127.0.0.1:{listener}/secret.mp4"):
+        path.write_text(PLAYLISTS[kind].replace("{port}", str(listener)).replace("{}", target))
+        for read in READERS:
+            with pytest.raises(UserError, match="cannot be read as a video"):
+                read(path)
+        with pytest.raises(UserError):
+            read_image(path)
+    assert not watched()
+
+
+def test_neither_pictures_nor_image_sequences_are_videos(tmp_path):
+    Image.new("RGB", (64, 32)).save(tmp_path / "frame1.png")
+    for name in ("frame1.png", "frame%d.png", "frame*.png"):
+        with pytest.raises(UserError, match=name.replace("*", r"\*")):
+            read_frame(tmp_path / name, 0.0)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    for path in (
+        tmp_path / "pipe.mp4",
+        tmp_path / "loop.mp4",
+        tmp_path,
+        "/dev/zero",
+        "/dev/stdin",
+        "nul\0.mp4",
+        "-",
+        "",
+    ):
+        with pytest.raises(UserError, match="no video at"):
+            read(path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), ValueError(), OverflowError(), IndexError(), KeyError("x")])
+def test_whatever_a_decoder_raises_is_the_files_line(tmp_path, monkeypatch, error):
+    class Broken:
+        """A container of the real file whose packets cannot be decoded."""
+
+        def __init__(self, *names, **options):
+            self.container = real(*names, **options)
+            self.streams = self.container.streams
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *caught):
+            self.container.close()
+
+        def decode(self, stream):
+            raise error
+
+    path, real = make_video(tmp_path / "a.mp4", [bars(3)] * 5), av.open
+    monkeypatch.setattr(av, "open", Broken)
+    for read in READERS[:4]:
+        with pytest.raises(UserError, match=r"a\.mp4 cannot be read as a video: \S"):
+            read(path)
+
+
+def test_times_and_numbers_that_no_video_has(tmp_path):
+    path = make_video(tmp_path / "a.mp4", [bars(k) for k in range(10)])
+    for time in (1e18, 1e300, np.inf):
+        with pytest.raises(UserError, match=r"a\.mp4"):
+            read_frame(path, time)
+        with pytest.raises(UserError, match=r"a\.mp4"):
+            read_video(path, 2, 24, HEIGHT, WIDTH, time)
+    with pytest.raises(UserError, match=r"a\.mp4 has no frame number 10"):
+        read_frames(path, [3, 10])
