@@ -65,11 +65,7 @@ def assemble(vae: Path, text: Path, out: Path) -> None:
     config["vae"] |= CONFIG
     config["transformer"] |= TRANSFORMER
     torch.manual_seed(0)
-    modules = [
-        LTXVideo(config["transformer"]),
-        TextConnector.from_checkpoint(text),
-        VideoVAE.from_checkpoint(vae),
-    ]
+    modules = [LTXVideo(config["transformer"]), TextConnector.from_checkpoint(text), VideoVAE.from_checkpoint(vae)]
     write_modules(out, modules, config, {"weights": "random", "defaults": DEFAULTS})
 
 
