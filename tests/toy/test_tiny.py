@@ -135,4 +135,4 @@ def test_the_committed_examples_are_of_this_world(root, tmp_path, in_process):
     for k, number in enumerate(examples.CLIPS):
         clip = toy_clip(examples.SEED, number, split="test", fps=examples.FPS)
         video = read_video(root / "assets" / "clips" / f"{k}.mp4", 17, 12, 64, 64)
-        assert np.abs(video.astype(int) - clip["frames"]).mean() < 4  # H.264, chroma halved
+        assert np.abs(video.astype(int) - clip["frames"]).mean() < 5  # H.264, chroma halved
