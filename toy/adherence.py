@@ -1,7 +1,7 @@
-"""Does a video of the drawn world show what its prompt asked for? The motion, in what eye.py reads from each frame; the
-background, in the colors at the border.
+"""Does a video of the drawn world follow its prompt? Motion is tested in the scene vectors that toy/eye.py reads from
+the frames, background in the colors at the border.
 
-F frames, H, W their size; a scene vector is toy.scene_vector's row.
+Letters: F frames, H W their size. A scene vector is a row of world.scene_vector.
 """
 
 import numpy as np
@@ -10,26 +10,27 @@ from toy import world as toy
 from toy.eye import SCENE
 from toy.traits import COLORS, Scene
 
-PART = 0.5  # of the least change that the renderer makes of a motion: what counts as that motion
-EDGE = 5  # pixels of the border in which the background is looked for
+PART = 0.5  # threshold of a motion, as a part of the renderer's least change
+EDGE = 5  # width of the border that shows the background, pixels
 
 
 def track(scene: np.ndarray, name: str) -> np.ndarray:
-    """A pose of the scene vectors (F, 23), in the units of toy.POSE: (F,)."""
+    """One track of the pose (F,) in the units of world.POSE, from scene vectors (F, 23)."""
     mean, _, _, most = toy.POSE[name]
     return scene[:, SCENE.index(name)] * (most - mean) + mean
 
 
 def moves(scene: np.ndarray, motion: str) -> bool:
-    """Does a clip with these scene vectors (F, 23) show the motion?
+    """Whether a clip with these scene vectors (F, 23) shows the motion.
 
-    With a, b the means of the pose's first two and last two frames and c the least change that the renderer makes,
+    With a, b the means of the track's first two and last two frames and c the renderer's least change:
         "to"            sign(c) (b - a) >= PART |c|
-        swing, pulse    (largest - smallest) - |b - a| >= PART |c|, of a swing 2 |c|: there and back, not there only
+        swing, pulse    (largest - smallest) - |b - a| >= PART |c|, of a swing PART 2 |c|; a motion that does not
+                        return fails
 
-    Measured on 160 drawn clips with PART = 0.5: every turn, look, tilt, walk, nod, shake, blink and step is recognized,
-    9 of 10 smiles and open mouths, 3 of 4 frowns, but only 4 of 10 raised brows (hair hides them); at most 1.3 % of the
-    clips without a motion are said to show it. So a model's share of motions is to be read against the drawn clips'.
+    On 160 drawn clips with PART = 0.5 it recognizes every turn, look, tilt, walk, nod, shake, blink and step, 9 of 10
+    smiles and open mouths, 3 of 4 frowns, and 4 of 10 raised brows (hair hides them). At most 1.3 % of the clips
+    without a motion pass its test. So compare a model's share with that of drawn clips.
     """
     move, values = toy.MOVES[motion], track(scene, toy.MOVES[motion].track)
     least = min(move.change, key=abs)
@@ -41,9 +42,10 @@ def moves(scene: np.ndarray, motion: str) -> bool:
 
 
 def shares(frames: np.ndarray, corner: bool) -> dict[str, float]:
-    """Of the border's pixels (the top and the upper half of the sides), which share is nearest to each color's name.
+    """Color's name -> share of the border's pixels that are nearest to it. frames (F, H, W, 3) bytes.
 
-    corner: only the upper left, where both kinds of gradient begin. frames (F, H, W, 3) bytes.
+    The border is the top and the upper half of the sides. corner: only the upper left, where both kinds of gradient
+    begin.
     """
     height, width = frames.shape[1:3]
     edge = round(EDGE * height / 64)
@@ -58,6 +60,6 @@ def shares(frames: np.ndarray, corner: bool) -> dict[str, float]:
 
 
 def shows_background(frames: np.ndarray, scene: Scene) -> bool:
-    """Is the most frequent color of the border the one that the prompt names first?"""
-    found = shares(frames, corner=scene.background == "gradient")
-    return max(found, key=found.get) == scene.color
+    """Whether the most frequent color of the border is the one that the prompt names first."""
+    by_color = shares(frames, corner=scene.background == "gradient")
+    return max(by_color, key=by_color.get) == scene.color

@@ -1,16 +1,19 @@
 """The examples in assets/: a portrait for sample.py, and four clips of the drawn world to prepare and to score.
 
-    python -m toy.examples
+    python -m toy.examples               # into out/examples
+    python -m toy.examples --publish     # into assets/
 
 All people, prompts and pairs of motion and color are of the test split. toy/make.py makes the models.
 """
 
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from common.errors import Parser, one_line_errors
 from common.media import write_video
 from config import ASSETS
 from toy.portrait import render
@@ -24,7 +27,6 @@ PHOTO = 128  # pixels
 
 def make_clips(folder: Path) -> None:
     """The clips with their photos as a manifest for prepare.py and as cases for sample.py --batch and eval.py."""
-    folder.mkdir(exist_ok=True)
     lines, cases = ["video,caption,reference"], []
     for k, number in enumerate(CLIPS):
         clip = toy_clip(SEED, number, FRAMES, SIZE, FPS, "test")
@@ -43,7 +45,18 @@ def make_face(path: Path) -> None:
     Image.fromarray(portrait).save(path, optimize=True)
 
 
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out/examples", help="folder (%(default)s)")
+    parser.add_argument("--publish", action="store_true", help="replace the examples in assets/ instead")
+    options = parser.parse_args()
+    out = ASSETS if options.publish else Path(options.out)
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    make_face(out / "face.png")
+    make_clips(out / "clips")
+    print(f"wrote {out / 'face.png'} and {out / 'clips'}")
+
+
 if __name__ == "__main__":
-    make_face(ASSETS / "face.png")
-    make_clips(ASSETS / "clips")
-    print(f"wrote {ASSETS / 'face.png'} and {ASSETS / 'clips'}")
+    with one_line_errors():
+        main()

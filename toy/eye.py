@@ -1,14 +1,13 @@
-"""What a frame of the tiny world shows, read back from its pixels by a small convolutional network.
+"""A small convolutional network that reads pose, light, colors and traits from a frame of the tiny world.
 
-A model's video comes without the renderer's parameters. To say how far its head turned, from where its light comes,
-which hair its person has, something must look. This network was shown drawn frames (people and scenes of the train
-split, made worse as a generative model makes them) and learned to say what they were drawn from:
+A model's video comes without the renderer's parameters, which `toy/judge.py` needs. This network is trained on drawn
+frames of the train split, degraded as a generative model degrades them, to predict the parameters:
 
     frame (3, 64, 64) ──> 4 convolutions ──> 8x8 cells ──> linear, 80 ──┬─> scene  toy.scene_vector, 23 numbers
-                                                                        ├─> skin   the trait, 0 to 1
+                                                                        ├─> skin   0 to 1
                                                                         └─> hair, style, glasses, beard: classes
 
-    python -m toy.judge --train assets/judge.safetensors        # about an hour on one core
+    python -m toy.judge --train out/judge.safetensors           # about an hour on one core
 """
 
 import json
@@ -31,7 +30,7 @@ from toy import world as toy
 from toy.portrait import landmarks, render
 from toy.traits import TRAITS, Identity
 
-SIZE = 64  # side of the frames that it knows
+SIZE = 64  # side of its frames, pixels
 SCENE = [*toy.POSE, "light x", "light y", "light strength", "light warmth"]  # toy.scene_vector's order
 SCENE += [f"{what} {part}" for what in ("background", "shirt") for part in ("red", "green", "blue")]
 SCENE += list(toy.BACKGROUNDS)[1:]
@@ -43,8 +42,8 @@ POOL = 1024  # clips of 8 frames that training draws from
 
 
 class Eye(nn.Module):
-    """Frames (n, 3, 64, 64) in [-1, 1] -> numbers (n, 24): scene vector and skin, in their own units; logits (n, 27) of
-    the classes; landmarks (n, 5, 2) from 0 to 1, which only its own training needs: they teach it where to look."""
+    """Frames (n, 3, 64, 64) in [-1, 1] -> numbers (n, 24), scene vector and skin in their own units; logits (n, 27) of
+    the classes; landmarks (n, 5, 2) from 0 to 1, an output for its training only."""
 
     def __init__(
         self, channels: tuple[int, ...] = (24, 48, 64, 96), points: int = 32, cells: int = 16, hidden: int = 96
@@ -73,13 +72,15 @@ class Eye(nn.Module):
         fine = self.fine(frames)
         weight = self.maps(fine).flatten(2).softmax(2).unflatten(2, fine.shape[2:])  # (n, points, 16, 16)
         line = torch.linspace(-2, 2, fine.shape[3], device=frames.device)
-        points = torch.cat([(weight.sum(2) * line).sum(2), (weight.sum(3) * line).sum(2)], 1)  # where each map is: x, y
+        points = torch.cat(
+            [(weight.sum(2) * line).sum(2), (weight.sum(3) * line).sum(2)], 1
+        )  # center of each map: x, y
         out = self.head(self.hidden(torch.cat([self.coarse(fine), points], 1)))
         return self.mean + self.deviation * out[:, :NUMBERS], out[:, NUMBERS:], self.landmarks(points).view(-1, 5, 2)
 
     @torch.no_grad()
     def read(self, frames: np.ndarray) -> dict[str, np.ndarray]:
-        """frames (n, H, W, 3) bytes -> "scene" (n, 23), "skin" (n,), and each of CLASSES as numbers in it (n,)."""
+        """frames (n, H, W, 3) bytes -> "scene" (n, 23), "skin" (n,), and for each of CLASSES the class numbers (n,)."""
         parts = []
         for chunk in np.array_split(frames, max(1, len(frames) // 256)):
             x = from_bytes(torch.from_numpy(chunk).to(self.mean.device)).permute(0, 3, 1, 2)
@@ -87,9 +88,9 @@ class Eye(nn.Module):
                 x = F.interpolate(x, (SIZE, SIZE), mode="area")
             parts.append([part.cpu() for part in self(x)[:2]])
         numbers, logits = (torch.cat(column) for column in zip(*parts))
-        told = {"scene": numbers[:, :-1].numpy(), "skin": numbers[:, -1].numpy()}
+        reading = {"scene": numbers[:, :-1].numpy(), "skin": numbers[:, -1].numpy()}
         per_trait = logits.split([*map(len, CLASSES.values())], 1)
-        return told | {trait: part.argmax(1).numpy() for trait, part in zip(CLASSES, per_trait)}
+        return reading | {trait: part.argmax(1).numpy() for trait, part in zip(CLASSES, per_trait)}
 
     @classmethod
     def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "Eye":
@@ -109,19 +110,19 @@ class Eye(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Learning
+# Training
 
 
 def targets(who: Identity, scene: toy.Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What the network should say of each frame: numbers (F, 24) and classes (F, 4)."""
+    """The network's targets for each frame: numbers (F, 24) and classes (F, 4)."""
     vector = toy.scene_vector(scene)
     numbers = np.concatenate([vector, np.full((len(vector), 1), who["skin"], np.float32)], 1)
     return numbers, np.tile([choices.index(who[trait]) for trait, choices in CLASSES.items()], (len(vector), 1))
 
 
 def drawn(seed: int, split: str, frames: int = 8) -> Iterator[tuple[np.ndarray, ...]]:
-    """Endless frames (F, 64, 64, 3), numbers (F, 24), classes (F, 4), landmarks (F, 5, 2): each time someone new,
-    somewhere in a clip."""
+    """Endless frames (F, 64, 64, 3), numbers (F, 24), classes (F, 4), landmarks (F, 5, 2): random frames of one clip,
+    each time of a new person."""
     number = 0
     while True:
         rng = np.random.default_rng((seed, number))
@@ -133,8 +134,8 @@ def drawn(seed: int, split: str, frames: int = 8) -> Iterator[tuple[np.ndarray, 
 
 
 def worsen(x: Tensor) -> Tensor:
-    """Frames (n, 3, 64, 64) as a generative model might make them: a shift of color, seams of 16 pixels, softness,
-    noise, each of a strength of its own."""
+    """Degrade frames (n, 3, 64, 64) as a generative model does: color shift, seams every 16 pixels, blur, noise, each
+    with a random strength."""
 
     def dice(*shape: int) -> Tensor:
         return torch.randn(len(x), *shape, device=x.device)
@@ -149,14 +150,14 @@ def worsen(x: Tensor) -> Tensor:
 
 
 def train(path: str | Path, seconds: float, seed: int, device: torch.device, batch: int = 64) -> Eye:
-    """Learn for so many seconds. The file is written every now and then and at the end, with the moving average of the
-    weights, so it can be used at any time. Frames come from a pool that is renewed all the time."""
+    """Train for `seconds`. The moving average of the weights is saved every 500 steps and at the end. Batches come from
+    a pool of frames whose oldest are replaced at every step."""
     torch.manual_seed(seed)
     begun, rng, source = time.perf_counter(), np.random.default_rng(seed), drawn(seed, "train")
     eye = Eye().to(device, memory_format=torch.channels_last)
     pool = [np.concatenate(column) for column in zip(*[next(source) for _ in range(POOL)])]
     eye.mean.copy_(torch.from_numpy(pool[1].mean(0)))
-    eye.deviation.copy_(torch.from_numpy(pool[1].std(0)).clamp(min=1e-3))  # a small pool may have one kind only
+    eye.deviation.copy_(torch.from_numpy(pool[1].std(0)).clamp(min=1e-3))  # a small pool may hold a single kind
     optimizer = torch.optim.AdamW(eye.parameters(), weight_decay=0.02)
     average = AveragedModel(eye, multi_avg_fn=get_ema_multi_avg_fn(0.996), use_buffers=True)
     sign, weight = torch.ones(2, NUMBERS, device=device)
@@ -164,7 +165,7 @@ def train(path: str | Path, seconds: float, seed: int, device: torch.device, bat
     weight[: len(toy.POSE)] = 2
     step, at = 0, 0
     while (passed := time.perf_counter() - begun) < seconds:
-        for _ in range(batch // 32):  # a quarter of a batch is new
+        for _ in range(batch // 32):  # new frames: a quarter of a batch
             for store, new in zip(pool, next(source)):
                 store[at : at + len(new)] = new
             at = (at + 8) % len(pool[0])
@@ -176,8 +177,8 @@ def train(path: str | Path, seconds: float, seed: int, device: torch.device, bat
         y = torch.where(mirror, y * sign, y)
         other = points[:, [1, 0, 2, 4, 3]] * points.new_tensor([-1, 1]) + points.new_tensor([1 - 1 / SIZE, 0])
         points = torch.where(mirror[..., None], other, points)
-        numbers, logits, found = eye(worsen(x))
-        loss = (weight * ((numbers - y) / eye.deviation).square()).mean() + 50 * (found - points).square().mean()
+        numbers, logits, at_points = eye(worsen(x))
+        loss = (weight * ((numbers - y) / eye.deviation).square()).mean() + 50 * (at_points - points).square().mean()
         for trait, part in enumerate(logits.split([*map(len, CLASSES.values())], 1)):
             loss = loss + 0.1 * F.cross_entropy(part, labels[:, trait])
         optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 50)
@@ -187,7 +188,7 @@ def train(path: str | Path, seconds: float, seed: int, device: torch.device, bat
         step += 1
         average.update_parameters(eye)
         if step % 100 == 0:
-            off = SIZE * (found - points).square().sum(2).sqrt().mean().item()
+            off = SIZE * (at_points - points).square().sum(2).sqrt().mean().item()
             print(f"step {step:5}  loss {loss.item():.3f}  landmarks {off:.1f} px  {passed:.0f} s", flush=True)
         if step % 500 == 0:
             average.module.save(path)
@@ -196,7 +197,7 @@ def train(path: str | Path, seconds: float, seed: int, device: torch.device, bat
 
 
 def accuracy(eye: Eye, seed: int, clips: int, worse: bool) -> dict[str, float]:
-    """On people and scenes of the test split: R^2 of each number, share right of each class."""
+    """On people and scenes of the test split: R^2 of each number, share of right answers for each trait."""
     source = drawn(seed, "test", 4)
     columns = zip(*[next(source) for _ in range(clips)])
     frames, numbers, classes, _ = (np.concatenate(column) for column in columns)
@@ -204,8 +205,8 @@ def accuracy(eye: Eye, seed: int, clips: int, worse: bool) -> dict[str, float]:
         torch.manual_seed(seed)
         x = worsen(from_bytes(frames).permute(0, 3, 1, 2))
         frames = to_bytes(x).permute(0, 2, 3, 1).numpy()
-    told = eye.read(frames)
-    read = np.concatenate([told["scene"], told["skin"][:, None]], 1)
+    reading = eye.read(frames)
+    read = np.concatenate([reading["scene"], reading["skin"][:, None]], 1)
     rest = ((read - numbers) ** 2).mean(0) / numbers.var(0)
     result = dict(zip([*SCENE, "skin"], (1 - rest).tolist()))
-    return result | {trait: float((told[trait] == classes[:, k]).mean()) for k, trait in enumerate(CLASSES)}
+    return result | {trait: float((reading[trait] == classes[:, k]).mean()) for k, trait in enumerate(CLASSES)}

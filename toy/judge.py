@@ -174,11 +174,7 @@ def make_videos(
 
 
 def measure(
-    videos: np.ndarray,
-    clips: list[dict[str, Any]],
-    reader: FaceReader,
-    eye: Eye,
-    ref_of: list[int] | None = None,
+    videos: np.ndarray, clips: list[dict[str, Any]], reader: FaceReader, eye: Eye, ref_of: list[int] | None = None
 ) -> list[dict[str, Any]]:
     """A row for each video (N, F, H, W, 3). ref_of: for each video the clip of its reference (None: its own).
 

@@ -28,14 +28,15 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from checkpoint import write_modules
+from checkpoint import file_name, write_modules
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.schema import Count, parse_json
 from config import ASSETS
 from model import LTXVideo
 from text import TextConnector
-from toy.text import TRANSFORMER
+from toy.text import LAYERS, TRANSFORMER
 from toy.vae import CONFIG, FPS, FRAMES, SIZE
 from vae import VideoVAE
 
@@ -59,17 +60,22 @@ IDENTITY = {  # changes of the last part to configs/tiny.toml
 PARTS = ("faces", "judge", "text", "vae", "cache", "video", "more", "large", "identity")
 
 
+def read_part(module: torch.nn.Module, path: Path) -> torch.nn.Module:
+    """Load the file of toy/vae.py or toy/text.py, which holds this module alone."""
+    tensors = load_file(path)
+    module.load_state_dict({name: tensors[file_name(name, module.PREFIXES)] for name in module.state_dict()})
+    return module
+
+
 def assemble(vae: Path, text: Path, out: Path) -> None:
     """One checkpoint in the released layout: trained VAE, trained text path, random DiT."""
     config = json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     config["vae"] |= CONFIG
     config["transformer"] |= TRANSFORMER
     torch.manual_seed(0)
-    modules = [
-        LTXVideo(config["transformer"]),
-        TextConnector.from_checkpoint(text),
-        VideoVAE.from_checkpoint(vae),
-    ]
+    dit = LTXVideo(config["transformer"])
+    connector = read_part(TextConnector(config["transformer"], LAYERS + 1), text)
+    modules = [dit, connector, read_part(VideoVAE(config["vae"]), vae)]
     write_modules(out, modules, config, {"weights": "random", "defaults": DEFAULTS})
 
 

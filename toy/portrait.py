@@ -1,4 +1,4 @@
-r"""Drawing: an identity and a scene become frames, with the landmarks and boxes that are true of them.
+r"""Rendering: an identity and a scene become frames, with their true landmarks and boxes.
 
         .-~~~-.      A head is a flat outline and an ellipsoid behind its features. When it turns by yaw and pitch
        /  _ _  \     they slide over the ellipsoid and foreshorten, while the outline only sways; roll turns it all
@@ -18,7 +18,7 @@ import numpy as np
 
 from toy.traits import COLORS, EYES, HAIR, HAIRLINES, MARKS, RIMS, SKIN, STYLES, Identity, Scene
 
-SAMPLES = 4  # along each side of a pixel
+SAMPLES = 4  # per side of a pixel
 DEPTH = 0.87  # of the ellipsoid: below 1, so that the far eye stays on the face
 UNIT = 0.235  # part of the frame that 1 in head coordinates is, at scale 1
 EYE, MOUTH = 0.06, 0.56  # parts of the head's height
@@ -49,7 +49,7 @@ def _band(x: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
 
 
 class Head:
-    """Where things of one head are in the frames of one scene. Results are (F, P, 2), in parts of the frame."""
+    """Places of the parts of a head in the frames of a scene. Results are (F, P, 2), in parts of the frame."""
 
     def __init__(self, who: Identity, scene: Scene):
         self.who, self.pose = who, {k: v[:, None] for k, v in scene.pose.items()}  # (F, 1)
@@ -62,27 +62,27 @@ class Head:
         self.nose = (EYE + who["nose length"]) * self.h
 
     def stand(self, points: np.ndarray) -> np.ndarray:
-        """What does not turn with the head."""
+        """Points that do not turn with the head."""
         return self.centre + self.unit * points
 
     def roll(self, points: np.ndarray) -> np.ndarray:
-        """What only leans: about the neck."""
+        """Points that lean with the head, about the neck."""
         c, s, x, y = np.cos(self.pose["roll"]), np.sin(self.pose["roll"]), points[..., 0], points[..., 1] - 0.8 * self.h
         return self.stand(_points(x * c - y * s, x * s + y * c + 0.8 * self.h))
 
     def turn(self, points: np.ndarray, out: np.ndarray | float = 0.0, z: np.ndarray | None = None) -> np.ndarray:
-        """What lies on the face, `out` above the ellipsoid, or at a `z` of its own."""
+        """Points on the face, `out` above the ellipsoid, or at depth `z`."""
         x, y, yaw, pitch = points[..., 0], points[..., 1], self.pose["yaw"], self.pose["pitch"]
         depth = DEPTH * np.sqrt(np.maximum(1 - (x / self.w) ** 2 - (y / self.h) ** 2, 0.01)) + out if z is None else z
         x, depth = x * np.cos(yaw) + depth * np.sin(yaw), depth * np.cos(yaw) - x * np.sin(yaw)
         y, depth = y * np.cos(pitch) - depth * np.sin(pitch), depth * np.cos(pitch) + y * np.sin(pitch)
-        if z is None:  # what has gone behind the head stays on its edge
+        if z is None:  # points behind the head stay on its edge
             edge = np.where(depth < 0, np.minimum(np.hypot(x / self.w, y / self.h), 1), 1)
             x, y = x / edge, y / edge
         return self.roll(_points(x, y))
 
     def outline(self, degrees: np.ndarray, grow: np.ndarray | float = 0.0) -> np.ndarray:
-        """The head's edge, clockwise from the viewer's right, `grow` outside it."""
+        """The head's edge, clockwise from the viewer's right, moved outwards by `grow`."""
         c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
         power = 2 / np.where(s > 0, self.who["jaw"], 2.3)
         x = (self.w + grow) * np.sign(c) * abs(c) ** power
@@ -92,14 +92,14 @@ class Head:
         return self.roll(_points(x, y + chin * (0.07 * self.pose["open"] - 0.3 * np.sin(self.pose["pitch"]))))
 
     def lips(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x (F, P), y where the lips meet, and how far apart they are."""
+        """x (F, P), y of the line between the lips, and the gap between them."""
         smile, opened = self.pose["smile"], self.pose["open"]
         x = u * self.who["mouth width"] * (1 + 0.22 * smile - 0.15 * opened)
         y = MOUTH * self.h + 0.2 * smile * (0.4 - u**2)
         return x, y, (0.36 * opened + 0.17 * np.maximum(smile - 0.2, 0)) * (1 - u**2)
 
 
-Shape = tuple[list[np.ndarray], np.ndarray, float, np.ndarray | None]  # contours, color, how lit it is, in which frames
+Shape = tuple[list[np.ndarray], np.ndarray, float, np.ndarray | None]  # contours, color, share of light, frames
 
 
 def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
@@ -206,7 +206,7 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
 
     # Hair in front, near ear, glasses
     if style:
-        nape = 45 * (style.end > 0 and not style.bumps[0])  # how much lower the arc ends where the head turns its side
+        nape = 45 * (style.end > 0 and not style.bumps[0])  # the arc ends lower on the side that turns to the viewer
         near = nape * np.maximum(_points(-np.sin(pose["yaw"]), np.sin(pose["yaw"])), 0)
         part = np.linspace(0, 1, 80)
         degrees = (style.end + near[..., 0]) * (1 - part) + (-180 - style.end - near[..., 1]) * part
@@ -239,18 +239,18 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
 
 
 def _fixed(points: np.ndarray, side: int) -> np.ndarray:
-    """Parts of the frame as OpenCV's fixed-point coordinates."""
+    """Parts of the frame -> OpenCV's fixed-point coordinates."""
     return np.rint((points * side - 0.5) * 2**SUBPIXEL).astype(np.int32)
 
 
 def _background(scene: Scene, side: int) -> np.ndarray:
-    """(side, side, 4): color, and 0 for unlit."""
+    """(side, side, 4): color and light, which is 0."""
     canvas = np.zeros((side, side, 4), np.uint8)
     first, second = COLORS[scene.color], COLORS[scene.second]
     canvas[..., :3] = first
     place, number = scene.layout
     if scene.background == "gradient":
-        t = np.minimum(np.linspace(0, 1.3, side), 1)[:, None, None]  # done where the shoulders begin
+        t = np.minimum(np.linspace(0, 1.3, side), 1)[:, None, None]  # complete above the shoulders
         canvas[..., :3] = _mix(first, second, t if place < 0.5 else t.transpose(1, 0, 2))
     count = 3 + int(number * 3)
     grid = (np.arange(-1, count + 1) + place) / count
@@ -281,7 +281,7 @@ def render(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
             if when is None or when[k]:
                 cv2.fillPoly(canvas, [p[k] for p in points], color, cv2.LINE_8, SUBPIXEL)
         small = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)
-        # as on a ball about the head: brighter towards the light, darker where it curves away
+        # shading as on a ball about the head: brighter towards the light, darker at the edges
         (x, y), r = head.centre[k, 0] * size - 0.5, 1.3 * float(head.unit[k, 0, 0]) * size
         nx, ny = np.clip((yx[1] - x) / r, -1, 1), np.clip((yx[0] - y) / r, -1, 1)
         away = np.minimum(nx * nx + ny * ny, 1)
@@ -301,11 +301,11 @@ def landmarks(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
 
 
 def visible(who: Identity, scene: Scene) -> np.ndarray:
-    """(F, 5): is the landmark inside the frame? No pose hides one behind the head."""
+    """(F, 5): true for landmarks inside the frame. No pose hides one behind the head."""
     return (abs(landmarks(who, scene, 1)) <= 0.5).all(-1)
 
 
 def boxes(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
-    """(F, 4) pixels: left, top, right, bottom of the face, forehead to chin, wherever it is."""
+    """(F, 4) pixels: left, top, right, bottom of the face from forehead to chin, also outside the frame."""
     edge = Head(who, scene).outline(np.linspace(-150, 210, 73)[10:]) * size - 0.5
     return np.concatenate([edge.min(1), edge.max(1)], 1).astype(np.float32)

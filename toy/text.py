@@ -1,14 +1,13 @@
 """The tiny text path: a Gemma 3 of a few hundred words, the projection of its hidden states, and the connector.
 
-The DiT learns faster what a caption asks for when the context already says it. So all three parts are trained together
-to describe the scene that a caption of the drawn world was written for, and Gemma also to go on with the sentence, as
-a language model does:
+The DiT learns to follow a caption sooner if the context already separates motions and colors. So all three parts are
+trained together to name the facts of a caption of the drawn world, and Gemma also to predict the next word:
 
-    caption ──> Gemma ──┬─> hidden states ──> projection ──> connector ──> context ──> mean ──> what moves, in what
-                        └─> next word                                       │                   order, before what
+    caption ──> Gemma ──┬─> hidden states ──> projection ──> connector ──> context ──> mean ──> motions, their order,
+                        └─> next word                                       │                   colors, background
                                                                             └──> the DiT, later
 
-The readout behind the mean is thrown away. What remains has the released layout: a Gemma folder that transformers
+The readout behind the mean is discarded. The rest is saved in the released layout: a Gemma folder that transformers
 loads, and a checkpoint's projection and connector.
 
     python -m toy.text --gemma runs/toy/gemma --out runs/toy/text.safetensors
@@ -33,7 +32,7 @@ from toy.traits import COLORS, STYLES
 from toy.world import BACKGROUNDS, BEHIND, MOVES, PERSON, TEMPLATES, caption, draw_scene
 
 HIDDEN, LAYERS, TOKENS = 64, 4, 48  # Gemma's width and depth; the longest caption has about 40 tokens
-TRANSFORMER = {  # of the tiny checkpoint: what differs from configs/ltx-2.3.json
+TRANSFORMER = {  # of the tiny checkpoint: its differences from configs/ltx-2.3.json
     "num_attention_heads": 6,
     "attention_head_dim": 32,
     "num_layers": 7,
@@ -49,18 +48,18 @@ TRANSFORMER = {  # of the tiny checkpoint: what differs from configs/ltx-2.3.jso
     "connector_num_learnable_registers": 16,
 }
 JOINED = ("", "and", "then")
-SLOTS = {  # what the readout says, and how many answers there are
+SLOTS = {  # facts of a caption -> number of possible answers
     "first": len(MOVES),
     "second": len(MOVES) + 1,  # or nothing
     "joined": len(JOINED),
     "color": len(COLORS),
-    "other color": len(COLORS) + 1,  # of a gradient or of shapes; not said of a plain background
+    "other color": len(COLORS) + 1,  # of a gradient or of shapes; the last one: plain
     "background": len(BACKGROUNDS),
 }
 
 
 def sentences(count: int, seed: int, split: str = "train") -> tuple[list[str], Tensor]:
-    """Captions and what they say, in the order of SLOTS: (count, 6)."""
+    """Captions and their facts, in the order of SLOTS: (count, 6)."""
     texts, answers = [], []
     for k in range(count):
         rng = np.random.default_rng((seed, ("train", "test").index(split), k))
@@ -81,7 +80,7 @@ def sentences(count: int, seed: int, split: str = "train") -> tuple[list[str], T
 
 
 def make_tokenizer() -> Any:
-    """A tokenizer of Gemma's kind in which each word of the captions is one token; other words are spelled."""
+    """A tokenizer of Gemma's kind. Each word of the captions is one token; other words are spelled."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import GemmaTokenizer
 
@@ -127,7 +126,7 @@ def make_gemma(vocabulary: int) -> nn.Module:
 
 
 class Reader(nn.Module):
-    """Gemma, connector and the readout that is thrown away."""
+    """Gemma, connector, and the readout that is discarded."""
 
     def __init__(self, tokenizer: Any, config: dict[str, Any]):
         super().__init__()
@@ -168,20 +167,20 @@ def train(steps: int, batch: int, lr: float, seed: int, device: torch.device) ->
         chosen = torch.randint(len(texts), (batch,), generator=generator)
         logits, next_word = reader([texts[k] for k in chosen])
         truth = answers[chosen].to(device)
-        said = sum(F.cross_entropy(part, truth[:, k]) for k, part in enumerate(logits))
+        facts = sum(F.cross_entropy(part, truth[:, k]) for k, part in enumerate(logits))
         optimizer.zero_grad(set_to_none=True)
-        (said + 0.2 * next_word).backward()
+        (facts + 0.2 * next_word).backward()
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 20 == 0:
-            bar.set_postfix_str(f"description {said.item():.3f}, next word {next_word.item():.3f}")
+            bar.set_postfix_str(f"facts {facts.item():.3f}, next word {next_word.item():.3f}")
     return reader
 
 
 @torch.no_grad()
 def measure(reader: Reader, count: int = 500) -> dict[str, float]:
-    """How often each part of the description is right, on pairs and sentence forms never trained on."""
+    """Share of right answers for each fact, on sentence forms and on pairs of motion and color of the test split."""
     texts, answers = sentences(count, 1, "test")
     parts = [reader(texts[k : k + 100])[0] for k in range(0, count, 100)]
     right = {}

@@ -1,4 +1,4 @@
-"""Who a drawn person is, and what else there is in a picture: two sets of numbers, drawn from different chances.
+"""Identity and scene of a drawn person: two sets of numbers, drawn independently of each other.
 
 identity   22 independent traits: skin, skull, ears, eyes, brows, nose, mouth, hair, glasses, beard, marks
 scene      everything else: pose along the clip, background, shirt, light
@@ -16,7 +16,7 @@ def _palette(text: str) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Identity: a dict with one value for each trait, all independent
+# Identity: a dict with one value for each trait
 
 SKIN = [*_palette("0 ffe2cb, 1 f4c8a4, 2 e2aa7c, 3 bc7e54, 4 885438, 5 563628").values()]  # along the trait, 0 to 1
 HAIR = _palette(
@@ -50,7 +50,7 @@ HAIRLINES = {  # x and y as parts of the head's width and height, from the viewe
 class Style:
     """Hair between its hairline and an arc over the skull from one ear to the other, and ovals behind the head."""
 
-    top: float  # how far the arc is outside the skull at the crown
+    top: float  # distance of the arc from the skull at the crown
     side: float
     end: float  # degrees below the ear
     bumps: tuple[float, int] = (0.0, 0)  # their height and number along the arc
@@ -68,7 +68,7 @@ STYLES = {
     "pigtails": Style(0.14, 0.06, 6, back=((-1.32, 0.3, 0.34, 0.62), (1.32, 0.3, 0.34, 0.62))),
     "mohawk": Style(0.4, 0.3, -66, bumps=(0.06, 26)),
 }
-TRAITS: dict[str, tuple[float, float] | dict[str, int]] = {  # a range, or the odds of each choice
+TRAITS: dict[str, tuple[float, float] | dict[str, int]] = {  # a range, or choices with their odds
     "skin": (0.0, 1.0),
     "undertone": (-1.0, 1.0),
     "head width": (0.88, 1.1),
@@ -96,7 +96,7 @@ Identity = dict[str, float | str]
 
 
 def draw_identity(rng: np.random.Generator) -> Identity:
-    """Someone new."""
+    """A random person."""
     who: Identity = {}
     for trait, odds in TRAITS.items():
         if isinstance(odds, dict):
@@ -107,9 +107,9 @@ def draw_identity(rng: np.random.Generator) -> Identity:
 
 
 def vector(who: Identity) -> np.ndarray:
-    """An identity as numbers in [0, 1]: for a range the place in it, a choice as one-hot.
+    """An identity as numbers in [0, 1]: a range as the place in it, a choice as one-hot.
 
-    Not all of it can be seen: the color of rims needs glasses, and long hair covers the ears.
+    Some of it is invisible: rims need glasses, and long hair covers the ears.
     """
     parts = []
     for trait, odds in TRAITS.items():
@@ -131,17 +131,17 @@ COLORS = _palette(
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows apart from who it is."""
+    """Everything in a clip but the identity."""
 
     pose: dict[str, np.ndarray]  # POSE -> (F,)
     motions: tuple[str, ...]  # one or two of MOVES; none in a portrait
     joined: str  # two happen at once ("and") or in turn ("then")
     background: str
     color: str
-    second: str  # color that a gradient goes to, or of the shapes
-    layout: tuple[float, float]  # where the shapes are, how many
+    second: str  # second color of a gradient, or color of the shapes
+    layout: tuple[float, float]  # place and number of the shapes
     shirt: str
-    light: tuple[float, float, float]  # where from, clockwise from the viewer's right in radians; strength; warmth
+    light: tuple[float, float, float]  # direction, clockwise from the viewer's right in radians; strength; warmth
 
     def __len__(self) -> int:
         return len(self.pose["yaw"])

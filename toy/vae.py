@@ -1,17 +1,17 @@
 """The tiny VAE: pixels of the drawn world to 128 channels per cell of 4 frames x 16 x 16 pixels, and back.
 
-Layout and code are those of the released VAE. Only the training is simpler, so that a CPU does it in half an hour: the
-best *linear* code is known in closed form, the network begins as that, and what is left to learn is the decoder's.
+Layout and code are those of the released VAE. The training is simpler, so that a CPU needs less than an hour: the best
+*linear* code is known in closed form, the network is initialized with it, and only the decoder is trained.
 
     1. principal components of small and large cells of many clips        (covariances)
-    2. the encoder gives those of the large cells                         (its layers set one after the other, linear)
-    3. the decoder goes back as well as a linear map can                  (least squares, layer by layer)
-    4. the decoder learns to see a picture in the components              latents + noise --> clip (L1)
+    2. encoder: the components of the large cells                         (its layers set one after the other, linear)
+    3. decoder: the best linear inverse                                   (least squares, layer by layer)
+    4. training of the decoder                                            latents + noise --> clip (L1)
 
-Principal components have a natural spectrum: what matters much for the picture is large, what matters little is
-small. Divided each by its own spread, they would all be equally large, and the DiT would spend itself on what matters
-least; left alone, the strongest is a hundred times the weakest, and noise covers the eyes in a face. They are divided
-by the root of their spread, which is between. The statistics in the checkpoint have one spread for all, to keep that.
+The spread of a principal component says how much it matters for the picture. With every component divided by its own
+spread, the DiT would spend most of its capacity on components that matter least. With none divided, the strongest is a
+hundred times the weakest, and noise hides the eyes of a face. So each is divided by the root of its spread. The
+statistics in the checkpoint have one spread for all channels, which keeps these proportions.
 
     python -m toy.vae --out runs/toy/vae.safetensors
 """
@@ -56,22 +56,22 @@ CONFIG = {
 }
 SIZE, FPS, FRAMES = 64, 12.0, 17
 CELL = 4, 16  # frames and pixels to a side
-OFFSET = 6.0, 3.0  # encoder, decoder: added to what enters the last PixelNorm and SiLU, in units of its spread.
+OFFSET = 6.0, 3.0  # encoder, decoder: added to the input of the last PixelNorm and SiLU, in units of its spread.
 # Far from zero both are nearly linear. Decoded from the encoder's: 24.6 dB with 3, 25.3 with 6, 25.7 without them.
-FACE = 4.0  # a pixel at an eye, the nose or the mouth counts this much more than one of the background
-SPREAD = 4.0  # pixels from a landmark at which that has fallen to 0.6 of it
-NOISE = 0.1  # in the latents that the decoder learns from, which a DiT will not hit exactly
+FACE = 4.0  # extra weight of a pixel at an eye, the nose or the mouth
+SPREAD = 4.0  # pixels from a landmark at which the extra weight is 0.6 of FACE
+NOISE = 0.1  # in the latents of step 4, because a DiT's latents are inexact
 
 
 def face_weight(points: np.ndarray, size: int) -> np.ndarray:
-    """How much each pixel counts: landmarks (F, 5, 2) -> (F, size, size), 1 far from all of them."""
+    """Weight of each pixel: landmarks (F, 5, 2) -> (F, size, size), 1 far from all landmarks."""
     y, x = np.mgrid[:size, :size]
     distance = (x - points[..., 0, None, None]) ** 2 + (y - points[..., 1, None, None]) ** 2  # (F, 5, size, size)
     return 1 + FACE * np.exp(-distance / (2 * SPREAD**2)).max(1)
 
 
 def draw_clips(seed: int, count: int, split: str = "train") -> tuple[Tensor, Tensor]:
-    """Clips as bytes (count, 3, F, H, W), and what each pixel counts, in half precision: (count, 1, F, H, W)."""
+    """Clips as bytes (count, 3, F, H, W), and the weights of their pixels in half precision (count, 1, F, H, W)."""
     video = torch.empty(count, 3, FRAMES, SIZE, SIZE, dtype=torch.uint8)
     weight = torch.empty(count, 1, FRAMES, SIZE, SIZE, dtype=torch.float16)
     for k in tqdm(range(count), "drawing", unit="clip", leave=False):
@@ -86,7 +86,7 @@ def to_float(video: Tensor, device: torch.device) -> Tensor:
 
 
 def first_repeated(x: Tensor, time: int) -> Tensor:
-    """(B, C, F, H, W) -> (B, C, F + time - 1, H, W): the first frame is a cell of its own kind."""
+    """(B, C, F, H, W) -> (B, C, F + time - 1, H, W): the first frame alone fills a cell."""
     return torch.cat([x[:, :, :1].expand(-1, -1, time - 1, -1, -1), x], 2)
 
 
@@ -96,7 +96,7 @@ def cells(video: Tensor, time: int, side: int) -> Tensor:
 
 
 def mean_and_covariance(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Of vectors (n, P), each counting as its weight (n, 1) says: (P,) and (P, P)."""
+    """Weighted mean (P,) and covariance (P, P) of vectors (n, P) with weights (n, 1)."""
     total, mean, square = 0.0, 0.0, 0.0
     for x, count in parts:
         total, mean, square = total + count.sum(), mean + (count * x).sum(0), square + (count * x).T @ x
@@ -105,7 +105,7 @@ def mean_and_covariance(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor,
 
 
 class Components:
-    """The `count` strongest principal components of cells of time x side x side pixels, a face counting more."""
+    """The `count` strongest principal components of cells of time x side x side pixels, weighted by pixel."""
 
     def __init__(self, video: Tensor, weight: Tensor, time: int, side: int, count: int, device: torch.device):
         def parts() -> Iterable[tuple[Tensor, Tensor]]:
@@ -126,7 +126,7 @@ class Components:
 
 @torch.no_grad()
 def fit(conv: Conv3d, inputs: Tensor, targets: Tensor, ridge: float = 1e-4) -> None:
-    """Least squares: the kernel that makes `targets` (B, C', F, H, W) of `inputs` (B, C, F, H, W)."""
+    """Set the kernel by least squares, from `inputs` (B, C, F, H, W) and `targets` (B, C', F, H, W)."""
     gram, product = 0.0, 0.0
     for x, y in zip(inputs.split(20), targets.split(20)):
         first, last = x[:, :, :1], x[:, :, -1:]
@@ -142,16 +142,16 @@ def fit(conv: Conv3d, inputs: Tensor, targets: Tensor, ridge: float = 1e-4) -> N
 
 
 def halve_time(x: Tensor, weight: Tensor) -> Tensor:
-    """What `compress_time_res` does to (..., frames, C), its kernel being `weight` (C / 2, C) at one frame alone."""
+    """`compress_time_res` on (..., frames, C), with a kernel that is `weight` (C / 2, C) at one frame and else zero."""
     pairs = x.unflatten(-2, (-1, 2))  # (..., pairs, 2, C)
     skip = pairs.transpose(-1, -2).flatten(-2).unflatten(-1, (x.shape[-1], 2)).mean(-1)
     return (pairs @ weight.T).transpose(-1, -2).flatten(-2) + skip
 
 
 def keep_most(covariance: Tensor, frames: int, steps: int = 300) -> list[Tensor]:
-    """Kernels for two `compress_time_res` after which least is lost of `frames` frames with this covariance.
+    """Kernels of two `compress_time_res` that lose the least of `frames` frames with this covariance.
 
-    Descent on the variance that no linear map can bring back, which needs the covariance and no clips.
+    Descent on the variance that no linear map can recover. It needs the covariance, not the clips.
     """
     channels = len(covariance) // frames
     everything = torch.eye(len(covariance)).to(covariance).unflatten(1, (frames, channels))
@@ -173,19 +173,19 @@ def keep_most(covariance: Tensor, frames: int, steps: int = 300) -> list[Tensor]
 
 
 def cosines(count: int) -> Tensor:
-    """(count - 1, count): orthonormal rows that each sum to zero, and about equal squares in every column."""
+    """(count - 1, count): orthonormal rows that sum to zero; the squares of each column have about equal sums."""
     place = (torch.arange(count) + 0.5) / count
     return (torch.arange(1, count)[:, None] * math.pi * place).cos() * (2 / count) ** 0.5
 
 
 def batched(function, video: Tensor, device: torch.device) -> Tensor:
-    """`function` of all clips, some at a time."""
+    """`function` of all clips, in batches."""
     return torch.cat([function(to_float(part, device)) for part in video.split(20)])
 
 
 @torch.no_grad()
 def set_encoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
-    """Steps 1 and 2: the encoder as a linear map to the principal components, nearly."""
+    """Steps 1 and 2: the encoder as a nearly linear map to the principal components."""
     device, encoder = vae.encoder.conv_in.conv.weight.device, vae.encoder
     for module in encoder.modules():
         if isinstance(module, Conv3d):
@@ -221,15 +221,17 @@ def set_encoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
     large = Components(video, weight, *CELL, CHANNELS, device)
     target = batched(large.of, video, device)
     target = target / target.square().mean((0, 2, 3, 4), keepdim=True) ** 0.25
-    target = F.pad(target / target.square().mean().sqrt(), (0, 0, 0, 0, 0, 0, 0, 1))  # and the unused log-variance
+    target = F.pad(
+        target / target.square().mean().sqrt(), (0, 0, 0, 0, 0, 0, 0, 1)
+    )  # the last channel is the unused log-variance
     fit(encoder.conv_out, F.silu(pixel_norm(batched(before_out, video, device))), target)
-    for parameter in encoder.parameters():  # as they will be stored: the statistics and the decoder are of these
+    for parameter in encoder.parameters():  # as stored, since statistics and decoder depend on it
         parameter.copy_(parameter.bfloat16())
 
 
 @torch.no_grad()
 def set_decoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
-    """Step 3: residual blocks add nothing, and each other layer is the best that a linear map can be there."""
+    """Step 3: residual blocks add zero, and every other layer is the best linear map at its place."""
     device, decoder = vae.encoder.conv_in.conv.weight.device, vae.decoder
     nn.init.dirac_(decoder.conv_in.conv.weight)
     nn.init.zeros_(decoder.conv_in.conv.bias)
@@ -246,7 +248,7 @@ def set_decoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
         count = len(block.conv.conv.bias) // math.prod(block.stride)
         target = batched(Components(video, weight, time, side, count, device).of, video, device)
         last = (time, side) == (1, decoder.patch)
-        if last:  # its norm must not follow the picture's brightness, the first component: spread all over the channels
+        if last:  # its norm must not follow the brightness, the first component: spread it over all channels
             target = torch.einsum("bkfhw,kc->bcfhw", target[:, :-1], cosines(count).to(target))
         target = target / target.square().mean().sqrt()
         fit(block.conv, x, space_to_depth(first_repeated(target, block.stride[0]), block.stride))
@@ -258,7 +260,7 @@ def set_decoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
 
 
 def optimize(module: nn.Module, loss, steps: int, lr: float, title: str, report=lambda step: None) -> None:
-    """AdamW on `loss()` with a linear rise and a cosine fall."""
+    """AdamW on `loss()`. The learning rate rises linearly and falls as a cosine."""
     optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.98), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
     bar = tqdm(range(steps), title, unit="step", mininterval=10)
@@ -276,8 +278,8 @@ def optimize(module: nn.Module, loss, steps: int, lr: float, title: str, report=
 
 @torch.no_grad()
 def set_statistics(vae: VideoVAE, video: Tensor) -> None:
-    """Each channel's mean, and one spread, that of all of them together."""
-    raw = batched(vae.encode, video, vae.encoder.conv_in.conv.weight.device)  # the statistics being 0 and 1 so far
+    """The mean of each channel, and one spread of all channels together."""
+    raw = batched(vae.encode, video, vae.encoder.conv_in.conv.weight.device)  # with statistics 0 and 1
     raw = raw.transpose(0, 1).flatten(1)  # (C, n)
     mean, statistics = raw.mean(1), vae.per_channel_statistics._buffers
     statistics["mean-of-means"].copy_(mean)
@@ -287,7 +289,7 @@ def set_statistics(vae: VideoVAE, video: Tensor) -> None:
 def train_decoder(
     vae: VideoVAE, video: Tensor, weight: Tensor, steps: int, batch: int, lr: float, show: Path, every: int = 250
 ) -> None:
-    """Step 4, on short clips first: convolutions are the same at any length, their cost is not."""
+    """Step 4, on short clips first, which cost less and train the same convolutions."""
     device, done = vae.encoder.conv_in.conv.weight.device, 0
     with torch.no_grad():
         latents = batched(vae.encode, video, device)
@@ -301,7 +303,7 @@ def train_decoder(
         span = slice(first * 4, first * 4 + decoded.shape[2])
         error = (decoded - to_float(video[chosen, :, span], device)).abs()
         count = weight[chosen, :, span].to(device).float()
-        if first:  # its pixels are the last of a cell of four: not what the decoder makes of a beginning
+        if first:  # the decoder treats a first latent frame as one pixel frame, and here it stands for four
             error, count = error[:, :, 1:], count[:, :, 1:]
         return (error * count).mean() / count.mean()
 
@@ -316,7 +318,7 @@ def train_decoder(
 
 @torch.no_grad()
 def describe(vae: VideoVAE, path: Path, title: str, count: int = 32) -> float:
-    """PSNR in dB on people and scenes never trained on, also with noise in the latents; true above decoded frames."""
+    """PSNR in dB on the test split, also with noise in the latents. `path`: a sheet, true above decoded frames."""
     device = vae.encoder.conv_in.conv.weight.device
     video = to_float(draw_clips(0, count, "test")[0], device)
     z = vae.encode(video)
@@ -336,8 +338,10 @@ def describe(vae: VideoVAE, path: Path, title: str, count: int = 32) -> float:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/vae.safetensors", help="in the released layout (%(default)s)")
-    parser.add_argument("--clips", type=int, default=2500, help="drawn once and trained on (%(default)s)")
-    parser.add_argument("--fitted", type=int, default=1500, help="of them, those the linear start is fitted to")
+    parser.add_argument("--clips", type=int, default=2500, help="drawn clips (%(default)s)")
+    parser.add_argument(
+        "--fitted", type=int, default=1500, help="clips of these that fit the linear start (%(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=4000, help="of the decoder (%(default)s)")
     parser.add_argument("--batch", type=int, default=12, help="clips per step (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -356,7 +360,7 @@ def main() -> None:
     set_statistics(vae, video[few])
     set_decoder(vae, video[few], weight[few])
     describe(vae, out.with_suffix(".png"), "linear, nearly")
-    write_modules(out, [vae], config, {})  # the encoder is what it will be: a cache can be made already
+    write_modules(out, [vae], config, {})  # the encoder is final: a cache can be made already
     print(f"wrote the linear start to {out} after {time.monotonic() - since:.0f} s", flush=True)
     train_decoder(vae, video, weight, options.steps, options.batch, options.lr, out.with_suffix(".png"))
     write_modules(out, [vae.cpu()], config, {})

@@ -184,15 +184,12 @@ TEMPLATES = {
 }
 
 
-def caption(scene: Scene, rng: np.random.Generator, split: str = "train", who: Identity | None = None) -> str:
-    """A sentence that names motions and background; with `who` also hair and glasses."""
+def caption(scene: Scene, rng: np.random.Generator, split: str = "train") -> str:
+    """A sentence that names motions and background, and never the identity."""
     link = ", then " if scene.joined == "then" else " and "
     does = link.join(str(rng.choice(MOVES[m].says)) for m in scene.motions) or "looks on"
     behind = str(rng.choice(BEHIND[scene.background])).format(scene.color, scene.second)
     person = str(rng.choice(PERSON))
-    if who is not None:
-        hair = "no hair" if who["style"] == "bald" else f"{who['hair']} hair"
-        person += f" with {hair}" + (" and glasses" if who["glasses"] != "none" else "")
     text = str(rng.choice(TEMPLATES[split])).format(who=person, does=does, behind=behind, shirt=scene.shirt)
     text = text.replace("a orange", "an orange")
     return text[0].upper() + text[1:]

@@ -3,22 +3,25 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import train
 from checkpoint import Checkpoint, write_modules
 from common.errors import UserError
+from common.media import read_image, read_video
 from config import PAPER, read_config
 from engine import lora
 from model import LTXVideo
 from text import TextConnector
 from toy import cache as toy_cache
+from toy import examples, judge
 from toy import faces as toy_faces
-from toy import judge
 from toy import make as tiny
 from toy import text as toy_text
 from toy import vae as toy_vae
+from toy.world import toy_clip
 from vae import VideoVAE
 
 
@@ -119,3 +122,17 @@ def test_an_unknown_part_is_said(in_process):
 
 def test_the_guidance_of_the_checkpoint_is_what_sample_py_takes():
     assert tiny.DEFAULTS.keys() == PAPER.keys()
+
+
+def test_the_committed_examples_are_of_this_world(root, tmp_path, in_process):
+    code, _, error = in_process(examples.main, "examples.py", "--out", tmp_path / "out")
+    assert code == 0, error
+    for name in ("face.png", *(f"clips/{k}.png" for k in range(4))):
+        committed, again = (np.asarray(read_image(folder / name)) for folder in (root / "assets", tmp_path / "out"))
+        assert np.array_equal(committed, again), name
+    for name in ("manifest.csv", "cases.jsonl"):
+        assert (root / "assets" / "clips" / name).read_text() == (tmp_path / "out" / "clips" / name).read_text()
+    for k, number in enumerate(examples.CLIPS):
+        clip = toy_clip(examples.SEED, number, split="test", fps=examples.FPS)
+        video = read_video(root / "assets" / "clips" / f"{k}.mp4", 17, 12, 64, 64)
+        assert np.abs(video.astype(int) - clip["frames"]).mean() < 5  # H.264, chroma halved

@@ -271,11 +271,9 @@ def test_a_caption_says_what_is_shown(split):
         assert not re.search(r"\b(hair|glasses|beard|bald|man|woman|eyed)\b", text)  # identity is the reference's task
 
 
-def test_captions_vary_and_can_say_more():
+def test_captions_vary():
     scene = replace(moving("turn left"), background="plain")
     assert len({toy.caption(scene, np.random.default_rng(k)) for k in range(300)}) >= 30
-    who = toy.person(0, 0) | {"style": "long", "hair": "red", "glasses": "round"}
-    assert "with red hair and glasses" in toy.caption(scene, np.random.default_rng(0), who=who)
 
 
 def test_the_command_writes_both_pictures(tmp_path, monkeypatch, capsys):
