@@ -35,6 +35,7 @@ from common.errors import UserError, whole_file
 from common.schema import Count, Text, foreign_record, parse_json
 from config import Config, as_dict, require_same_run
 from engine.average import Average
+from engine.check import require_bf16
 from engine.lora import save_lora
 from engine.recipe import export_guidance, text_encoder
 from model import LTXVideo
@@ -261,6 +262,7 @@ def export(run: Path, base: str | Path | Checkpoint, out: Path, ours: dict[str, 
     memory at a time. ComfyUI, ltx-core and sample.py load the result as they load the base.
     """
     folder, source = newest(run), open_checkpoint(base)
+    require_bf16(source)  # a cast to fp8 without a scale would be garbage
     kind, _ = _saved_weights(folder)
     with torch.device("meta"):
         trained = {

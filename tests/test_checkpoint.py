@@ -215,7 +215,7 @@ def test_a_change_of_an_fp8_layer_quantizes_it_again_and_no_other(forge, golden)
     changed, plain = "transformer_blocks.1.ff.net.2", "patchify_proj"
     shapes = {name: by_hand[f"{DIT}{name}.weight"].shape for name in (changed, plain)}
     delta = {n: 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(0)) for n, shape in shapes.items()}
-    changes = {name: lambda weight, name=name: weight + delta[name].to(weight) for name in shapes}
+    changes = {f"{DIT}{n}.weight": lambda weight, n=n: weight + delta[n].to(weight) for n in shapes}
     model = load_fp8(on_meta(checkpoint), checkpoint, "cpu", torch.float32, changes)
     layer, want = model.get_submodule(changed), by_hand[f"{DIT}{changed}.weight"] + delta[changed]
     got = layer.weight.view(torch.float8_e4m3fn).float() * layer.scale
