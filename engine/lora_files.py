@@ -247,7 +247,7 @@ def _shortened(names: list[str], most: int = 12) -> str:
 
 
 def _largest(tensor: Tensor) -> float:
-    """The largest absolute value, which is NaN or infinite if a value is. One pass, seven times faster than reading."""
+    """The largest absolute value; NaN or infinite if a value is. One pass without a copy."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
