@@ -8,6 +8,8 @@
 clips/manifest.py lists the columns of a manifest.
 """
 
+import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
+
 import argparse
 import sys
 from pathlib import Path
