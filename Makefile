@@ -28,7 +28,8 @@ sample: setup ## make a video with the embedded model: out/sample.mp4
 	$(RUN) sample.py --ref assets/face.png --prompt "A person walks by to the left in front of a teal wall." --out out/sample.mp4
 
 train: setup ## begin to train the tiny model on a few drawn clips: runs/try
-	$(RUN) train.py --set run.out=runs/try --set data.cache=cache/try --set data.toy=200 --set optim.steps=60 --set log.every=10 --set log.sample_every=60
+	$(RUN) -m toy.cache --count 200 --out cache/try
+	$(RUN) train.py --set run.out=runs/try --set data.cache=cache/try --set optim.steps=60 --set log.every=10 --set log.sample_every=60
 
 row: setup ## measure the tiny model, the last row of docs/table1.md: out/toy
 	rm -rf out/toy

@@ -106,7 +106,9 @@ def test_updates_too_small_for_bf16_are_not_lost():
     assert weight.float().mean().item() == pytest.approx(0.99, abs=1e-3)
 
 
-@pytest.mark.parametrize("piece, compiled", [(128, False), (2**24, False), (2**24, True)])
+@pytest.mark.parametrize(
+    "piece, compiled", [(128, False), (2**24, False), pytest.param(2**24, True, marks=pytest.mark.slow)]
+)
 def test_one_step_is_adamw_s_before_rounding(piece, compiled, monkeypatch):
     """Each weight and moment is a bf16 neighbour of what AdamW in float32 makes of the same numbers."""
     monkeypatch.setattr("engine.optim.PIECE", piece)

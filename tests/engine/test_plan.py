@@ -424,6 +424,7 @@ def test_days(paper):
     assert float(cell(paper, "H20-96", 3, mfu=0.2).split()[0]) == pytest.approx(seconds / 86400 * 2, abs=0.06)
 
 
+@pytest.mark.slow
 def test_what_fits(paper):
     """The paper's run on 8 H20 needs shards; whole on every card it fits none."""
     assert cell(paper, "H20-96", 2) == "fits"

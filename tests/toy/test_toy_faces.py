@@ -294,6 +294,7 @@ def test_spoiled_pictures_stay_pictures_and_chance_is_repeatable(clips):
 # Training
 
 
+@pytest.mark.slow
 def test_quick_training_from_end_to_end(in_process, tmp_path):
     code, stdout, stderr = in_process(toy_faces.main, "toy_faces.py", "--out", tmp_path / "pack", "--quick")
     assert code == 0, stderr
