@@ -60,7 +60,8 @@ def main() -> None:
     if config.optim.batch % (world := dist.get_world_size()):
         raise UserError(f"optim.batch = {config.optim.batch} cannot be shared out evenly over {world} ranks")
     run, clips, base = Path(config.run.out), CachedClips(config.data.cache), Checkpoint(ckpt)
-    local_pack = config.faces.pack if Path(config.faces.pack).is_dir() else ""  # of a name, ranks would download all at once
+    # A pack given by its name is not opened here: all ranks would download it at once.
+    local_pack = config.faces.pack if Path(config.faces.pack).is_dir() else ""
     check_cache_fits(clips.settings, base, config.model.gemma, local_pack)
     if not options.dry_run:
         state.require_same(run, config, clips.settings)

@@ -673,7 +673,7 @@ def test_no_file_appears_in_the_users_home(root, tmp_path):
     """onnxruntime stores a device id and usage events below ~/.cache, unless that is off before it is imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "ORT_"))}
     environment |= {"HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
-    subprocess.run([sys.executable, "-c", FRESH_HOME], cwd=root, env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", FRESH_HOME], cwd=root, env=environment, check=True, timeout=600)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and "matplotlib" not in path.parts] == []
 
 

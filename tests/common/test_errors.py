@@ -89,7 +89,7 @@ def run(root, body, shell="exec {python} -c {code}", **options):
     command = shell.format(python=shlex.quote(sys.executable), code=code)
     environment = {key: value for key, value in os.environ.items() if key != "ST_DRC_TRACEBACK"}
     environment |= {"PYTHONPATH": str(root)}
-    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, timeout=120, **options)
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, timeout=600, **options)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "-u "])
@@ -235,7 +235,7 @@ def test_many_processes_may_write_the_same_file(tmp_path):
     for child in children:
         child.start()
     for child in children:
-        child.join(120)
+        child.join(600)
     assert failures.empty() and path.read_text() == "whole" and os.listdir(tmp_path) == ["batch.json"]
 
 
