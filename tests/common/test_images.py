@@ -454,9 +454,8 @@ def test_equal_frames_give_equal_files(tmp_path, count, height, width):
         write_video(tmp_path / f"{k}.mp4", frames, 24.0, "the same")
         files.append((tmp_path / f"{k}.mp4").read_bytes())
     assert all(data == files[0] for data in files[1:])
-    assert (
-        b"mbtree=0" in files[0] and b"threads=4" in files[0]
-    )  # as x264 notes in the file; the rest may differ by luck
+    assert b"mbtree=0" in files[0]  # as x264 notes in the file: without it, equality may still happen by luck
+    assert b"threads=4" in files[0] or height < 270  # x264 gives few rows fewer threads, the same on every machine
     write_video(tmp_path / "5.mp4", frames[:, ::-1], 24.0, "the same")
     assert (tmp_path / "5.mp4").read_bytes() != files[0]
 
