@@ -200,7 +200,7 @@ def write_sample(
     ref_path = str(case.reference) if case.reference else None
     comment = json.dumps(metadata | {"prompt": prompt, "seed": case.seed, "ref": ref_path})
     write_video(out, frames, metadata["fps"], comment)
-    contact_sheet(out.with_suffix(".png"), ref_image, frames)
+    contact_sheet(out.with_suffix(".png"), ref_image, frames, title=prompt)
     print(f"wrote {out} ({len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}) and {out.with_suffix('.png')}")
     if reader and ref_image:
         print(likeness(reader, ref_image, frames))

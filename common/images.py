@@ -153,19 +153,24 @@ def cover(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def contact_sheet(path: str | Path, reference: Image.Image | None, frames: np.ndarray, columns: int = 6) -> None:
-    """A PNG to judge a video by: the reference, then frames (F, H, W, 3) evenly spaced from first to last."""
+def contact_sheet(
+    path: str | Path, ref_image: Image.Image | None, frames: np.ndarray, columns: int = 6, title: str = ""
+) -> None:
+    """A PNG to judge a video by: the reference, then frames (F, H, W, 3) evenly spaced from first to last, and below
+    them the title."""
     height, width = frames.shape[1:3]
     cell = max(width, 160)  # tiny frames are enlarged, so that a person sees something
     size = cell, round(height * cell / width)
     picks = sorted({round(k) for k in np.linspace(0, len(frames) - 1, columns)})
-    cells = [("reference", reference)] if reference is not None else []
+    cells = [("reference", ref_image)] if ref_image is not None else []
     cells += [(f"frame {k + 1}/{len(frames)}", Image.fromarray(frames[k])) for k in picks]
     gap, line = 4, 16
-    sheet = Image.new("RGB", (len(cells) * (size[0] + gap) - gap, size[1] + line), "white")
-    for k, (title, image) in enumerate(cells):
+    sheet = Image.new("RGB", (len(cells) * (size[0] + gap) - gap, size[1] + line * (2 if title else 1)), "white")
+    for k, (text, image) in enumerate(cells):
         x = k * (size[0] + gap)
-        ImageDraw.Draw(sheet).text((x + 2, 2), title, fill="black")
+        ImageDraw.Draw(sheet).text((x + 2, 2), text, fill="black")
         sheet.paste(image.resize(size, Image.Resampling.LANCZOS), (x, line))
+    if title:
+        ImageDraw.Draw(sheet).text((2, line + size[1] + 2), title, fill="black")
     with whole_file(path) as temporary:
         sheet.save(temporary)
