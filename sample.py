@@ -37,6 +37,7 @@ from data import FITS
 from engine.check import check
 from engine.fp8 import load_fp8
 from engine.lora_files import LoRA, merge_lora, merged
+from engine.notes import notes_on_photo, notes_on_prompt, notes_on_recipe
 from engine.offload import offload
 from engine.parallel import join_processes
 from engine.recipe import PRESETS, Recipe, begin_with, default_gemma, resolve_loras, resolve_recipe
@@ -67,7 +68,7 @@ def main() -> None:
 def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
     """Make all videos. `ranks`: (number of this process, number of processes) that share the streams of each video."""
     # ---- which videos; every mistake that can be found early is found here
-    checkpoint = Checkpoint(options.ckpt or ASSETS / "tiny.safetensors")
+    checkpoint = Checkpoint(options.ckpt or ASSETS / "tiny.safetensors", options.base)
     if options.check:
         return check(checkpoint)
     loras = resolve_loras(options, checkpoint)
@@ -97,8 +98,12 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
         return batch.finish()
     print(f"{checkpoint.path.name}: {recipe.line()}, seed {', '.join(str(case.seed) for case in ready[:8])}")
     if checkpoint.ours.get("weights") == "random":
-        print(f"note: the weights in {checkpoint.path} are random, not trained: the video will be noise")
-    reader = face_reader(options, device) if any(case.reference for case in ready) and not ranks[0] else None
+        note(f"the weights in {checkpoint.path} are random, not trained: the video will be noise")
+    ref_paths = dict.fromkeys(case.reference for case in ready if case.reference)
+    reader = face_reader(options, device) if ref_paths and not ranks[0] else None
+    note(*notes_on_recipe(checkpoint, loras, recipe, bool(ref_paths)))
+    for ref_path in ref_paths if reader else ():
+        note(*notes_on_photo(read_image(ref_path), reader.detector, checkpoint, recipe), about=ref_path.name)
 
     # ---- prompts to contexts; Gemma is gone when this is done
     gemma = options.gemma or default_gemma(checkpoint)
@@ -108,6 +113,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
     contexts = {}  # on the CPU: 8 MB each at full size
     for prompt in tqdm(dict.fromkeys(case.prompt for case in ready), "prompts", disable=len(ready) == 1):
         prompts = [begin_with(recipe.prompt_prefix, prompt), options.negative]
+        note(*notes_on_prompt(prompts[0], encoder))
         contexts[prompt] = encoder.encode(prompts).cpu().split(1)
     del encoder
     free(device)
@@ -138,6 +144,12 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
         print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     if batch:
         batch.finish()
+
+
+def note(*lines: str, about: str = "") -> None:
+    """Print what a user should know before the slow part."""
+    for line in lines:
+        print(f"note: {f'{about}: ' if about else ''}{line}")
 
 
 def load_dit(
@@ -173,9 +185,11 @@ def require_picture(video: torch.Tensor) -> None:
 
 
 def face_reader(options: argparse.Namespace, device: torch.device) -> FaceReader | None:
-    """The face models that compare the video with the photo, or None where there are none."""
-    pack = options.faces or (None if options.ckpt else ASSETS / "faces")
-    return FaceReader(pack, device=device, det_size=None if options.faces else 128) if pack else None
+    """The face models that look at photo and video: --faces, the tiny model's own, or insightface's where it keeps
+    them. Nothing is downloaded. None where there are none."""
+    kept = Path("~/.insightface/models/buffalo_l").expanduser()
+    pack = options.faces or (ASSETS / "faces" if not options.ckpt else kept if any(kept.glob("*.onnx")) else None)
+    return FaceReader(pack, device=device, det_size=128 if pack == ASSETS / "faces" else None) if pack else None
 
 
 def likeness(reader: FaceReader, ref_image: Image.Image, frames: np.ndarray) -> str:
@@ -183,8 +197,9 @@ def likeness(reader: FaceReader, ref_image: Image.Image, frames: np.ndarray) -> 
     reference, faces = reader.read(np.array(ref_image)[None]), reader.read(frames)
     if not reference.valid.any():
         return "no face was found in the photo"
+    name = "a toy recognizer of drawn faces" if reader.pack == ASSETS / "faces" else "ArcFace"
     count, score = int(faces.valid.sum()), face_sim(faces.arc, reference.arc[0], faces.valid)
-    return f"similarity to the photo {score:.2f} (ArcFace), a face in {count} of {len(frames)} frames"
+    return f"similarity to the photo {score:.2f} ({name}), a face in {count} of {len(frames)} frames"
 
 
 def write_sample(
@@ -221,7 +236,7 @@ def single_outputs(options: argparse.Namespace, recipe: Recipe, processes: int) 
         if video.is_dir():
             raise UserError(f"--out {video} is a folder: name a file")
         outputs[Case("", ref_path, options.prompt, seed)] = video
-    inputs = [options.ref, options.ckpt, *(text.rpartition(":")[0] or text for text in options.lora)]
+    inputs = [options.ref, options.ckpt, options.base, *(text.rpartition(":")[0] or text for text in options.lora)]
     refuse_overwrite([name for video in outputs.values() for name in (video, video.with_suffix(".png"))], inputs)
     out.parent.mkdir(parents=True, exist_ok=True)
     return outputs
@@ -235,6 +250,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", metavar="CASES", help="JSONL of id, reference, prompt, seed: a video of each line")
     parser.add_argument("--out", help="the video (out/sample.mp4; a contact sheet beside it), or the batch's folder")
     parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint (default: the tiny one in assets/)")
+    parser.add_argument("--base", help="a whole LTX-2.3 file; it completes a --ckpt that is a transformer alone")
     parser.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA}, or the tiny one)")
     parser.add_argument("--height", type=int, help="pixels; a multiple of 32 (tiny model: of 16)")
     parser.add_argument("--width", type=int, help="pixels; a multiple of 32 (tiny model: of 16)")
@@ -266,7 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text-on-cpu", action="store_true", help="Gemma in host memory: slower, no GPU memory")
     parser.add_argument("--check", action="store_true", help="only say if the checkpoint is complete, and its sizes")
     options = parser.parse_args()
-    for name in ("ref", "batch", "out", "ckpt", "gemma", "faces"):
+    for name in ("ref", "batch", "out", "ckpt", "base", "gemma", "faces"):
         if getattr(options, name) is not None and not getattr(options, name).strip():
             raise UserError(f"--{name} is empty: give a name, or leave it out")
     if options.batch and (options.prompt or options.ref or options.samples != 1 or options.seed is not None):

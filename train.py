@@ -32,6 +32,7 @@ from config import ASSETS, PAPER, Config, read_config
 from data import CachedClips, check_cache_fits, training_batches
 from engine import state
 from engine.average import Average
+from engine.check import require_bf16
 from engine.logbook import Log
 from engine.lora import seed_dropout
 from engine.optim import AdamWBF16
@@ -63,6 +64,8 @@ def main() -> None:
     # A pack given by its name is not opened here: all ranks would download it at once.
     local_pack = config.faces.pack if Path(config.faces.pack).is_dir() else ""
     check_cache_fits(clips.settings, base, config.model.gemma, local_pack)
+    if not config.lora.rank:
+        require_bf16(base)  # before the run, not at its export
     if not options.dry_run:
         state.require_same(run, config, clips.settings)
     with nullcontext() if options.dry_run else state.locked(run):

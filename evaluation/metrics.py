@@ -70,7 +70,7 @@ class FaceReader:
         device: str | torch.device = "cpu",
         det_size: int | None = 320,
     ):
-        self.device = torch.device(device)
+        self.device, self.pack = torch.device(device), pack
         self.detector = FaceDetector(pack, device, (det_size, det_size) if det_size else None)
         self.arcface = ArcFace.from_onnx(recognition_file(pack)).to(self.device)
         self.curricular = CurricularFace.from_file(curricular, device) if curricular else None
