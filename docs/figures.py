@@ -1,6 +1,7 @@
-"""The figures of README and docs: python docs/figures.py --out out/tass.png
+"""README's figures.
 
-assets/tass.png    rotary coordinates of video and reference tokens, for TASS and for the rejected placements
+python docs/figures.py           # out/tass.png: rotary coordinates of video and reference tokens, by placement
+python docs/figures.py --hero    # out/hero.gif: photo, video and prompt of three people, by the embedded model
 """
 
 import sys
@@ -9,10 +10,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
+import textwrap
 
 import torch
+from PIL import Image, ImageDraw
 
 from common.errors import Parser, one_line_errors, whole_file
+from config import ASSETS
 from rope import PLACEMENTS
 
 
@@ -76,14 +80,36 @@ def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None
     plt.close(figure)
 
 
+def draw_hero(path: str, people: int = 3, side: int = 96) -> None:
+    """The first people of seed 0 of toy/judge.py as a GIF: photo, video, prompt in a row each."""
+    from common.device import resolve_device
+    from toy.judge import cases, make_videos, recipe_of
+
+    ckpt, clips = ASSETS / "tiny.safetensors", cases(0, people)
+    device, dtype = resolve_device(argparse.Namespace(device="cpu", dtype=None))
+    photos, recipe = [clip["reference"] for clip in clips], recipe_of(ckpt)
+    videos = make_videos(ckpt, ASSETS / "gemma", clips, photos, list(range(people)), recipe, device, dtype)
+    row, pages = side + 8, []
+    for frame in range(videos.shape[1]):
+        page = Image.new("RGB", (520, people * row - 8), "white")
+        for k, clip in enumerate(clips):
+            for x, pixels in ((0, photos[k]), (side + 8, videos[k, frame])):
+                page.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (x, k * row))
+            text = "\n".join(textwrap.wrap(clip["caption"], 42))
+            ImageDraw.Draw(page).text((2 * row + 8, k * row + 20), text, fill="black", font_size=13)
+        pages.append(page)
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=round(1000 / recipe.fps), loop=0)
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out/tass.png", help="the picture to write (%(default)s)")
+    parser.add_argument("--hero", action="store_true", help="draw README's first picture instead (out/hero.gif)")
+    parser.add_argument("--out", help="the picture to write (out/tass.png)")
     options = parser.parse_args()
-    out = Path(options.out)
+    out = Path(options.out or ("out/hero.gif" if options.hero else "out/tass.png"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary:
-        draw(str(temporary))
+        (draw_hero if options.hero else draw)(str(temporary))
     print(f"wrote {out}")
 
 
