@@ -60,11 +60,11 @@ class Recipe:
         return {name: getattr(self, name) for name in names} | {"s_y": self.s_text, "s_r": self.s_ref}
 
     def for_metadata(self) -> dict[str, Any]:
-        """The same as plain values, under the names of the options."""
+        """The same as plain values."""
         flat = asdict(self)
         reference = flat.pop("reference")
-        flat["ref_timestep"] = reference.pop("timestep")
-        return flat | reference
+        flat |= reference | {"ref_timestep": reference["timestep"], "s_y": flat.pop("s_text"), "s_r": flat.pop("s_ref")}
+        return {key: value for key, value in flat.items() if key != "timestep" and value is not None}
 
     def line(self) -> str:
         """For the terminal."""
@@ -175,7 +175,7 @@ def check_numbers(settings: dict[str, Any], scale: tuple[int, int, int]) -> None
     for name, most in LARGEST.items():
         if not (math.isfinite(settings[name]) and abs(settings[name]) <= most):
             raise UserError(f"--{name.replace('_', '-')} {settings[name]} is not a number up to {most:g}")
-    for name in ("fps", "steps", "height", "width", "frames"):
+    require_video_size(settings, scale)
+    for name in ("fps", "steps"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")
-    require_video_size(settings, scale)

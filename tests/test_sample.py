@@ -118,7 +118,7 @@ def test_all_options_arrive(command, face, tmp_path):
 
 def test_the_paper_is_the_default_where_the_checkpoint_has_none(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x"])
-    settings = sample.resolve_settings(sample.parse_arguments(), Checkpoint(TINY_A))
+    settings = sample.resolve_recipe(sample.parse_arguments(), Checkpoint(TINY_A)).for_metadata()
     want = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": 30, "s_y": 5.0, "s_r": 7.5}
     want |= {"placement": "tass", "source_id": 2, "phase_scale": 1.0, "ref_timestep": "clean"}
     assert settings == want | {"fit": "letterbox", "prompt_prefix": ""}
@@ -172,7 +172,7 @@ def settings_for(monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x", *map(str, options)])
     read = sample.parse_arguments()
     checkpoint = Checkpoint(read.ckpt or sample.ASSETS / "tiny.safetensors")
-    return sample.resolve_settings(read, checkpoint, sample.resolve_loras(read, checkpoint))
+    return sample.resolve_recipe(read, checkpoint, sample.resolve_loras(read, checkpoint)).for_metadata()
 
 
 def test_the_preset_is_what_best_face_id_wants_and_yields_to_options(monkeypatch, capsys, write_lora):
@@ -249,7 +249,7 @@ def test_a_checkpoint_says_what_it_was_trained_with_and_options_win(monkeypatch,
     ours = {"defaults": {"steps": 3, "width": 64, "fps": 12.0}, "placement": "overlap", "ref_timestep": "shared"}
     checkpoint = Checkpoint(forge(metadata={OUR_METADATA: json.dumps(ours)}))
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x", "--width", "96", "--s-ref", "0"])
-    settings = sample.resolve_settings(sample.parse_arguments(), checkpoint)
+    settings = sample.resolve_recipe(sample.parse_arguments(), checkpoint).for_metadata()
     want = {"steps": 3, "fps": 12.0, "width": 96, "height": 480, "s_r": 0.0}
     assert (want | {"placement": "overlap", "ref_timestep": "shared"}).items() <= settings.items()
 
@@ -331,7 +331,8 @@ def test_likeness_is_that_of_the_written_video(command, face, insightface_embedd
     out = tmp_path / "clip.mp4"
     code, stdout, stderr = command("--ref", face, "--prompt", "Someone smiles.", "--steps", 4, "--out", out)
     assert code == 0, stderr
-    said = re.search(r"similarity to the photo ([\d.]+) \(ArcFace\), a face in (\d+) of 17 frames", stdout)
+    line = r"similarity to the photo ([\d.]+) \(a toy recognizer of drawn faces\), a face in (\d+) of 17 frames"
+    said = re.search(line, stdout)
     photo = np.array(letterbox(Image.open(face), 64, 64))
     e = np.stack([row for row in insightface_embeddings(read_video(out)[0]) if row is not None])
     (e_ref,) = insightface_embeddings(photo[None])

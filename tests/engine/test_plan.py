@@ -135,7 +135,7 @@ def test_operations_of_a_sample_of_the_paper_s_run(paper, released):
 
     connector = 8 * (24 * 1024 * 4096**2 + 4 * 1024**2 * 4096 + 2 * 1024 * 4096 * 32)
     encode, decode = vae_flops(released["config"]["vae"], 4, 480, 832)
-    want = 3 * (0.8 * dit(6630) + 0.2 * dit(6240)) + connector + 0.8 * encode + 2 * decode * paper.looked_at()
+    want = 3 * (0.8 * dit(6630) + 0.2 * dit(6240)) + connector + 0.8 * encode + 2 * decode * paper.decoded_share()
     assert paper.flops_per_sample() == pytest.approx(want, rel=1e-9)
     assert 3 * dit(6630) == pytest.approx(6 * 13.12e9 * 6630, rel=0.2)  # the rule of thumb, 6 N D
     text_only = changed(paper, faces__pack="", dropout__reference=1.0)
@@ -375,8 +375,8 @@ def test_looked_at(paper, tokens, least, gamma):
     plan.tokens = tokens
     w = least ** (1 / gamma)
     limit = 1 / (1 + math.sqrt(w / (1 - w)))
-    assert plan.looked_at() == pytest.approx(share_below(limit, tokens), abs=0.005)  # of 100,000 draws
-    assert changed(plan, faces__pack="").looked_at() == 0
+    assert plan.decoded_share() == pytest.approx(share_below(limit, tokens), abs=0.005)  # of 100,000 draws
+    assert changed(plan, faces__pack="").decoded_share() == 0
 
 
 def test_report_is_markdown(paper):
