@@ -30,8 +30,7 @@ from common.schema import (
     validate,
 )
 from guidance import S_R, S_Y, STEPS
-from model import Reference
-from rope import PLACEMENTS
+from rope import PLACEMENTS, ReferenceSettings
 
 try:
     import tomllib
@@ -39,7 +38,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded models: the default where no checkpoint is named
-# Size and guidance of the paper's videos; a checkpoint's own metadata (`defaults`) may name others.
+# Guidance scales of the paper; size, frames, fps and steps are ours, since it names none. A checkpoint's own metadata
+# (`defaults`) may name others.
 PAPER = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": STEPS, "s_text": S_Y, "s_ref": S_R}
 
 
@@ -60,16 +60,16 @@ class Model:
 class Data:
     cache: Text = "cache"  # made by prepare.py
     workers: Annotated[int, Field(ge=0, le=256)] = 2  # processes per rank that read and augment
-    max_bad: Share = 0.001  # of all samples: beyond it (and beyond 10) damaged samples end the run
+    max_bad: Share = 0.001  # share of the run's samples that may be damaged; at least 10 may be
 
 
 @record
-class ReferenceOptions(Reference):
-    """Placement, timestep and fit as in model.Reference, and two switches of the ablation."""
+class ReferenceOptions(ReferenceSettings):
+    """Placement, timestep and fit as in rope.ReferenceSettings, and two switches of the ablation."""
 
     use: bool = True  # false: text-to-video, Table 1's first row
     augment: bool = True  # Eq. 5
-    placement: Literal[tuple(PLACEMENTS)] = "tass"  # Eq. 4, or a placement that Sec. 3.2 argues against
+    placement: Literal[tuple(PLACEMENTS)] = "tass"  # tass is Eq. 4; rope.PLACEMENTS explains the others
     source_id: Annotated[int, Field(ge=-1000, le=1000)] = 2
     phase_scale: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
     fit: Literal["letterbox", "cover"] = "letterbox"
@@ -78,14 +78,14 @@ class ReferenceOptions(Reference):
 
 @record
 class Augment:
-    """Probabilities and strengths of Eq. 5, each operation drawn independently of the others."""
+    """Eq. 5: the probability of each operation, drawn independently of the others, and its strength."""
 
     flip: Share = 0.5
     rotate: Share = 0.5
     degrees: Annotated[float, Field(ge=0, le=180)] = 10.0  # to either side
     crop: Share = 0.5
     keep: Annotated[float, Field(gt=0, le=1)] = 0.85  # at least this part of width and height
-    jitter: Share = 0.8
+    jitter: Share = 0.8  # probability of the four strengths below
     brightness: Share = 0.2  # factors from 1 - 0.2 to 1 + 0.2
     contrast: Share = 0.2
     saturation: Share = 0.2
@@ -94,8 +94,8 @@ class Augment:
 
 @record
 class Dropout:
-    text: Share = 0.05  # p_y: the empty prompt instead
-    reference: Share = 0.20  # p_r: no reference tokens
+    text: Share = 0.05  # p_y: probability of the empty prompt instead of the clip's
+    reference: Share = 0.20  # p_r: probability of no reference tokens
 
 
 @record
@@ -113,8 +113,10 @@ class Faces:
 class LoRAOptions:
     rank: Annotated[int, Field(ge=0, le=65536)] = 0  # 0: all weights train; above: only adapters of this rank
     alpha: NonNegativeFloat = 0.0  # adapters are scaled by alpha / rank; 0: by 1
-    targets: list[Text] = Field(default_factory=lambda: [*LORA_TARGETS])  # ends of layer names
-    dropout: BelowOne = 0.0  # of an adapter's input
+    targets: list[Text] = Field(
+        default_factory=lambda: [*LORA_TARGETS]
+    )  # layers with adapters, by the end of their name
+    dropout: BelowOne = 0.0  # share of an adapter's input that is set to 0
     fp8: bool = False  # frozen weights stored in 8 bits (engine/fp8.py): slower, half the memory
 
 
@@ -128,8 +130,10 @@ class Optim:
     batch: Positive = 32  # samples per step over all ranks
     lr: PositiveFloat = 5e-5
     warmup: Count = 500  # steps of linear rise
-    decay: Literal["constant", "linear"] = "constant"  # after the warm-up; linear: down to zero at the last step
-    ema: BelowOne = 0.0  # d of the weights' average (engine/average.py), which is then exported; 0: no average
+    decay: Literal["constant", "linear"] = (
+        "constant"  # after the warm-up; linear: would be zero one step after the last
+    )
+    ema: BelowOne = 0.0  # decay of the weight average (engine/average.py), which is exported; 0: no average
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.01
     clip: PositiveFloat = 1.0  # largest norm of the whole gradient
@@ -138,10 +142,12 @@ class Optim:
 
 @record
 class Parallel:
-    mode: Literal["ddp", "fsdp"] = "ddp"  # ddp: every GPU holds the model; fsdp: its shards
-    replicas: Positive = 1  # fsdp: copies of the sharded model (HSDP), for instance one a node
+    mode: Literal["ddp", "fsdp"] = "ddp"  # ddp: every GPU holds the model; fsdp: one shard of it
+    replicas: Positive = 1  # fsdp: copies of the sharded model (HSDP), for instance one per node
     micro_batch: Positive = 1  # samples per forward pass and rank
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the computation; master weights are float32
+    precision: Literal["bf16", "fp32"] = (
+        "bf16"  # of the computation; trained weights are float32, or bf16 with adamw-bf16
+    )
     recompute: bool = True  # keep only the blocks' inputs for the backward pass
     compile: bool = False  # torch.compile the blocks: a slow start, faster steps
 
@@ -150,7 +156,7 @@ class Parallel:
 class LogOptions:
     every: Positive = 10  # steps between lines; the first and the last step always have one
     save_every: Positive = 500  # steps between checkpoints
-    keep: Positive = 3  # checkpoints kept
+    keep: Positive = 3  # number of newest checkpoints to keep
     sample_every: Count = 1000  # steps between samples; 0: none
     samples: list[tuple[Text, Text]] = Field(default_factory=list)  # [["face.jpg", "prompt"], ...]
     tensorboard: bool = True
@@ -159,7 +165,7 @@ class LogOptions:
 
 @record
 class Guidance:
-    """Guidance of the samples (Eq. 13); an export carries it as its default."""
+    """Guidance of the run's samples (Eq. 13). An export stores the two scales as its defaults."""
 
     steps: Positive = STEPS
     s_text: FiniteFloat = S_Y
@@ -187,9 +193,9 @@ DEFAULTS = json.loads(json.dumps(asdict(Config())))  # as plain JSON values
 CHANGEABLE = {("run", "out"), ("data", "workers"), ("data", "max_bad"), ("optim", "steps")}
 CHANGEABLE |= {(section, key) for section in ("parallel", "log", "guidance") for key in DEFAULTS[section]}
 CHANGEABLE -= {("parallel", "precision")}
-# Options that older runs do not record. They ran with these defaults.
-LATER = {("data", "max_bad"), *(("augment", key) for key in DEFAULTS["augment"])}
-# Of these only the name counts: files and folders may move.
+# Options that older runs do not record. They ran with the default values.
+MISSING_IN_OLD_RUNS = {("data", "max_bad"), *(("augment", key) for key in DEFAULTS["augment"])}
+# Paths of which only the last part is compared, so files may move.
 PATHS = {("model", "ckpt"), ("model", "gemma"), ("data", "cache"), ("faces", "pack")}
 
 
@@ -222,13 +228,13 @@ def as_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def require_same_run(old: dict[str, Any], new: Config, run: Path) -> None:
-    """Raise UserError that names the first option in which a continued run would differ from its beginning."""
+    """Raise UserError with the first option that differs between the start of the run and now."""
     for section, options in as_dict(new).items():
         for key, value in options.items():
-            default = DEFAULTS[section][key] if (section, key) in LATER else None
+            default = DEFAULTS[section][key] if (section, key) in MISSING_IN_OLD_RUNS else None
             before = old.get(section, {}).get(key, default)
-            moved = (section, key) in PATHS and Path(str(before)).name == Path(value).name
-            if before != value and not moved and (section, key) not in CHANGEABLE:
+            same_name = (section, key) in PATHS and Path(str(before)).name == Path(value).name
+            if before != value and not same_name and (section, key) not in CHANGEABLE:
                 raise UserError(
                     f"{run} was started with {section}.{key} = {before!r} and this command has {value!r}: "
                     "continue it as it was, or give run.out another folder"
@@ -236,7 +242,7 @@ def require_same_run(old: dict[str, Any], new: Config, run: Path) -> None:
 
 
 def _check_together(config: Config) -> None:
-    """Options that exclude each other."""
+    """Raise UserError for options that exclude each other."""
     lora, optim, parallel = config.lora, config.optim, config.parallel
     in_bf16 = optim.kind == "adamw-bf16"
     if lora.rank and parallel.mode != "ddp":
@@ -244,7 +250,7 @@ def _check_together(config: Config) -> None:
     if lora.rank and config.model.scratch:
         raise UserError("model.scratch draws new weights and lora.rank above 0 freezes them: leave one out")
     if optim.ema and in_bf16:
-        raise UserError('optim.ema averages float32 weights: set it to 0 beside optim.kind = "adamw-bf16"')
+        raise UserError('optim.ema averages float32 weights: set it to 0 with optim.kind = "adamw-bf16"')
     if in_bf16 and (lora.rank or parallel.precision != "bf16"):
         raise UserError(
             'optim.kind = "adamw-bf16" is for training all weights in bf16: set parallel.precision = "bf16" and '
@@ -252,30 +258,30 @@ def _check_together(config: Config) -> None:
         )
 
 
-def _merge_file(tables: dict, path: Path, below: tuple[Path, ...] = ()) -> None:
-    """The file's options over those of the file that it extends; `below` are the files that extend this one."""
-    if path.resolve() in below:
-        raise UserError(f"{path} extends itself, by way of {below[-1]}")
+def _merge_file(tables: dict, path: Path, extended_by: tuple[Path, ...] = ()) -> None:
+    """The file's options over those of the file that it extends; `extended_by` are the files that extend this one."""
+    if path.resolve() in extended_by:
+        raise UserError(f"{path} extends itself, by way of {extended_by[-1]}")
     try:
-        read = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config at {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
-    if "extends" in read:
-        parent = read.pop("extends")
+    if "extends" in table:
+        parent = table.pop("extends")
         if not isinstance(parent, str):
             raise UserError(f"{path}: extends = {parent!r} should be the name of one file")
-        _merge_file(tables, path.parent / parent, (*below, path.resolve()))
-    for section, options in read.items():
+        _merge_file(tables, path.parent / parent, (*extended_by, path.resolve()))
+    for section, options in table.items():
         if not isinstance(options, dict):
-            raise UserError(f"{path}: {section} stands outside a section")
+            raise UserError(f"{path}: {section} stands outside a section: write it below one, like [optim]")
         for key, value in options.items():
             _set(tables, section, key, value, str(path))
 
 
 def _set(tables: dict, section: str, key: str, value: Any, where: str) -> None:
-    """One option, if there is one of this name; types and ranges are checked when all are together."""
+    """Set one option. Raise UserError if its name is unknown or its value has a wrong type or range."""
     if section not in DEFAULTS:
         raise UserError(f"{where}: there is no section {section!r}{_nearest(section, DEFAULTS)}")
     if key not in DEFAULTS[section]:
@@ -289,13 +295,13 @@ def _set(tables: dict, section: str, key: str, value: Any, where: str) -> None:
 
 
 def _here_or_beside_the_code(path: str) -> str:
-    """A path as it is given, or in the repository's folder where it exists only there (configs name assets/...)."""
+    """`path`, or the same path inside the repository if it exists only there (configs name assets/...)."""
     beside = Path(__file__).parent / path
     return str(beside) if path and not Path(path).exists() and beside.exists() else path
 
 
 def _nearest(name: str, known: Any, section: str = "") -> str:
-    """A suggestion; in a section without a similar name, the names that there are."""
+    """A suggestion. If no name is similar: all names of the section."""
     if match := difflib.get_close_matches(name, list(known), n=1, cutoff=0.6):
         return f", did you mean {section + '.' if section else ''}{match[0]}?"
     return f"; there are {', '.join(known)}"

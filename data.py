@@ -132,7 +132,7 @@ class Draws(NamedTuple):
     eps: Tensor  # (N, C) noise
     drop_text: bool
     drop_ref: bool
-    window: int  # first latent frame of those that the identity losses decode
+    window_start: int  # first latent frame of those that the identity losses decode
 
 
 def draw_sample(

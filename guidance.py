@@ -1,14 +1,16 @@
 """From noise to a video: the sigma schedule, decoupled text-reference guidance (Eq. 13), Euler steps.
 
-Each step asks the same DiT for three velocities and adds them up with weights that sum to 1 (Sec. 3.4):
+Each step calls the same DiT for three velocities and adds them up with weights that sum to 1 (Sec. 3.4):
 
-        stream      prompt  reference    weight in Eq. 13
-        v_0         no      no           1 - s_y
-        v_y         yes     no           s_y - s_r
-        v_yr        yes     yes          s_r                  z <- z + v_cfg (sigma_next - sigma)
+        stream      prompt      reference    weight in Eq. 13
+        v_0         negative    no           1 - s_y
+        v_y         yes         no           s_y - s_r
+        v_yr        yes         yes          s_r
+
+        Euler step:     z <- z + v_cfg (sigma_next - sigma)
 
 A stream of weight zero is not computed. Streams without the reference do not carry its tokens at all. Several
-processes can share the streams of a step. The letters are those of model.py.
+processes can share the streams of a step. The letters are those of model.py; sigma is the noise level t of a step.
 """
 
 import math
@@ -19,14 +21,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import Constants, append_reference, video_tokens
-from rope import Place, Reference, place_reference, video_positions
+from rope import ReferenceSettings, RefPositions, place_reference, video_positions
 from vae import from_tokens, to_tokens
 
 S_Y, S_R = 5.0, 7.5  # the paper's scales of text and reference guidance
-STEPS = 30  # Euler steps of the released model
+STEPS = 30  # default number of Euler steps, LTX-2.3's
 SHIFT_POINTS = ((1024, 0.95), (4096, 2.05))  # (tokens, shift) of the released schedule
 LAST_SIGMA = 0.1  # the last sigma before 0
-# Schedule of the distilled checkpoints: eight steps, one stream. With any other, their samples look like bad training.
+# Schedule of the distilled checkpoints: eight steps, one stream. With another schedule, their samples look like those
+# of a badly trained model.
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 DECODE_CHUNK = 2  # latent frames; a longer video goes through the decoder in pieces, with the same result
 
@@ -38,22 +41,23 @@ def schedule_shift(tokens: int) -> float:
 
 
 def sigma_schedule(steps: int, tokens: int) -> Tensor:
-    """Noise levels from 1 to 0 of LTX-2.3: (steps + 1,). `tokens` is N of the video; the reference does not count.
+    """Noise levels of LTX-2.3, from 1 down to 0: (steps + 1,). `tokens` is N of the video; the reference does not
+    count.
 
     s = linspace(1, 0), shifted to sigma = e^mu / (e^mu + 1/s - 1), then stretched so that the last sigma before 0 is
     0.1.
     """
     # In float64, and in terms of 1 - sigma: for long videos every sigma rounds to 1 in float32, and stretching would
     # divide 0 by 0.
-    odds = 1 / torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] - 1
-    rest = odds / (math.exp(schedule_shift(tokens)) + odds)  # 1 - sigma, (steps,)
+    odds = 1 / torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] - 1  # (steps,)
+    signal = odds / (math.exp(schedule_shift(tokens)) + odds)  # 1 - sigma
     if steps > 1:  # a single step starts at 1 and has nothing to stretch
-        rest = rest * (1 - LAST_SIGMA) / rest[-1]
-    return torch.cat([1 - rest, torch.zeros(1)]).float()
+        signal = signal * (1 - LAST_SIGMA) / signal[-1]
+    return torch.cat([1 - signal, torch.zeros(1)]).float()
 
 
 def stream_weights(s_y: float, s_r: float, with_reference: bool = True) -> tuple[float, float, float]:
-    """Weights of v_0, v_y and v_yr in Eq. 13. Without a reference there is no v_yr, as with s_r = 0."""
+    """Weights of v_0, v_y and v_yr in Eq. 13. Without a reference, s_r counts as 0."""
     s_r = s_r if with_reference else 0.0
     return 1 - s_y, s_y - s_r, s_r
 
@@ -62,8 +66,8 @@ def three_stream_cfg(v_0: Tensor, v_y: Tensor, v_yr: Tensor, s_y: float = S_Y, s
     """Eq. 13: v_cfg = v_0 + s_y (v_y - v_0) + s_r (v_yr - v_y)
                     = (1 - s_y) v_0 + (s_y - s_r) v_y + s_r v_yr
 
-    v_0 without conditions, v_y with the prompt, v_yr with prompt and reference, each (B, N, C). s_y is the strength
-    of the text, s_r that of the reference. By the second line a stream of weight zero may hold anything, zeros too.
+    v_0 with the negative prompt, v_y with the prompt, v_yr with prompt and reference, each (B, N, C). s_y is the
+    strength of the text, s_r that of the reference. A stream of weight zero cancels, so its tensor may be zeros.
     """
     return v_0 + s_y * (v_y - v_0) + s_r * (v_yr - v_y)
 
@@ -77,7 +81,7 @@ def sample_latents(
     context: Tensor,
     null_context: Tensor,
     z_ref: Tensor | None = None,
-    place: Place | None = None,
+    ref_positions: RefPositions | None = None,
     s_y: float = S_Y,
     s_r: float = S_R,
     ref_timestep: str = "clean",
@@ -85,47 +89,46 @@ def sample_latents(
     progress: Callable[[Iterable], Iterable] = iter,
     ranks: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Euler integration of Eq. 13 from noise (B, N, C) to latents z_0 (B, N, C), accumulated in float32.
+    """Euler steps along v_cfg (Eq. 13) from noise (B, N, C) to z_0 (B, N, C); sums are float32.
 
-    sigmas (steps + 1,), positions (B, 3, N, 2), context and null_context (B, S, D). z_ref (B, R, C) and `place`
+    sigmas (steps + 1,), positions (B, 3, N, 2), context and null_context (B, S, D). z_ref (B, R, C) and ref_positions
     belong to the reference; None means plain text-to-video. `model` is an LTXVideo or a function with its signature,
-    run in `dtype`. `progress` wraps the loop over steps. `ranks` is (number of this process, number of processes)
-    that share the streams, in the default process group; all of them return the result.
+    run in `dtype`. `progress` wraps the loop over steps. `ranks` = (rank, world): the number of this process, and how
+    many processes of the default group share the streams. All of them return the result.
     """
     if ref_timestep not in ("clean", "shared"):
         raise ValueError(f"ref_timestep {ref_timestep!r} is neither 'clean' nor 'shared'")
-    batch, video, _ = noise.shape
-    s_r = s_r if z_ref is not None else 0.0
+    batch, n_video, _ = noise.shape
+    (rank, world), s_r = ranks, s_r if z_ref is not None else 0.0
+
+    # --- streams 0, 1, 2 (v_0, v_y, v_yr) in groups. The two without reference have equal lengths, so they run as one
+    # batch. With more processes than groups, each stream becomes a group of its own.
     weights, contexts = stream_weights(s_y, s_r), (null_context, context, context)
-    # The two streams without reference have equal lengths, so they run as one batch; with processes to spare, each
-    # stream has its own.
-    short, long = [k for k in (0, 1) if weights[k]], [2] if weights[2] else []
-    groups = [group for group in (short, long) if group]
-    rank, world = ranks
-    if world > len(groups):
-        groups = [[k] for group in groups for k in group]
-    constants: dict[int, Constants] = {}
+    groups = [group for group in ([k for k in (0, 1) if weights[k]], [2] if weights[2] else []) if group]
+    groups = [[k] for group in groups for k in group] if world > len(groups) else groups
+    constants_of: dict[int, Constants] = {}  # by the first stream of a group
 
     def velocities(z: Tensor, sigma: Tensor, group: list[int]) -> Tensor:
-        """The velocities of a group's streams: z (B, N, C) -> (n, B, N, C)."""
+        """The velocities of a group of n streams: z (B, N, C) -> (n, B, N, C)."""
         n = len(group)
-        t = sigma.expand(n * batch)
-        tokens = video_tokens(z.to(dtype).repeat(n, 1, 1), t, positions.repeat(n, 1, 1, 1))
+        t = sigma.expand(n * batch)  # (n B,)
+        tokens = video_tokens(z.to(dtype).repeat(n, 1, 1), t, positions.repeat(n, 1, 1, 1))  # (n B, N, C)
         if group == [2]:
-            tokens = append_reference(tokens.latents, z_ref, t, tokens.positions, place, ref_timestep)
-        text = torch.cat([contexts[k] for k in group]).to(dtype)  # (n B, S, D)
+            tokens = append_reference(tokens.latents, z_ref, t, tokens.positions, ref_positions, ref_timestep)
+        stream_context = torch.cat([contexts[k] for k in group]).to(dtype)  # (n B, S, D)
         extra = {} if tokens.phase is None else {"phase": tokens.phase}
-        if hasattr(model, "constants"):  # the same in all steps: rotary tables and lookups are made in the first
-            if group[0] not in constants:
-                constants[group[0]] = model.constants(tokens.timesteps, tokens.positions, tokens.phase, dtype)
-            extra["constants"] = constants[group[0]]
-        v = model(tokens.latents, tokens.timesteps, t, text, tokens.positions, **extra)
-        return v[:, :video].float().unflatten(0, (n, batch))  # the output for the reference is dropped (Sec. 3.1)
+        if hasattr(model, "constants"):  # rotary tables and lookups are the same in all steps
+            if group[0] not in constants_of:
+                constants_of[group[0]] = model.constants(tokens.timesteps, tokens.positions, tokens.phase, dtype)
+            extra["constants"] = constants_of[group[0]]
+        v = model(tokens.latents, tokens.timesteps, t, stream_context, tokens.positions, **extra)  # (n B, L, C)
+        return v[:, :n_video].float().unflatten(0, (n, batch))  # the output for the reference is dropped (Sec. 3.1)
 
+    # --- Euler steps
     z = noise.float()
     for step in progress(range(len(sigmas) - 1)):
         sigma, sigma_next = sigmas[step].to(z.device), sigmas[step + 1].to(z.device)
-        v = z.new_zeros(3, *z.shape)  # v_0, v_y, v_yr; a stream of weight zero stays zero
+        v = z.new_zeros(3, *z.shape)  # (3, B, N, C); a stream of weight zero stays zero
         for group in groups[rank::world]:
             v[group] = velocities(z, sigma, group)
         if world > 1:
@@ -144,7 +147,8 @@ def generate(
     seed: int = 0,
     **options,
 ) -> Tensor | None:
-    """One video (3, F, H, W): `generate_batch` of one reference image (3, H, W), or None, and one seed."""
+    """`generate_batch` for one seed -> (3, F, H, W), or None on ranks above 0. ref_image (3, H, W), or None for
+    text-to-video."""
     ref_images = None if ref_image is None else ref_image[None]
     videos = generate_batch(model, vae, context, null_context, ref_images, seeds=[seed], **options)
     return None if videos is None else videos[0]
@@ -164,49 +168,51 @@ def generate_batch(
     width: int,
     fps: float,
     steps: int = STEPS,
-    reference: Reference | None = None,
+    reference: ReferenceSettings | None = None,
     sigmas: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     ranks: tuple[int, int] = (0, 1),
     **options,
 ) -> Tensor | None:
-    """B videos (B, 3, F, H, W), about in [-1, 1], of the faces in `ref_images`, as `context` describes them.
+    """B videos (B, 3, F, H, W), roughly in [-1, 1]. Each shows the face of its reference and follows its context.
 
-    ref_images (B, 3, H, W) in [-1, 1], letterboxed, or None for plain text-to-video; context (B, S, D), null_context
-    (1, S, D); sizes in pixels. `reference` says how the images enter the model (None: as in the paper). `sigmas`
-    replace the schedule of `steps`. `dtype` is that of the DiT's computation (None: of its weights). `options` go to
-    `sample_latents`. Noise is drawn on the CPU, for each video from its own seed: one seed is one video on any
-    device. Of processes that share the streams (`ranks`) the first decodes; the others return None.
+    ref_images (B, 3, H, W) in [-1, 1], fitted to the video's size, or None for text-to-video; context (B, S, D),
+    null_context (1, S, D); sizes in pixels. `reference` sets placement and timestep (None: the paper's); its `fit` is
+    the caller's. `sigmas` replace the schedule of `steps`. `dtype` is that of the DiT's computation (None: of its
+    weights). `options` go to `sample_latents`. Noise is drawn on the CPU, for each video from its own seed: one seed
+    gives the same noise on any device. Rank 0 decodes and returns the videos; other ranks return None.
     """
-    reference = reference or Reference()
-    weight = vae.decoder.conv_in.conv.weight
+    # --- positions and reference
+    reference = reference or ReferenceSettings()
+    like, (cell_frames, cell_height, cell_width) = vae.decoder.conv_in.conv.weight, vae.scale  # its device and dtype
     dtype, batch = dtype or next(model.parameters()).dtype, len(seeds)
-    time, rows, columns = vae.scale
-    grid = ((frames - 1) // time + 1, height // rows, width // columns)  # (T, h, w)
-    positions = video_positions(*grid, fps, vae.scale).expand(batch, -1, -1, -1).to(weight.device)
-
-    z_ref = place = None
+    grid = ((frames - 1) // cell_frames + 1, height // cell_height, width // cell_width)  # (T, h, w)
+    positions = video_positions(*grid, fps, vae.scale).expand(batch, -1, -1, -1).to(like.device)  # (B, 3, N, 2)
+    z_ref = ref_positions = None
     if ref_images is not None:
-        z_ref = to_tokens(vae.encode(ref_images[:, :, None].to(weight)))  # Eq. 1: an image is a video of one frame
-        place = place_reference(grid, fps, vae.scale, reference)
-        place = place._replace(positions=place.positions.to(weight.device))
+        z_ref = to_tokens(vae.encode(ref_images[:, :, None].to(like)))  # Eq. 1: an image is a video of one frame
+        ref_positions = place_reference(grid, fps, vae.scale, reference)
+        ref_positions = ref_positions._replace(positions=ref_positions.positions.to(like.device))
 
+    # --- noise, steps
     shape = 1, math.prod(grid), model.proj_out.out_features  # (1, N, C)
     noise = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     z_0 = sample_latents(
         model,
-        torch.cat(noise).to(weight.device),
+        torch.cat(noise).to(like.device),
         sigma_schedule(steps, math.prod(grid)) if sigmas is None else torch.tensor(sigmas),
         positions,
         context,
         null_context.expand(batch, -1, -1),
         z_ref,
-        place,
+        ref_positions,
         ref_timestep=reference.timestep,
         dtype=dtype,
         ranks=ranks,
         **options,
     )
+
+    # --- decode
     if ranks[0]:
         return None
-    return vae.decode(from_tokens(z_0, grid).to(weight), DECODE_CHUNK).float()  # Eq. 7
+    return vae.decode(from_tokens(z_0, grid).to(like), DECODE_CHUNK).float()  # D_vae, as in Eq. 7: (B, 3, F, H, W)

@@ -1,8 +1,8 @@
-"""What is minimised: flow matching on the video, plus identity losses on the faces of its clean estimate (Eq. 6, 9-12).
+"""The training loss: flow matching on the video, and identity losses on the faces of its clean estimate (Eq. 6, 9-12).
 
-The velocity error alone is a mean over thousands of tokens of which a face fills few, so identity hardly weighs in it.
-The paper therefore takes the one-step clean estimate, decodes some of its frames, and compares the faces in them with
-the reference and with each other. At high noise that estimate is a blur whose "identity" means little, hence w_aux(t).
+The velocity error is a mean over thousands of tokens. A face fills few of them, so the error alone says little about
+identity. The paper therefore takes the one-step clean estimate, decodes some of its frames, and compares the faces in
+them with the reference and with each other. At high noise that estimate is a blur without identity, hence w_aux(t).
 
     z_0, ε, t ─> add_noise ─> z_t ─> DiT (with text, reference) ─> v, the reference's tokens dropped
                                │                                   │
@@ -14,9 +14,8 @@ the reference and with each other. At high noise that estimate is a blur whose "
     I_ref ─> detect, align, ArcFace ─> e_ref (no gradient) ──────────────────┘
 
 Letters: B batch, N video tokens, C latent channels, F decoded frames, E embedding size. t in [0, 1] is the noise level:
-0 clean, 1 pure noise. Every loss is per sample, (B,): the trainer averages, logs and skips as it likes. The paper uses
-one ε twice, and so do the arguments here: `eps` is the noise (a tensor) in add_noise and flow_loss, and the small
-number that keeps a denominator above zero everywhere else.
+0 clean, 1 pure noise. Every loss is per sample, (B,). The paper uses ε twice: here `eps` is the noise (a tensor) in
+add_noise and flow_loss, and everywhere else the small number that keeps a denominator above zero.
 
 Everything is computed in float32 at least (float64 stays float64), whatever the model ran in. Products are written
 `(a * b).sum(-1)`: an einsum or matmul would drop to bf16 under autocast.
@@ -36,7 +35,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _over(t: Tensor, x: Tensor) -> Tensor:
-    """t, (B,) or (B, N), with trailing ones so that it broadcasts over x, (B, N, C) or (B, C, T, H, W)."""
+    """t, (B,) or (B, N), with trailing ones so that it broadcasts over x, (B, N, C) or (B, C, T, h, w)."""
     assert t.shape == x.shape[: t.ndim], f"t is {tuple(t.shape)}, expected the leading sizes of {tuple(x.shape)}"
     return _wide(t).reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
@@ -65,9 +64,9 @@ def predict_x0(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
 
 
 def flow_loss(v: Tensor, z_0: Tensor, eps: Tensor, mask: Tensor | None = None) -> Tensor:
-    """L_flow: squared error of the velocity against ε - z_0, v, z_0, eps (B, N, C) -> (B,).
+    """L_flow: mean squared error between v and ε - z_0. v, z_0, eps (B, N, C) -> (B,).
 
-    What is averaged: all N video tokens of the sample and all C channels, with equal weight; faces get no extra one.
+    The mean runs over all N video tokens and all C channels with equal weight. Faces get no extra weight.
     The reference is a condition, not a target: its tokens are dropped from v̂ before this function (section 3.1), so
     the black bars of its letterbox are in no average either. The video itself is cut to size and has no bars.
 
@@ -83,7 +82,7 @@ def flow_loss(v: Tensor, z_0: Tensor, eps: Tensor, mask: Tensor | None = None) -
         return error.square().flatten(1).mean(1)  # (B,)
     assert mask.shape == v.shape[:2], f"mask is {tuple(mask.shape)}, expected {tuple(v.shape[:2])}"
     mask = mask.bool()
-    error = torch.where(mask[..., None], error, 0)  # before the square: its gradient at a padded NaN would be NaN
+    error = torch.where(mask[..., None], error, 0)  # before the square, whose gradient at a NaN is NaN
     return error.square().mean(-1).sum(1) / mask.sum(1).clamp(min=1)  # (B,)
 
 
@@ -92,8 +91,7 @@ def flow_loss(v: Tensor, z_0: Tensor, eps: Tensor, mask: Tensor | None = None) -
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| over the last axis. A zero vector has no direction: it stays zero and lets no gradient through, rather
-    than the NaN of 0/0 or the 1e12 of a clamped norm."""
+    """x / |x| over the last axis. A zero vector stays zero with gradient zero: 0/0 would give NaN, a clamp 1e12."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm > 0, x, 0) / torch.where(norm > 0, norm, 1)
 
@@ -103,7 +101,8 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _face_mean(x: Tensor, m: Tensor, eps: float) -> Tensor:
-    """Σ_f m_f x_f / (Σ_f m_f + ε) over the frames, x (B, F, ...), m (B, F) bool -> (B, ...); exactly 0 without a face.
+    """Σ_f m_f x_f / (Σ_f m_f + ε) over the frames, x (B, F, ...), m (B, F) bool -> (B, ...). The result is exactly 0
+    for a sample without a face.
 
     By selection, not by multiplication: a frame without a face may hold anything, and 0 * NaN is NaN.
     """
@@ -114,17 +113,19 @@ def _face_mean(x: Tensor, m: Tensor, eps: float) -> Tensor:
 def identity_loss(e: Tensor, e_ref: Tensor, valid: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 9: L_id = Σ_f m_f (1 - cos(e_f, e_ref)) / (Σ_f m_f + ε), each term in [0, 2].
 
-    e (B, F, E) embeddings of the decoded frames, with gradient; e_ref (B, E) of the unaugmented reference, detached
-    here as the paper says; valid (B, F) is m_f: a face was found in frame f -> (B,). Embeddings need no unit length.
+    e (B, F, E)      embeddings of the decoded frames, with gradient; they need no unit length
+    e_ref (B, E)     of the unaugmented reference (from the cache), detached here as the paper says
+    valid (B, F)     m_f: true if frame f has a face
+    returns (B,)
 
-    A sample without a valid face gives exactly 0 and a gradient of exactly 0, even where e holds NaN or inf. So a
-    sample to be left out (no face in its reference, reference dropped) is one with m_f = 0 in all frames. For n
-    faces the paper's ε makes the mean too small by ε/n, a millionth: kept as written.
+    A sample without a valid face gives exactly 0 and a gradient of exactly 0, even where e holds NaN or inf. To leave
+    out a sample, set m_f = 0 in all its frames. With n faces the ε lowers the mean by a factor of about 1 - ε/n. We
+    keep the paper's formula.
     """
     assert e_ref.shape == (e.shape[0], e.shape[2]), f"e_ref is {tuple(e_ref.shape)}, e is {tuple(e.shape)}"
     assert valid.shape == e.shape[:2], f"valid is {tuple(valid.shape)}, expected {tuple(e.shape[:2])}"
     m = valid.bool()
-    # The selection has to come before any arithmetic: past a NaN, backward multiplies zero by NaN.
+    # The selection comes before any arithmetic. Otherwise the backward pass multiplies 0 by NaN.
     e = torch.where(m[..., None], _wide(e), 0)  # (B, F, E)
     e_ref = torch.where(m[..., None], _wide(e_ref.detach())[:, None], 0)  # (B, F, E)
     return _face_mean(1 - _cosine(e, e_ref), m, eps)
@@ -133,11 +134,11 @@ def identity_loss(e: Tensor, e_ref: Tensor, valid: Tensor, eps: float = 1e-6) ->
 def temporal_identity_loss(e: Tensor, valid: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 10: ē = Σ_f m_f e_f / (Σ_f m_f + ε), L_tic = Σ_f m_f (1 - cos(e_f, ē)) / (Σ_f m_f + ε).
 
-    e (B, F, E), valid (B, F) as in `identity_loss` -> (B,). 0 without a face, exactly, and as good as 0 with one.
+    e (B, F, E), valid (B, F) as in `identity_loss` -> (B,). Exactly 0 without a face, and 0 up to rounding with one.
 
-    Decided where the paper is silent: ē is the mean of the embeddings as Φ gives them, the formula taken literally.
-    Its length drops out in the cosine, but a face with a longer embedding (often a clearer one) pulls ē harder.
-    The gradient flows through ē too, so frames are drawn to each other and not to a fixed target.
+    The paper does not say whether ē averages raw or unit embeddings. We take raw ones, as the formula reads. Longer
+    embeddings then weigh more in ē; clearer faces often have them. The gradient flows through ē too, so frames are
+    drawn to each other and not to a fixed target.
     """
     assert valid.shape == e.shape[:2], f"valid is {tuple(valid.shape)}, expected {tuple(e.shape[:2])}"
     m = valid.bool()
@@ -147,10 +148,12 @@ def temporal_identity_loss(e: Tensor, valid: Tensor, eps: float = 1e-6) -> Tenso
 
 
 def aux_weight(t: Tensor, gamma: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """Eq. 12: w_aux = (SNR / (SNR + 1))^γ, SNR = ((1 - t) / (t + ε))^2, t (B,) -> (B,), falling from 1 (t = 0) to 0.
+    """Eq. 12: w_aux = (SNR / (SNR + 1))^γ, SNR = ((1 - t) / (t + ε))^2, t (B,) -> (B,).
 
-    Computed as ((1-t)^2 / ((1-t)^2 + (t+ε)^2))^γ: the fraction expanded by (t+ε)^2, hence the same number, but with
-    no SNR that could overflow to inf/inf at t = 0. Larger γ confines the identity losses to lower noise.
+    It falls from 1 at t = 0 to 0 at t = 1.
+
+    Computed as ((1-t)^2 / ((1-t)^2 + (t+ε)^2))^γ: numerator and denominator are multiplied by (t+ε)^2, so no SNR can
+    overflow to inf/inf at t = 0. Larger γ confines the identity losses to lower noise.
     """
     t = _wide(t)
     signal, noise = (1 - t).square(), (t + eps).square()
@@ -190,17 +193,17 @@ def shifted_logit_normal(
 ) -> Tensor:
     """Training noise levels t (batch,), float32 in [floor, 1] on the CPU, distributed as in the released LTX trainer.
 
-    The paper does not say how it draws t; it fine-tunes LTX-2.3, so this is what that model was trained with:
+    The paper does not say how it draws t. It fine-tunes LTX-2.3, so we take the trainer's distribution:
     1. u = sigmoid(μ + n), n ~ N(0, 1). A longer video repeats itself more, so more noise is needed to hide it: μ
-       is the sampler's line, guidance.schedule_shift. tokens = T*H*W of the video; the reference does not count.
+       is the sampler's line, guidance.schedule_shift. tokens = T h w of the video; the reference does not count.
     2. u is stretched linearly so that its own 0.5 and 99.9 percentiles, sigmoid(μ + z_p), become 0 and 1.
-    3. What falls below `floor` is mirrored at it (s becomes 2 floor - s), what exceeds 1 becomes 1.
+    3. A value s below `floor` becomes 2 floor - s. A value above 1 becomes 1.
     4. With probability `uniform_share` the draw is instead uniform on [floor, 1], so no level is ever starved.
     """
     mu = schedule_shift(tokens)
     low, high = torch.special.ndtri(torch.tensor([0.005, 0.999], dtype=torch.float64)).exp()
-    # Three draws of fixed length, so the generator moves on by the same amount whatever comes out. On the CPU, so that
-    # a seed means the same on every machine.
+    # All three draws always happen, so the generator's state afterwards depends on `batch` alone. On the CPU, so that a
+    # seed means the same on every machine.
     x = torch.randn(batch, generator=generator, dtype=torch.float64).exp()
     uniform = floor + (1 - floor) * torch.rand(batch, generator=generator, dtype=torch.float64)
     replaced = torch.rand(batch, generator=generator, dtype=torch.float64) < uniform_share

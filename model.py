@@ -1,22 +1,23 @@
 """The video DiT of LTX-2.3: 48 blocks of self-attention, text attention and feed-forward over latent tokens.
 
-It predicts the velocity v = eps - z_0 of z_t = (1 - t) z_0 + t eps. Every token carries its own timestep. So a clean
-reference image (t = 0) can sit in the same sequence as noisy video tokens (Sec. 3.1, Eq. 2):
+It predicts the velocity v = eps - z_0 of z_t = (1 - t) z_0 + t eps. Every token carries its own noise level, so a
+clean reference image (t = 0) can sit in the same sequence as noisy video tokens (Sec. 3.1, Eq. 2):
 
         tokens   [ video: N at t | reference: R at t = 0 ]       positions from rope.py
                        |
-          x -> rms, AdaLN(t) -> self-attention + rotary -> gate -> +
-            -> rms, AdaLN(t) -> text attention          -> gate -> +      context modulated by sigma
-            -> rms, AdaLN(t) -> feed-forward            -> gate -> +
+          x -> rms norm, AdaLN(t) -> self-attention + rotary -> gate -> +
+            -> rms norm, AdaLN(t) -> text attention          -> gate -> +      context modulated by t
+            -> rms norm, AdaLN(t) -> feed-forward            -> gate -> +
                        |  x 48
-          LayerNorm, AdaLN(t), linear -> velocity; the rows of the reference are dropped
+          LayerNorm, AdaLN(t), linear -> velocity of all tokens; the caller drops the reference's
 
 The released checkpoint also has an audio branch. Without audio input the full model computes exactly this.
 
-Letters, the same in every file:
-        B batch            F H W pixel frames, height, width       T h w latent grid (frames, rows, columns)
-        C latent channels  N = T h w video tokens                  R = h w reference tokens
-        D model width      S text tokens                           U distinct timesteps in a batch
+Letters, unless the top of a file says otherwise:
+        B batch            F H W pixel frames, height, width       T h w latent grid (the paper's T, H, W)
+        C latent channels  N = T h w video tokens                  R = h w reference tokens, L = N [+ R] all tokens
+        D model width      S text tokens                           U distinct noise levels in a batch
+        E embedding size   t noise level, 0 clean to 1 noise       sigma: LTX's word for the t of the whole video
 """
 
 import math
@@ -31,17 +32,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from checkpoint import Checkpoint, open_checkpoint
-from rope import Place, Reference, apply_rope, rope_cos_sin  # noqa: F401
+from rope import RefPositions, apply_rope, rope_cos_sin
+
+# --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
 class Tokens(NamedTuple):
     """One sequence for the DiT: the first N tokens are the video's, the rest the reference's."""
 
-    latents: Tensor  # (B, N [+ R], C)
-    timesteps: Tensor  # (B, N [+ R]) noise level of each token
-    positions: Tensor  # (B, 3, N [+ R], 2) seconds, pixels, pixels
-    mask: Tensor | None = None  # (B, N + R) false where a sample's reference is dropped; None: nothing is masked
-    phase: Tensor | None = None  # (B, N + R) extra rotary phase; None: 0 for all tokens
+    latents: Tensor  # (B, L, C)
+    timesteps: Tensor  # (B, L) noise level of each token
+    positions: Tensor  # (B, 3, L, 2) seconds, pixels, pixels
+    mask: Tensor | None = None  # (B, L) false where a sample's reference is dropped; None: nothing is masked
+    phase: Tensor | None = None  # (B, L) of placement "phase"; None: 0 for all tokens
 
 
 def video_tokens(z_t: Tensor, t: Tensor, positions: Tensor) -> Tokens:
@@ -54,36 +57,36 @@ def append_reference(
     z_ref: Tensor,
     t: Tensor,
     positions: Tensor,
-    place: Place,
-    timestep: str = "clean",
+    ref_positions: RefPositions,
+    ref_timestep: str = "clean",
     has_reference: Tensor | None = None,
 ) -> Tokens:
-    """Eq. 2: z~_t = [z_t, z_ref], with the timestep, position and phase of every token.
+    """Eq. 2: z~_t = [z_t, z_ref], with the noise level, position and phase of every token.
 
     z_t (B, N, C) noisy video latents, z_ref (B, R, C) reference latents, t (B,) noise level of the video, positions
-    (B, 3, N, 2) of the video's tokens, `place` of the reference's. The paper leaves the reference's timestep open:
+    (B, 3, N, 2) of the video, ref_positions of the reference. The paper leaves the reference's noise level open:
     "clean" is t = 0, LTX's own mark of a clean token, "shared" is the video's t. has_reference (B,) is false for
     samples whose reference is dropped (Sec. 3.4); their R tokens are masked out of attention.
     """
-    (batch, video, _), count = z_t.shape, z_ref.shape[1]
-    t_ref = torch.zeros_like(t) if timestep == "clean" else t
-    is_ref = torch.arange(video + count, device=z_t.device) >= video  # (N + R,)
+    (batch, n_video, _), n_ref = z_t.shape, z_ref.shape[1]
+    t_ref = torch.zeros_like(t) if ref_timestep == "clean" else t
+    is_ref = torch.arange(n_video + n_ref, device=z_t.device) >= n_video  # (L,)
     mask = None
     if has_reference is not None and not has_reference.all():
-        mask = ~is_ref | has_reference[:, None]  # (B, N + R)
+        mask = ~is_ref | has_reference[:, None]  # (B, L)
     return Tokens(
-        torch.cat([z_t, z_ref.to(z_t)], dim=1),
-        torch.cat([t[:, None].expand(-1, video), t_ref[:, None].expand(-1, count)], dim=1),
-        torch.cat([positions, place.positions.expand(batch, -1, -1, -1)], dim=2),
+        torch.cat([z_t, z_ref.to(z_t)], dim=1),  # (B, N + R, C)
+        torch.cat([t[:, None].expand(-1, n_video), t_ref[:, None].expand(-1, n_ref)], dim=1),  # (B, N + R)
+        torch.cat([positions, ref_positions.positions.expand(batch, -1, -1, -1)], dim=2),  # (B, 3, N + R, 2)
         mask,
-        place.phase * is_ref.float().expand(batch, -1) if place.phase else None,
+        ref_positions.phase * is_ref.float().expand(batch, -1) if ref_positions.phase else None,
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Layers ----------------------------------------------------------------------------------------------------------
 
 
-def rms(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor) -> Tensor:
     """Divide each token (..., D) by its root mean square; no weight."""
     return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
 
@@ -94,7 +97,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm whose weight follows its input: under autocast a float32 weight would rule out the fused kernel."""
+    """RMS norm that casts its weight to the input's dtype: a float32 weight would rule out the fused kernel in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -106,11 +109,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.q_norm = RMSNorm(dim, eps=1e-6)  # over all heads together
-        self.k_norm = RMSNorm(dim, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.q_norm, self.k_norm = (RMSNorm(dim, eps=1e-6) for _ in range(2))  # over all heads together
         self.to_gate_logits = nn.Linear(dim, heads)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
@@ -121,25 +121,24 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Queries from x (B, N, D), keys and values from context (B, S, D), or from x itself if that is None.
-
-        `rotary` rotates q and k. `mask` (B, S) is false for keys that no query attends to.
+        """Queries come from x (B, N, D). Keys and values come from context (B, S, D), or from x if context is None;
+        then S = N. `rotary` rotates q and k. `mask` (B, S) is false for masked keys.
         """
         context = x if context is None else context
         q = self.q_norm(self.to_q(x))  # (B, N, D)
         k = self.k_norm(self.to_k(context))  # (B, S, D)
         v = self.to_v(context)  # (B, S, D)
-        q, k, v = (rearrange(a, "b n (heads d) -> b heads n d", heads=self.heads) for a in (q, k, v))
+        q, k, v = (rearrange(a, "b n (heads d) -> b heads n d", heads=self.heads) for a in (q, k, v))  # head_dim
         if rotary is not None:
             q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
-        mask = None if mask is None else rearrange(mask, "b s -> b 1 1 s")
+        mask = None if mask is None else rearrange(mask, "b s -> b 1 1 s")  # the same for all heads and queries
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, head_dim)
         gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, N, heads)
         out = out * rearrange(gate, "b n heads -> b heads n 1")
         return self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))  # (B, N, D)
 
 
-class GELU(nn.Module):
+class LinearGELU(nn.Module):
     """Linear layer and GELU (tanh form): the first half of a feed-forward."""
 
     def __init__(self, dim: int, hidden: int):
@@ -147,7 +146,7 @@ class GELU(nn.Module):
         self.proj = nn.Linear(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return F.gelu(self.proj(x), approximate="tanh")  # (..., 4D)
 
 
 class FeedForward(nn.Module):
@@ -155,14 +154,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.Sequential(GELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(LinearGELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class TimestepEmbedder(nn.Module):
-    """A noise level as 128 cosines and 128 sines, then two linear layers."""
+    """A noise level as 128 cosines and 128 sines, then linear, SiLU, linear."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -170,15 +169,15 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t (U,) in [0, 1] -> (U, D). The sinusoid is made in float32: bf16 could not tell 999 from 1000."""
-        frequencies = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))
+        """t (U,) in [0, 1] -> (U, D). The sinusoid is computed in float32: bf16 could not tell 999 from 1000."""
+        frequencies = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))  # (128,)
         angles = 1000 * t.float()[:, None] * frequencies  # (U, 128)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)  # (U, 256)
         return self.linear_2(F.silu(self.linear_1(sinusoid)))
 
 
 class AdaLN(nn.Module):
-    """Noise level to modulation: `rows` vectors of width D, to which every block adds a table of its own."""
+    """Noise level to shifts, scales and gates: `rows` vectors of width D. Every block adds a table of its own."""
 
     def __init__(self, dim: int, rows: int):
         super().__init__()
@@ -187,14 +186,13 @@ class AdaLN(nn.Module):
         self.rows = rows
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """t (U,) -> modulation (U, rows, D), and the embedding (U, D) that it is computed from."""
+        """t (U,), or (B,) for the prompt -> modulation (U, rows, D), and the embedding (U, D) behind it."""
         embedded = self.emb["timestep_embedder"](t, dtype)  # (U, D)
-        modulation = self.linear(F.silu(embedded))  # (U, rows D)
-        return rearrange(modulation, "u (rows d) -> u rows d", rows=self.rows), embedded
+        return rearrange(self.linear(F.silu(embedded)), "u (rows d) -> u rows d", rows=self.rows), embedded
 
 
 class Block(nn.Module):
-    """Self-attention, text attention and feed-forward, each behind rms, shift and scale, each with a gate."""
+    """Self-attention, text attention, feed-forward: each after rms norm, shift and scale, each before a gate."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -203,7 +201,7 @@ class Block(nn.Module):
         self.attn1 = Attention(dim, heads)
         self.attn2 = Attention(dim, heads)
         self.ff = FeedForward(dim)
-        self.recompute = False  # in training: keep only the block's input and run it again in the backward pass
+        self.recompute = False  # True: keep only the block's input, and run the block again in the backward pass
 
     def forward(self, *inputs: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -220,54 +218,58 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
-        """x (B, N, D), context (B, S, D), modulation (U, 9, D), prompt_modulation (B, 2, D) -> (B, N, D).
+        """x (B, L, D), context (B, S, D), modulation (U, 9, D), prompt_modulation (B, 2, D) -> (B, L, D).
 
-        token_row (B, N) is the row of `modulation` that belongs to each token.
+        token_row (B, L) is the row of `modulation` that belongs to each token.
         """
+        # Shift, scale and gate of self-attention (0-2), of the feed-forward (3-5), of text attention (6-8).
         rows = (self.scale_shift_table + modulation).unbind(1)  # 9 x (U, D)
-        # `embedding` is a gather. Its backward pass sums the gradients of many tokens per row in parallel, where that
-        # of plain indexing would add them one after the other.
-        shift_sa, scale_sa, gate_sa = (F.embedding(token_row, row) for row in rows[0:3])  # (B, N, D)
-        x = x + gate_sa * self.attn1(modulate(rms(x), shift_sa, scale_sa), rotary=rotary, mask=mask)
+        # F.embedding, not indexing: many tokens share a row, and F.embedding sums their gradients in parallel.
+        shift_sa, scale_sa, gate_sa = (F.embedding(token_row, row) for row in rows[0:3])  # (B, L, D)
+        x = x + gate_sa * self.attn1(modulate(rms_norm(x), shift_sa, scale_sa), rotary=rotary, mask=mask)
 
-        # The context depends on the noise level too, by the sample's sigma: text tokens carry no timestep.
-        shift_ca, scale_ca, gate_ca = (F.embedding(token_row, row) for row in rows[6:9])  # (B, N, D)
+        # The noise level modulates the context too. Text tokens have none of their own; they use the sample's sigma.
+        shift_ca, scale_ca, gate_ca = (F.embedding(token_row, row) for row in rows[6:9])  # (B, L, D)
         shift_kv, scale_kv = (self.prompt_scale_shift_table + prompt_modulation).unsqueeze(2).unbind(1)  # (B, 1, D)
         context = modulate(context, shift_kv, scale_kv)  # (B, S, D)
-        x = x + gate_ca * self.attn2(modulate(rms(x), shift_ca, scale_ca), context)
+        x = x + gate_ca * self.attn2(modulate(rms_norm(x), shift_ca, scale_ca), context)
 
-        shift_ff, scale_ff, gate_ff = (F.embedding(token_row, row) for row in rows[3:6])  # (B, N, D)
-        return x + gate_ff * self.ff(modulate(rms(x), shift_ff, scale_ff))
+        shift_ff, scale_ff, gate_ff = (F.embedding(token_row, row) for row in rows[3:6])  # (B, L, D)
+        return x + gate_ff * self.ff(modulate(rms_norm(x), shift_ff, scale_ff))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Constants(NamedTuple):
-    """What stays the same in all steps of a stream: functions of the positions, and of which tokens share a t."""
+# The model
 
-    rotary: tuple[Tensor, Tensor]  # tables (B, heads, N, head_dim/2) in the dtype of the latents
-    token_row: Tensor  # (B, N) index of each token's timestep among the distinct ones
-    examples: Tensor  # (U,) one token of each distinct timestep, as an index into the flattened timesteps
+
+class Constants(NamedTuple):
+    """Values that do not change between the steps of a stream: they follow from positions, phase and equal levels."""
+
+    rotary: tuple[Tensor, Tensor]  # tables (B, heads, L, head_dim/2) in the dtype of the latents
+    token_row: Tensor  # (B, L) index of each token's noise level among the distinct ones
+    examples: Tensor  # (U,) for each distinct noise level the flat index of one token that has it
 
 
 class LTXVideo(nn.Module):
-    """The DiT. All sizes come from the checkpoint's config (`ltx["transformer"]`)."""
+    """The DiT. All sizes come from `transformer`, that section of the checkpoint's JSON."""
 
-    PREFIXES = {"": "model.diffusion_model."}
+    PREFIXES = {"": "model.diffusion_model."}  # of the tensor names, here and in the file
 
-    def __init__(self, ltx: dict[str, Any]):
+    def __init__(self, transformer: dict[str, Any]):
         super().__init__()
-        self.heads = ltx["num_attention_heads"]
-        self.dim = self.heads * ltx["attention_head_dim"]
-        self.theta = ltx["positional_embedding_theta"]
-        self.max_pos = ltx["positional_embedding_max_pos"]
-        self.patchify_proj = nn.Linear(ltx["in_channels"], self.dim)
+        self.heads = transformer["num_attention_heads"]
+        self.dim = self.heads * transformer["attention_head_dim"]
+        self.theta = transformer["positional_embedding_theta"]
+        self.max_pos = transformer["positional_embedding_max_pos"]
+        self.patchify_proj = nn.Linear(transformer["in_channels"], self.dim)
         self.adaln_single = AdaLN(self.dim, rows=9)
         self.prompt_adaln_single = AdaLN(self.dim, rows=2)
-        self.transformer_blocks = nn.ModuleList([Block(self.dim, self.heads) for _ in range(ltx["num_layers"])])
+        layers = range(transformer["num_layers"])
+        self.transformer_blocks = nn.ModuleList([Block(self.dim, self.heads) for _ in layers])
         self.scale_shift_table = nn.Parameter(torch.zeros(2, self.dim))
-        self.proj_out = nn.Linear(self.dim, ltx["out_channels"])
+        self.proj_out = nn.Linear(self.dim, transformer["out_channels"])
 
     @classmethod
     def from_checkpoint(
@@ -279,24 +281,21 @@ class LTXVideo(nn.Module):
             model = cls(checkpoint.config["transformer"])
         return checkpoint.load(model, cls.PREFIXES, device, dtype)
 
-    def rotary(self, positions: Tensor, phase: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Rotary tables (B, heads, N, head_dim/2) for positions (B, 3, N, 2) in seconds and pixels."""
-        return rope_cos_sin(positions, self.dim, self.heads, self.theta, self.max_pos, phase)
-
     def constants(
         self, timesteps: Tensor, positions: Tensor, phase: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Constants:
-        """Computed once for a stream and passed to every `forward` of it; `dtype` is that of the latents."""
-        rotary = tuple(table.to(dtype) for table in self.rotary(positions, phase))
-        # A sequence has few distinct timesteps (t and 0). AdaLN runs on those, and each token looks up its row.
-        distinct, token_row = torch.unique(timesteps, return_inverse=True)  # (U,), (B, N)
-        index = torch.arange(timesteps.numel(), device=timesteps.device)
+        """The constants of a stream: compute them once, pass them to every `forward`. `dtype` is the latents'."""
+        tables = rope_cos_sin(positions, self.dim, self.heads, self.theta, self.max_pos, phase)
+        rotary = tuple(table.to(dtype) for table in tables)  # (B, heads, L, head_dim/2)
+        # A batch has few distinct noise levels: one t per sample, and 0. AdaLN runs on those; tokens look up their row.
+        distinct, token_row = torch.unique(timesteps, return_inverse=True)  # (U,), (B, L)
+        index = torch.arange(timesteps.numel(), device=timesteps.device)  # (B L,)
         examples = torch.empty_like(distinct, dtype=torch.long).scatter_(0, token_row.flatten(), index)
         return Constants(rotary, token_row, examples)
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> "LTXVideo":
-        """torch.compile of one block, whose code all blocks run: one graph per shape of a stream, none per step."""
-        torch._dynamo.config.optimize_ddp = False  # it would cut the graph at every bucket of gradients
+        """Compile every block. They share one code object: one graph for each input shape, for all blocks and steps."""
+        torch._dynamo.config.optimize_ddp = False  # DDP's own mode would cut the graph at every bucket of gradients
         for block in self.transformer_blocks.children():
             block.run = torch.compile(block.run, dynamic=False, backend=backend)
         return self
@@ -312,29 +311,28 @@ class LTXVideo(nn.Module):
         phase: Tensor | None = None,
         constants: Constants | None = None,
     ) -> Tensor:
-        """Velocity v = eps - z_0 of every token; here N counts all tokens, the reference's included.
+        """Velocity v = eps - z_0 of every token.
 
-        latents    (B, N, C)     noisy video tokens, then the reference's (`append_reference`)
-        timesteps  (B, N)        noise level of each token in [0, 1]; 0 marks a clean one
-        sigma      (B,)          noise level of the video, which modulates the text
+        latents    (B, L, C)     noisy video tokens, then the reference's (`append_reference`)
+        timesteps  (B, L)        noise level of each token in [0, 1]; 0 marks a clean one
+        sigma      (B,)          the t of the video, which modulates the text
         context    (B, S, D)     from text.py
-        positions  (B, 3, N, 2)  from rope.py
-        mask       (B, N)        false for tokens masked out of attention (a dropped reference); None for no mask, with
-                                 which attention can use its fastest kernel
-        phase      (B, N)        added to a token's rotary angles (placement "phase"); None for 0
-        constants                of `self.constants`, made from the same timesteps, positions and phase; None: made here
-        returns    (B, N, C)     the rows of the reference have no meaning
+        positions  (B, 3, L, 2)  from rope.py
+        mask       (B, L)        false for tokens masked out of attention; None: no mask, the fastest kernel
+        phase      (B, L)        of placement "phase", see `rope_cos_sin`; None for 0
+        constants                of `self.constants`, for timesteps that are equal at the same tokens; None: computed
+        returns    (B, L, C)     the rows of the reference have no meaning
         """
         dtype = latents.dtype
         rotary, token_row, examples = constants or self.constants(timesteps, positions, phase, dtype)
         modulation, embedded = self.adaln_single(timesteps.flatten()[examples], dtype)  # (U, 9, D), (U, D)
         prompt_modulation, _ = self.prompt_adaln_single(sigma, dtype)  # (B, 2, D)
 
-        x = self.patchify_proj(latents)  # (B, N, D)
+        x = self.patchify_proj(latents)  # (B, L, D)
         for block in self.transformer_blocks:
             x = block(x, context, modulation, prompt_modulation, token_row, rotary, mask)
 
         shift, scale = (self.scale_shift_table + embedded.unsqueeze(1)).unbind(1)  # (U, D)
         x = F.layer_norm(x, (self.dim,), eps=1e-6)
         x = modulate(x, F.embedding(token_row, shift), F.embedding(token_row, scale))
-        return self.proj_out(x)  # (B, N, C)
+        return self.proj_out(x)  # (B, L, C)

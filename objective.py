@@ -1,16 +1,16 @@
-"""One training step of ST-DRC: Sec. 3 put together, in six steps.
+"""One training step of ST-DRC: the loss of Sec. 3, in six steps.
 
-        Step 1   z_ref = E(A(I_ref))                                    the reference as latents     Eq. 1, 5
-        Step 2   z_t = (1 - t) z_0 + t eps,  z~_t = [z_t, z_ref]        one sequence, placed         Eq. 2-4
-        Step 3   v = DiT(z~_t, t, y)  ->  L_flow                        the velocity                 Sec. 3.3
-        Step 4   z_0^ = z_t - t v                                       the clean estimate           Eq. 6
-        Step 5   decode, detect, align, ArcFace  ->  L_id, L_tic        the faces in it              Eq. 7-10
-        Step 6   L = L_flow + w_aux (lambda_id L_id + lambda_tic L_tic)                              Eq. 11-12
+        Step 1   z_ref = E(A(I_ref))                                    the reference as latents      Eq. 1, 5
+        Step 2   z_t = (1 - t) z_0 + t eps,  z~_t = [z_t, z_ref]        one sequence, with positions  Eq. 2-4
+        Step 3   v = DiT(z~_t, t, y)  ->  L_flow                        the velocity                  Sec. 3.3
+        Step 4   z_0_hat = z_t - t v                                    the clean estimate            Eq. 6
+        Step 5   decode, detect, align, ArcFace  ->  L_id, L_tic        the faces in it               Eq. 7-10
+        Step 6   L = L_flow + w_aux (lambda_id L_id + lambda_tic L_tic)                               Eq. 11-12
 
-The frozen parts (VAE, text connector, detector, ArcFace) belong to the objective; the DiT is passed in, because DDP
+The frozen parts (VAE, text connector, detector, ArcFace) belong to the objective. The DiT is passed in, because DDP
 and FSDP wrap it. The randomness of each sample comes from outside (`data.draw_sample`). It depends on the seed and the
-number of the sample, not on the rank or the batch, so one process and many compute the same thing, and a resumed run
-continues as if it had not stopped. The letters are those of model.py.
+number of the sample, not on the rank or the batch: one process and many draw the same, and a resumed run draws what
+the unbroken run draws. The letters are those of model.py; E is the VAE's encoder in Step 1.
 """
 
 import math
@@ -24,30 +24,22 @@ from torch import Tensor, nn
 from config import Faces, ReferenceOptions
 from data import Draws
 from face import ArcFace, FaceDetector, embed
-from losses import (
-    add_noise,
-    aux_weight,
-    flow_loss,
-    identity_loss,
-    predict_x0,
-    temporal_identity_loss,
-    total_loss,
-)
+from losses import add_noise, aux_weight, flow_loss, identity_loss, predict_x0, temporal_identity_loss, total_loss
 from model import Tokens, append_reference, video_tokens
 from rope import place_reference, video_positions
 from text import TextConnector, pad_features
 from vae import VideoVAE, from_tokens, to_tokens
 
-PIXELS_AT_ONCE = 2**22  # that the decoder works on at a time
+PIXELS_AT_ONCE = 2**22  # most pixels that the decoder decodes in one call: small videos share it, 480x832 does not
 
 
 @dataclass
 class Objective:
-    """The loss of a batch, over frozen parts. `detector` is None where the identity losses are off."""
+    """Computes the loss of a batch. Holds the frozen parts; `detector` is None where the identity losses are off."""
 
     vae: VideoVAE
     connector: TextConnector
-    null_features: Tensor  # (tokens, D) of the empty prompt, which replaces a dropped text
+    null_features: Tensor  # (tokens, D) of the empty prompt; they replace those of a dropped prompt
     slots: int  # S, the length of the context
     fps: float
     detector: FaceDetector | None = None
@@ -58,50 +50,57 @@ class Objective:
     autocast: bool = False  # matrix products of a float32 DiT in bf16
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], draws: list[Draws]) -> dict[str, Tensor]:
-        """Losses of a batch (`data.training_batches`), each (B,): loss, flow, id, tic, w_aux, t, and how many frames
-        were decoded (frames) and showed a face (faces)."""
-        weight, reference, faces = self.vae.decoder.conv_in.conv.weight, self.reference, self.faces
-        device = weight.device
+        """The values of a batch (`data.training_batches`), each (B,): loss, flow, id, tic, w_aux, t, frames (number of
+        decoded frames) and faces (number of those with a face)."""
+        like, options = self.vae.decoder.conv_in.conv.weight, self.faces  # any weight of the VAE: device and dtype
+        device = like.device
 
-        # Step 1: the reference as latents. A, the augmentation, has been applied to ref_images by the data workers.
-        has_reference = torch.tensor([reference.use and not draw.drop_ref for draw in draws], device=device)  # (B,)
-        z_ref = self.encode(batch["ref_images"].to(weight)) if has_reference.any() else None  # E(A(I_ref)) (B, R, C)
+        # Step 1: the reference as latents. The data workers have applied A (data.augment_reference) and the letterbox.
+        # Every reference is encoded, also a dropped one, which Step 2 masks.
+        has_reference = torch.tensor(
+            [self.reference.use and not draw.drop_ref for draw in draws], device=device
+        )  # (B,)
+        z_ref = self.encode(batch["ref_images"].to(like)) if has_reference.any() else None  # E(A(I_ref)) (B, R, C)
 
-        # Step 2: noise on the video, and one sequence of both. The reference stays clean.
+        # Step 2: add noise to the video, then append the reference. The reference gets no noise.
         latents = batch["latents"].to(device)
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))  # (B, C, T, h, w)
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))  # the cache has bf16. (B, C, T, h, w)
         grid = tuple(latents.shape[2:])
         z_0 = to_tokens(latents)  # (B, N, C)
         t = torch.tensor([draw.t for draw in draws], device=device, dtype=torch.float32)  # (B,)
         eps = torch.stack([draw.eps for draw in draws]).to(z_0)  # (B, N, C)
-        z_t = add_noise(z_0, eps, t)
-        tokens = self.sequence(z_t, z_ref, t, has_reference, grid)
+        z_t = add_noise(z_0, eps, t)  # (B, N, C)
+        tokens = self.sequence(z_t, z_ref, t, has_reference, grid)  # L = N [+ R] tokens
 
-        # Step 3: the velocity of the video's tokens, in one call for samples with and without reference. FSDP needs
-        # it so: every rank has to call the model equally often.
-        context = self.context(batch["features"], draws)  # (B, S, D)
+        # Step 3: the velocity of the video's tokens. Under FSDP every rank must call the model equally often, so
+        # samples with and without reference share one call.
+        context = self.encode_text(batch["features"], draws)  # (B, S, D)
+        inputs = (tokens.latents.to(self.dtype), tokens.timesteps, t, context, tokens.positions)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            v = model(tokens.latents.to(self.dtype), tokens.timesteps, t, context, *tokens[2:])
-        v = v[:, : z_0.shape[1]]  # the output for the reference is dropped (Sec. 3.1)
-        out = {"flow": flow_loss(v, z_0, eps), "t": t, "w_aux": aux_weight(t, faces.gamma)}
-        out |= {key: torch.zeros_like(out["flow"]) for key in ("id", "tic", "faces", "frames")}
+            v = model(*inputs, tokens.mask, tokens.phase)  # (B, L, C)
+        v = v[:, : z_0.shape[1]]  # the output for the reference is dropped (Sec. 3.1): (B, N, C)
+        out = {"flow": flow_loss(v, z_0, eps), "t": t, "w_aux": aux_weight(t, options.gamma)}
+        zeros = torch.zeros_like(out["flow"])
+        out |= dict.fromkeys(("id", "tic", "faces", "frames"), zeros)
 
         if self.detector is not None:
-            # Step 4: the clean estimate. At high noise it is a blur, so samples of small w_aux stop here.
-            z_0_hat = from_tokens(predict_x0(z_t, v, t), grid)  # (B, C, T, h, w)
-            reliable = torch.nonzero(out["w_aux"] >= faces.min_weight).flatten().tolist()
+            # Step 4: the clean estimate. At high noise it is a blur: samples with w_aux below faces.min_weight skip
+            # Step 5.
+            z_0_hat = from_tokens(predict_x0(z_t, v, t), grid)  # (B, N, C) -> (B, C, T, h, w)
+            reliable = torch.nonzero(out["w_aux"] >= options.min_weight).flatten().tolist()
 
-            # Step 5: the faces in a window of it. Samples with the same window are decoded together.
-            most = windows_at_once(self.vae.scale, grid, faces.window + 2 * faces.context, device)
-            for window, samples in same_window(draws, reliable, most):
-                rows = torch.tensor(samples, device=device)
-                e_ref = torch.stack([batch["e_ref"][k] for k in samples])  # (n, E)
-                losses = self.face_losses(z_0_hat[rows], window, e_ref, has_reference[rows])
-                for key, value in losses.items():
-                    out[key] = out[key].index_put((rows,), value.to(out[key]))
+            # Step 5: the faces in a window of it (`face_losses`). Samples with the same window are decoded together.
+            most = windows_at_once(self.vae.scale, grid, options.window + 2 * options.context, device)
+            for start, samples in same_window(draws, reliable, most):
+                index = torch.tensor(samples, device=device)
+                e_ref = torch.stack([batch["e_ref"][k] for k in samples])  # of the unaugmented photo: (n, E)
+                values = self.face_losses(z_0_hat[index], start, e_ref, has_reference[index])
+                for key, value in values.items():
+                    out[key] = out.get(key, zeros).index_put((index,), value.to(zeros))
 
         # Step 6: the sum.
-        out["loss"] = total_loss(out["flow"], out["id"], out["tic"], t, faces.lambda_id, faces.lambda_tic, faces.gamma)
+        scales = options.lambda_id, options.lambda_tic, options.gamma
+        out["loss"] = total_loss(out["flow"], out["id"], out["tic"], t, *scales)
         return out
 
     @torch.no_grad()
@@ -112,36 +111,37 @@ class Objective:
     def sequence(
         self, z_t: Tensor, z_ref: Tensor | None, t: Tensor, has_reference: Tensor, grid: tuple[int, int, int]
     ) -> Tokens:
-        """Eq. 2 to 4. Without a reference in the whole batch (z_ref None) the sequence is the video alone."""
-        positions = video_positions(*grid, self.fps, self.vae.scale).to(z_t.device).expand(len(z_t), -1, -1, -1)
+        """Eq. 2 to 4. If no sample has a reference (z_ref is None), the sequence is the video alone."""
+        positions = video_positions(*grid, self.fps, self.vae.scale).to(z_t.device)  # Eq. 3
+        positions = positions.expand(len(z_t), -1, -1, -1)  # (B, 3, N, 2)
         if z_ref is None:
             return video_tokens(z_t, t, positions)
-        place = place_reference(grid, self.fps, self.vae.scale, self.reference)
-        place = place._replace(positions=place.positions.to(z_t.device))
-        return append_reference(z_t, z_ref, t, positions, place, self.reference.timestep, has_reference)
+        ref_positions = place_reference(grid, self.fps, self.vae.scale, self.reference)  # Eq. 4
+        ref_positions = ref_positions._replace(positions=ref_positions.positions.to(z_t.device))
+        return append_reference(z_t, z_ref, t, positions, ref_positions, self.reference.timestep, has_reference)
 
     @torch.no_grad()
-    def context(self, features: list[Tensor], draws: list[Draws]) -> Tensor:
-        """Text features (tokens, D) of each sample through the frozen connector -> (B, S, D). A dropped text is the
-        empty prompt."""
-        weight = self.connector.connector.learnable_registers
+    def encode_text(self, features: list[Tensor], draws: list[Draws]) -> Tensor:
+        """Text features (tokens, D) of each sample through the frozen connector -> context (B, S, D). A dropped prompt
+        is replaced by the empty prompt."""
+        like = self.connector.connector.learnable_registers  # any weight of it: device and dtype
         features = [self.null_features if draw.drop_text else row for row, draw in zip(features, draws)]
-        padded, mask = pad_features(features, self.slots)
-        padded, mask = padded.to(weight.device, weight.dtype), mask.to(weight.device)
+        padded, mask = pad_features(features, self.slots)  # (B, S, D), (B, S)
+        padded, mask = padded.to(like.device, like.dtype), mask.to(like.device)
         return self.connector.connector(padded, mask).to(self.dtype)
 
-    def face_losses(self, z_0_hat: Tensor, window: int, e_ref: Tensor, has_reference: Tensor) -> dict[str, Tensor]:
-        """Eq. 7 to 10 for clean estimates (n, C, T, h, w) with the same window, e_ref (n, E) -> each (n,).
+    def face_losses(self, z_0_hat: Tensor, start: int, e_ref: Tensor, has_reference: Tensor) -> dict[str, Tensor]:
+        """Eq. 7 to 10 for n clean estimates (n, C, T, h, w) with the same window, which begins at latent frame `start`.
 
-        L_id ("id"), L_tic ("tic"), frames with a face ("faces"), frames decoded ("frames"). Where the reference is
-        dropped (has_reference false), no identity is asked for: L_id is left out, L_tic stays.
+        e_ref (n, E). Returns four tensors (n,): L_id ("id"), L_tic ("tic"), frames decoded ("frames"), frames with a
+        face ("faces"). For a sample without reference L_id is 0; L_tic is computed as usual.
         """
-        weight, length = self.vae.decoder.conv_in.conv.weight, min(self.faces.window, z_0_hat.shape[2])
-        video = decode_window(self.vae, z_0_hat.to(weight.dtype), window, length, self.faces.context)  # (n, 3, F, H, W)
+        like, length = self.vae.decoder.conv_in.conv.weight, min(self.faces.window, z_0_hat.shape[2])
+        video = decode_window(self.vae, z_0_hat.to(like.dtype), start, length, self.faces.context)  # (n, 3, F, H, W)
         size = video.shape[0], video.shape[2]  # (n, F)
-        frames = video.transpose(1, 2).flatten(0, 1)  # (n F, 3, H, W)
-        landmarks, _, valid = self.detector.detect(frames)  # no gradient
-        e = embed(frames, landmarks, self.arcface).unflatten(0, size)  # Eq. 8, with gradient: (n, F, E)
+        images = video.transpose(1, 2).flatten(0, 1)  # (n F, 3, H, W)
+        landmarks, _, valid = self.detector.detect(images)  # no gradient: (n F, 5, 2), (n F,)
+        e = embed(images, landmarks, self.arcface).unflatten(0, size)  # Eq. 8, with gradient: (n, F, E)
         valid = valid.to(e.device).unflatten(0, size)  # m_f of Eq. 9: (n, F)
         return {
             "id": identity_loss(e, e_ref.to(e.device), valid & has_reference[:, None]),
@@ -151,17 +151,18 @@ class Objective:
         }
 
 
-def decode_window(vae: VideoVAE, z_0: Tensor, start: int, length: int, context: int = 1) -> Tensor:
-    """Eq. 7 for the pixel frames of latent frames [start, start + length): z_0 (B, C, T, h, w) -> (B, 3, F, H, W).
+def decode_window(vae: VideoVAE, z_0_hat: Tensor, start: int, length: int, margin: int = 1) -> Tensor:
+    """Eq. 7 for the pixel frames of latent frames [start, start + length): (B, C, T, h, w) -> (B, 3, F, H, W).
 
-    The paper decodes a set of frames and does not say which. Here a window is decoded together with `context` latent
-    frames on either side, whose pixels are then cut off: the decoder looks both ways, and it takes the first latent
-    frame of its input for the single-pixel-frame beginning of a clip.
+    The VAE is frozen, and the gradient passes through it to z_0_hat. The paper decodes a set of frames and does not say
+    which. Here a window is decoded with `margin` latent frames on each side, and their pixels are cut off. There are
+    two reasons. The decoder looks both ways. And it decodes its first latent frame to one pixel frame, as at the start
+    of a clip.
     """
-    assert context >= 1 or start == 0, "without context the window's first latent frame would give one pixel frame"
-    frames, time = z_0.shape[2], vae.scale[0]
-    low, high = max(0, start - context), min(frames, start + length + context)
-    video = vae.decode(z_0[:, :, low:high])
+    assert margin >= 1 or start == 0, "without a margin the window's first latent frame would give one pixel frame"
+    frames, time = z_0_hat.shape[2], vae.scale[0]
+    low, high = max(0, start - margin), min(frames, start + length + margin)
+    video = vae.decode(z_0_hat[:, :, low:high])
 
     def first_pixel_frame(latent_frame: int) -> int:
         return max(0, time * (latent_frame - 1) + 1)
@@ -172,11 +173,8 @@ def decode_window(vae: VideoVAE, z_0: Tensor, start: int, length: int, context: 
 def windows_at_once(
     scale: tuple[int, int, int], grid: tuple[int, int, int], length: int, device: torch.device | None = None
 ) -> int:
-    """Number of samples whose windows of `length` latent frames are decoded together: within PIXELS_AT_ONCE, but at
-    least one. So small videos share a call, and large ones need the memory of one sample.
-
-    On a CPU it is one: the order of the sums is then the same, to the bit, whatever other samples a process has.
-    """
+    """How many samples' windows of `length` latent frames are decoded together: as many as fit into PIXELS_AT_ONCE, at
+    least one. On a CPU always one, so the order of the sums does not depend on the other samples."""
     if device is not None and device.type == "cpu":
         return 1
     pixels = math.prod(scale) * min(length, grid[0]) * grid[1] * grid[2]
@@ -184,7 +182,7 @@ def windows_at_once(
 
 
 def same_window(draws: list[Draws], samples: list[int], most: int) -> Iterator[tuple[int, list[int]]]:
-    """Groups of at most `most` samples that share a window, as (window, samples)."""
-    for window in sorted({draws[k].window for k in samples}):
-        alike = [k for k in samples if draws[k].window == window]
-        yield from ((window, alike[k : k + most]) for k in range(0, len(alike), most))
+    """Groups of at most `most` samples whose windows start at the same latent frame, as (start, samples)."""
+    for start in sorted({draws[k].window_start for k in samples}):
+        group = [k for k in samples if draws[k].window_start == start]
+        yield from ((start, group[k : k + most]) for k in range(0, len(group), most))

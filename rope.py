@@ -1,20 +1,20 @@
 """Where a token sits: the latent grid in seconds and pixels, TASS-RoPE for the reference, the rotary embedding.
 
-Self-attention knows the place of a token only by its rotary embedding. In LTX-2.3 the place of a latent cell is the
-interval that it covers, in seconds on the time axis and in pixels on the other two. The paper appends the tokens of
-the reference image to those of the video (Sec. 3.1) and has to place them (Sec. 3.2). TASS, its answer, is the first
-time slot after the video and the square diagonally past it, so that no reference token shares a coordinate with a
-video token:
+Self-attention knows the position of a token only by its rotary embedding. In LTX-2.3 the position of a latent cell is
+the interval that it covers, in seconds on the time axis and in pixels on the other two. The paper appends the tokens
+of the reference image to those of the video (Sec. 3.1) and has to place them (Sec. 3.2). Its answer is TASS
+(Temporal-Adjacent, Spatial-Shifted): the reference takes the first latent frame after the video, its rows start at h
+and its columns at w. So no reference token shares a coordinate with a video token:
 
         width ->  0          w          2w
     height  0     +----------+ - - - - - +      video tokens: (t, i, j),       t = 0 .. T-1     (Eq. 3)
       |           |  video   |           |
       v     h     +----------+-----------+      reference:    (T, h+i, w+j)                     (Eq. 4)
                   |          | reference |
-            2h    + - - - - -+-----------+      near in time, apart in space: retrieved, not copied
+            2h    + - - - - -+-----------+      near in time, so attention finds it; apart in space, so no copying
 
 `python docs/figures.py` draws this to scale, and the placements that the paper argues against.
-The letters are those of model.py: T h w latent grid, N = T h w video tokens, R = h w reference tokens, D width.
+The letters are those of model.py. The paper's T, H, W are the latent grid, here T, h, w.
 """
 
 import math
@@ -28,7 +28,7 @@ from torch import Tensor
 
 # Origin (time, height, width) of the reference's cells, in latent cells; (T, h, w) is the grid of the video.
 # Only "tass" is the paper's method. The next four are the placements that Sec. 3.2 rejects, here to test its argument.
-# "phase" belongs to the LoRA LTX-Best-Face-ID: overlap, and a phase that marks the reference's tokens.
+# "phase" is the placement of LTX-Best-Face-ID: the reference lies as in "overlap", and a phase marks its tokens.
 PLACEMENTS = {
     "tass": lambda T, h, w: (T, h, w),
     "overlap": lambda T, h, w: (0, 0, 0),
@@ -40,46 +40,50 @@ PLACEMENTS = {
 
 
 @dataclass(frozen=True)
-class Reference:
-    """How the reference image enters the model. The defaults are the paper's, and LTX's own where it is silent."""
+class ReferenceSettings:
+    """How the reference image enters the model. The defaults are the paper's. Where it is silent they are LTX's."""
 
-    placement: str = "tass"  # Eq. 4, or another of rope.PLACEMENTS
-    source_id: int = 2  # for placement "phase", and its scale
-    phase_scale: float = 1.0
-    fit: str = "letterbox"  # Sec. 3.1; "cover": scaled to cover the video's shape and cut around the centre
+    placement: str = "tass"  # Eq. 4, or another of PLACEMENTS
+    source_id: int = 2  # placement "phase": number of the source
+    phase_scale: float = 1.0  # placement "phase": phase = source_id * phase_scale
+    fit: str = "letterbox"  # Sec. 3.1; "cover": scaled to cover the video's shape and cut around the center
     timestep: str = "clean"  # reference tokens carry t = 0; "shared": they carry the t of the video
 
 
-class Place(NamedTuple):
-    """Place of tokens in rotary space."""
+class RefPositions(NamedTuple):
+    """Positions of the reference's tokens, and the phase that marks them."""
 
-    positions: Tensor  # (B, 3, n, 2) intervals [start, end) in seconds, pixels, pixels
-    phase: float = 0.0  # added to the angles of all these tokens, see `rope_cos_sin`
+    positions: Tensor  # (B, 3, R, 2) intervals [start, end) in seconds, pixels, pixels
+    phase: float = 0.0  # see `rope_cos_sin`; 0 for every placement but "phase"
 
 
 def cell_grid(frames: int, height: int, width: int, origin: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
     """Latent cells (t, i, j) of a grid that starts at `origin`, in the order t, i, j with j fastest. (3, T*h*w)"""
     axes = [torch.arange(start, start + size) for start, size in zip(origin, (frames, height, width))]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (3, T, h, w) -> (3, n)
 
 
 def to_seconds_and_pixels(cells: Tensor, fps: float, scale: tuple[int, int, int]) -> Tensor:
     """Intervals [start, end) that latent cells (3, n) cover, in seconds, pixels and pixels. (3, n, 2)
 
-    `scale` = (s, p, p) frames and pixels per cell. The first latent frame holds a single pixel frame: on the time
-    axis boundary k lies at pixel frame s (k - 1) + 1 for k >= 1, and at s k for k <= 0 (before the video).
+    `scale` = (s, p, p) frames and pixels per cell. The first latent frame holds a single pixel frame. So on the time
+    axis boundary k, between cells k - 1 and k, lies at pixel frame s (k - 1) + 1 for k >= 1. The video starts at
+    boundary 0, at frame 0; a placement in front of it (k < 0) lies at s k.
     """
     edges = torch.stack([cells, cells + 1], dim=-1).float()  # (3, n, 2) boundaries, in cells
-    time, space = edges[0], edges[1:]
+    time, space = edges[0], edges[1:]  # (n, 2), (2, n, 2)
     time = torch.where(time > 0, scale[0] * (time - 1) + 1, scale[0] * time) / fps
     space = space * torch.tensor(scale[1:], dtype=torch.float32)[:, None, None]
-    return torch.cat([time[None], space])
+    return torch.cat([time[None], space])  # (3, n, 2)
 
 
 def video_positions(
     frames: int, height: int, width: int, fps: float, scale: tuple[int, int, int] = (8, 32, 32)
 ) -> Tensor:
-    """Eq. 3: p_v(t, i, j) = (t, i, j), in seconds and pixels. Sizes in latent cells. (3, T*h*w, 2)"""
+    """Eq. 3: p_v(t, i, j) = (t, i, j) in latent cells, returned in seconds and pixels. (3, T*h*w, 2)
+
+    frames, height, width are T, h, w of the latent grid.
+    """
     return to_seconds_and_pixels(cell_grid(frames, height, width), fps, scale)
 
 
@@ -93,20 +97,22 @@ def reference_positions(
 ) -> Tensor:
     """Eq. 4: p_r(i, j) = TASS(i, j) = (T, h + i, w + j), for a video grid of (T, h, w) latent cells. (3, h*w, 2)
 
-    The paper gives the coordinates in latent cells. They go through the same mapping to seconds and pixels as every
-    video token, so "adjacent" means one latent frame. `placement` names TASS or one of the other PLACEMENTS.
+    The paper gives the coordinates in latent cells. They are mapped to seconds and pixels like those of video tokens,
+    so the reference sits one latent frame after the video. `placement` names TASS or another of PLACEMENTS.
     """
     if placement not in PLACEMENTS:
-        raise ValueError(f"placement {placement!r} is none of {', '.join(PLACEMENTS)}")
+        raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}")
     origin = PLACEMENTS[placement](frames, height, width)
     return to_seconds_and_pixels(cell_grid(1, height, width, origin), fps, scale)
 
 
-def place_reference(grid: tuple[int, int, int], fps: float, scale: tuple[int, int, int], reference: Reference) -> Place:
-    """Place of the R = h w reference tokens beside a video of grid (T, h, w): positions (1, 3, R, 2), and the phase,
-    which is 0 for every placement but "phase"."""
+def place_reference(
+    grid: tuple[int, int, int], fps: float, scale: tuple[int, int, int], reference: ReferenceSettings
+) -> RefPositions:
+    """Positions (1, 3, R, 2) and phase of the reference's tokens beside a video of grid (T, h, w)."""
     positions = reference_positions(*grid, fps, scale, reference.placement)[None]
-    return Place(positions, reference.source_id * reference.phase_scale if reference.placement == "phase" else 0.0)
+    phase = reference.source_id * reference.phase_scale if reference.placement == "phase" else 0.0
+    return RefPositions(positions, phase)
 
 
 def rope_cos_sin(
@@ -119,33 +125,33 @@ def rope_cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """Rotary tables of LTX-2.3 for positions (B, axes, N, 2): cos and sin, float32. (B, heads, N, dim/heads/2)
 
-    The middle of each interval, as a fraction f of `max_pos`, gives the angle (2f - 1) * frequency. The whole width
-    `dim` shares one ladder of dim / (2 axes) frequencies pi/2 * theta^[0..1]. The layout goes frequency by frequency
-    with the axes side by side, and the heads take consecutive slices: early heads turn slowly, late heads fast. Slots
-    that the division leaves over come in front and do not rotate.
+    The middle of each interval, as a fraction f of `max_pos`, gives the angle (2f - 1) * frequency. There are
+    n = dim // (2 axes) frequencies pi/2 * theta^x, with x from 0 to 1 in equal steps, for the whole width `dim`. The
+    layout goes frequency by frequency with the axes side by side, and the heads take consecutive slices: early heads
+    turn slowly, late heads fast. The dim/2 - n * axes remaining slots come first and do not rotate.
 
-    `phase` (B, N) adds phase * theta^(-d/L) to slot d = 0..L-1 of every head, L = dim/heads/2. It marks the source of
-    a token, which no shift of place could do (LTX-Best-Face-ID; not in the paper).
+    `phase` (B, N) adds phase * theta^(-d/P) to slot d = 0..P-1 of every head, P = dim/heads/2. The phase marks the
+    source of a token. A shift of its position cannot (LTX-Best-Face-ID; not in the paper).
     """
     axes = positions.shape[1]
     count = dim // (2 * axes)
-    # Made in float64, as the ladder of the released model was ("frequencies_precision").
+    # Computed in float64, as the frequencies of the released model were ("frequencies_precision").
     ladder = theta ** torch.linspace(0, 1, count, dtype=torch.float64) * (math.pi / 2)
-    ladder = ladder.to(device=positions.device, dtype=torch.float32)
+    ladder = ladder.to(device=positions.device, dtype=torch.float32)  # (n,)
     max_pos = torch.tensor(max_pos, dtype=torch.float32, device=positions.device)
     fraction = positions.float().mean(-1) / max_pos[:, None]  # (B, axes, N)
     angles = rearrange(2 * fraction - 1, "b axes n -> b n 1 axes") * ladder[:, None]  # (B, N, count, axes)
     angles = rearrange(angles, "b n count axes -> b n (count axes)")
     angles = F.pad(angles, (dim // 2 - count * axes, 0))  # angle 0: cos 1, sin 0. (B, N, dim/2)
-    angles = rearrange(angles, "b n (heads d) -> b heads n d", heads=heads)  # d = dim/heads/2
+    angles = rearrange(angles, "b n (heads p) -> b heads n p", heads=heads)  # (B, heads, N, P)
     if phase is not None:
         slots = angles.shape[-1]
-        falling = theta ** (-torch.arange(slots, dtype=torch.float64, device=positions.device) / slots)  # (L,)
+        falling = theta ** (-torch.arange(slots, dtype=torch.float64, device=positions.device) / slots)  # (P,)
         angles = angles + phase[:, None, :, None] * falling.float()
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (B, heads, N, head_dim): the halves (a, b) of each head become (a cos - b sin, b cos + a sin)."""
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # (B, heads, N, head_dim/2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

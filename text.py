@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 from common.gemma import GEMMA, MAX_TOKENS, load_gemma
-from model import Attention, FeedForward, rms
+from model import Attention, FeedForward, rms_norm
 from rope import rope_cos_sin
 
 PROJECTION = "text_embedding_projection.video_aggregate_embed."
@@ -43,8 +43,8 @@ class ConnectorBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attn1(rms(x), rotary=rotary)
-        return x + self.ff(rms(x))
+        x = x + self.attn1(rms_norm(x), rotary=rotary)
+        return x + self.ff(rms_norm(x))
 
 
 class Connector(nn.Module):
@@ -77,7 +77,7 @@ class Connector(nn.Module):
         rotary = tuple(table.to(x.dtype) for table in rotary)
         for block in self.transformer_1d_blocks:
             x = block(x, rotary)
-        return rms(x)
+        return rms_norm(x)
 
 
 class TextConnector(nn.Module):

@@ -40,7 +40,7 @@ from guidance import DECODE_CHUNK, sample_latents, sigma_schedule
 from losses import flow_loss, predict_x0
 from model import LTXVideo, append_reference, video_tokens
 from objective import decode_window
-from rope import Place, reference_positions, video_positions
+from rope import RefPositions, reference_positions, video_positions
 from text import MAX_TOKENS
 from vae import VideoVAE, from_tokens, latent_scale
 
@@ -121,16 +121,16 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
     z, z_ref = (torch.randn(1, k, channels, device=device) for k in (n, r))  # (1, N, C), (1, R, C)
     context, null = (torch.randn(1, s, model.dim, device=device, dtype=dtype) for _ in range(2))
     positions, t = video_positions(*grid, FPS, scale)[None].to(device), torch.full((1,), 0.7, device=device)
-    place = Place(reference_positions(*grid, FPS, scale)[None].to(device))
+    ref_positions = RefPositions(reference_positions(*grid, FPS, scale)[None].to(device))
 
     def forward(reference: bool) -> Tensor:
         x = z.to(dtype)
-        tokens = append_reference(x, z_ref, t, positions, place) if reference else video_tokens(x, t, positions)
+        tokens = append_reference(x, z_ref, t, positions, ref_positions) if reference else video_tokens(x, t, positions)
         return model(tokens.latents, tokens.timesteps, t, context, tokens.positions)  # (1, N or N + R, C)
 
     def guided(steps: int) -> Tensor:
         sigmas = sigma_schedule(steps, n)
-        return sample_latents(model, z, sigmas, positions, context, null, z_ref, place, dtype=dtype)
+        return sample_latents(model, z, sigmas, positions, context, null, z_ref, ref_positions, dtype=dtype)
 
     with torch.no_grad():
         yield Row("DiT forward, text only", text_only, weights, lambda: forward(False))

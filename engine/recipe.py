@@ -15,12 +15,12 @@ from common.sizes import require_video_size
 from config import ASSETS, PAPER, Config
 from engine.lora_files import LoRA, describe, open_loras
 from guidance import DISTILLED_SIGMAS
-from rope import Reference
+from rope import ReferenceSettings
 from text import GEMMA
 from vae import latent_scale
 
 # How the reference is given, by the names that options and metadata have for it.
-REFERENCE = {"ref_timestep" if name == "timestep" else name: value for name, value in asdict(Reference()).items()}
+REFERENCE = {f"ref_{key}" if key == "timestep" else key: value for key, value in asdict(ReferenceSettings()).items()}
 PRESETS = {  # for LoRAs without metadata of this project
     # LTX-Best-Face-ID. The guidance is our choice, since we know of none documented: equal scales, so two streams.
     "best-face-id": REFERENCE
@@ -50,7 +50,7 @@ class Recipe:
     steps: int
     s_text: float  # s_y of Eq. 13
     s_ref: float  # s_r of Eq. 13
-    reference: Reference
+    reference: ReferenceSettings
     prompt_prefix: str = ""
     sigmas: tuple[float, ...] | None = None  # instead of the schedule of `steps`
 
@@ -164,7 +164,7 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
     of_reference = {key.removeprefix("ref_"): settings[key] for key in REFERENCE}
     return Recipe(
         **{key: settings[key] for key in PAPER},
-        reference=Reference(**of_reference),
+        reference=ReferenceSettings(**of_reference),
         prompt_prefix=settings["prompt_prefix"],
         sigmas=DISTILLED_SIGMAS if distilled and settings["steps"] == DISTILLED["steps"] else None,
     )

@@ -232,13 +232,13 @@ def test_draws_are_those_of_one_generator_in_this_order(seed, number, window, to
     assert a.t == shifted_logit_normal(1, tokens or 30, generator).item()
     text, ref, place = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     assert (a.drop_text, a.drop_ref) == (text < 0.5, ref < 0.5)
-    assert a.window == math.floor(place * max(1, 5 - window + 1))
+    assert a.window_start == math.floor(place * max(1, 5 - window + 1))
     assert torch.equal(a.eps, torch.randn(30, 4, generator=generator)) and a.eps.dtype == torch.float32
 
 
 def test_every_window_fits_the_video_and_occurs():
     for window in range(1, 8):
-        firsts = {draws(0, number, window=window).window for number in range(100)}
+        firsts = {draws(0, number, window=window).window_start for number in range(100)}
         assert firsts == set(range(max(1, 5 - window + 1)))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import guidance
 from guidance import sample_latents, sigma_schedule, three_stream_cfg
-from rope import Place, Reference, reference_positions, video_positions
+from rope import ReferenceSettings, RefPositions, reference_positions, video_positions
 from vae import from_tokens, to_tokens
 
 SCALES = [(5.0, 7.5), (5.0, 0.0), (1.0, 7.5), (5.0, 5.0), (1.0, 1.0), (1.0, 0.0), (0.0, 3.0), (2.0, -1.0), (0.0, 0.0)]
@@ -34,7 +34,7 @@ def problem(golden):
         "context": golden["context"],
         "null_context": golden["null_context"],
         "z_ref": golden["ref"],
-        "place": Place(golden["tass_positions"]),
+        "ref_positions": RefPositions(golden["tass_positions"]),
     }
 
 
@@ -59,8 +59,10 @@ def by_hand(model, problem, s_y, s_r, ref_level=0.0):
     tokens, reference = z.shape[1], problem["z_ref"].shape[1]
     for sigma, following in itertools.pairwise(sigmas):
         for row in range(len(z)):
-            one = {key: value[row : row + 1] for key, value in problem.items() if key not in ("sigmas", "place")}
-            ref_positions = problem["place"].positions[row : row + 1]
+            one = {
+                key: value[row : row + 1] for key, value in problem.items() if key not in ("sigmas", "ref_positions")
+            }
+            ref_positions = problem["ref_positions"].positions[row : row + 1]
             x, level = z[row : row + 1].clone(), sigma[None]
             video_t = level.expand(1, tokens)
             v_0 = model(x, video_t, level, one["null_context"], one["positions"])
@@ -184,7 +186,7 @@ def test_no_reference_or_s_ref_zero_is_ordinary_text_guidance(model, problem, s_
         v_null = model(*common, problem["null_context"], problem["positions"])
         z = z + (v_null + s_y * (v_text - v_null)) * (following - sigma)
     torch.testing.assert_close(sample_latents(model, **problem, s_y=s_y, s_r=0.0), z, atol=1e-3, rtol=0)
-    plain = {key: value for key, value in problem.items() if key not in ("z_ref", "place")}
+    plain = {key: value for key, value in problem.items() if key not in ("z_ref", "ref_positions")}
     torch.testing.assert_close(sample_latents(model, **plain, s_y=s_y), z, atol=1e-3, rtol=0)
 
 
@@ -197,7 +199,7 @@ def test_reference_is_clean_and_the_video_is_at_sigma(problem):
         assert (with_reference["timesteps"][:, :tokens] == sigma).all() and (with_reference["sigma"] == sigma).all()
         assert (with_reference["timesteps"][:, tokens:] == 0).all()
         assert torch.equal(with_reference["latents"][:, tokens:], problem["z_ref"])
-        assert torch.equal(with_reference["positions"][:, :, tokens:], problem["place"].positions)
+        assert torch.equal(with_reference["positions"][:, :, tokens:], problem["ref_positions"].positions)
 
 
 def test_ref_timestep_shared_gives_the_reference_the_videos_level(model, problem):
@@ -248,7 +250,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from guidance import sample_latents
 from model import LTXVideo
-from rope import Place
+from rope import RefPositions
 
 torch.set_num_threads(1)
 rank, store, ckpt, problem, out = int(sys.argv[1]), *sys.argv[2:]
@@ -257,10 +259,10 @@ model = LTXVideo.from_checkpoint(ckpt).requires_grad_(False)
 streams = []
 model.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].shape[0] // 2))
 problem, results = load_file(problem), {}
-problem["place"] = Place(problem.pop("ref_positions"))
+problem["ref_positions"] = RefPositions(problem.pop("ref_positions"))
 for world in (2, 3):  # for two the third process has nothing to do
     for reference in (True, False):
-        part = {key: value for key, value in problem.items() if reference or key not in ("z_ref", "place")}
+        part = {key: value for key, value in problem.items() if reference or key not in ("z_ref", "ref_positions")}
         streams.clear()
         results[f"{world}{reference}"] = sample_latents(model, **part, ranks=(rank, world))
         results[f"streams{world}{reference}"] = torch.tensor(streams)
@@ -271,8 +273,7 @@ dist.destroy_process_group()  # a process that ends with gloo's threads alive ma
 
 
 def test_streams_on_two_and_three_processes_are_as_on_one(model, problem, tmp_path):
-    tensors = {key: value for key, value in problem.items() if key != "place"}
-    tensors["ref_positions"] = problem["place"].positions
+    tensors = problem | {"ref_positions": problem["ref_positions"].positions}
     save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "problem")
     words = [str(tmp_path / "store"), str(TINY_A), str(tmp_path / "problem")]
     running = [
@@ -283,7 +284,7 @@ def test_streams_on_two_and_three_processes_are_as_on_one(model, problem, tmp_pa
     results = [load_file(tmp_path / f"out-{rank}") for rank in range(3)]
     steps = len(problem["sigmas"]) - 1
     for reference in (True, False):
-        part = {key: value for key, value in problem.items() if reference or key not in ("z_ref", "place")}
+        part = {key: value for key, value in problem.items() if reference or key not in ("z_ref", "ref_positions")}
         want = sample_latents(model, **part)
         for world in (2, 3):
             for result in results:
@@ -315,7 +316,8 @@ def world(model, vae):
 
 @pytest.mark.parametrize("placement", ["tass", "overlap", "remote"])
 def test_generate_is_encode_sample_decode(world, placement):
-    got = guidance.generate(**world, **SIZES, seed=5, reference=Reference(placement=placement), s_y=3.0, s_r=2.0)
+    reference = ReferenceSettings(placement=placement)
+    got = guidance.generate(**world, **SIZES, seed=5, reference=reference, s_y=3.0, s_r=2.0)
     tokens = math.prod(GRID)
     noise = torch.randn(1, tokens, 4, generator=torch.Generator().manual_seed(5))
     problem = {
@@ -325,7 +327,7 @@ def test_generate_is_encode_sample_decode(world, placement):
         "context": world["context"],
         "null_context": world["null_context"],
         "z_ref": to_tokens(world["vae"].encode(world["ref_image"][None, :, None])),
-        "place": Place(reference_positions(*GRID, 24.0, placement=placement)[None]),
+        "ref_positions": RefPositions(reference_positions(*GRID, 24.0, placement=placement)[None]),
     }
     want = world["vae"].decode(from_tokens(by_hand(world["model"], problem, 3.0, 2.0), GRID))[0]
     assert got.shape == (3, 9, 64, 96) and got.dtype == torch.float32
@@ -334,7 +336,7 @@ def test_generate_is_encode_sample_decode(world, placement):
 
 def test_phase_scale_zero_is_overlap_to_the_bit(world):
     def video(**options):
-        return guidance.generate(**world, **SIZES, reference=Reference(**options))
+        return guidance.generate(**world, **SIZES, reference=ReferenceSettings(**options))
 
     overlap = video(placement="overlap")
     assert torch.equal(video(placement="phase", phase_scale=0.0), overlap)
@@ -353,7 +355,7 @@ def test_phase_goes_to_the_references_tokens_alone(problem):
             phases.append(phase)
             return super().__call__(*arguments)
 
-    sample_latents(WithPhase(), **(problem | {"place": problem["place"]._replace(phase=1.5)}))
+    sample_latents(WithPhase(), **(problem | {"ref_positions": problem["ref_positions"]._replace(phase=1.5)}))
     tokens, reference = problem["noise"].shape[1], problem["z_ref"].shape[1]
     want = torch.cat([torch.zeros(2, tokens), torch.full((2, reference), 1.5)], dim=1)
     assert len(phases) == 2 * (len(problem["sigmas"]) - 1)
@@ -364,7 +366,7 @@ def test_sigmas_that_are_given_replace_the_schedule(world):
     given = guidance.generate(**world, **SIZES, sigmas=guidance.DISTILLED_SIGMAS, s_y=1.0, s_r=1.0)
     grid, level = {"positions": video_positions(*GRID, 24.0)[None]}, torch.tensor(guidance.DISTILLED_SIGMAS)
     reference = to_tokens(world["vae"].encode(world["ref_image"][None, :, None]))
-    grid |= {"z_ref": reference, "place": Place(reference_positions(*GRID, 24.0)[None])}
+    grid |= {"z_ref": reference, "ref_positions": RefPositions(reference_positions(*GRID, 24.0)[None])}
     noise = torch.randn(1, math.prod(GRID), 4, generator=torch.Generator().manual_seed(0))
     common = {"context": world["context"], "null_context": world["null_context"], "s_y": 1.0, "s_r": 1.0}
     z_0 = sample_latents(world["model"], noise, level, **grid, **common)

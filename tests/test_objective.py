@@ -375,7 +375,7 @@ def test_each_sample_s_own_window_is_looked_at(build, dit, most, lengths, monkey
         t = np.float32(draws[k].t)
         z_t = (1 - t) * batch["latents"][k].permute(1, 2, 3, 0).reshape(TOKENS, CHANNELS) + t * draws[k].eps
         estimate = (z_t - t * spy.calls[0]["v"][k, :TOKENS]).reshape(*GRID, CHANNELS).permute(3, 0, 1, 2)[None]
-        want = decode_window(objective.vae, estimate, draws[k].window, 2)[0].transpose(0, 1)
+        want = decode_window(objective.vae, estimate, draws[k].window_start, 2)[0].transpose(0, 1)
         torch.testing.assert_close(seen[k], want, atol=1e-4, rtol=0)
         landmarks, _, _ = objective.detector.detect(want)
         e = embed(want, landmarks, objective.arcface).numpy()
@@ -571,7 +571,7 @@ def test_dice_depend_on_seed_and_count_alone():
     a, b = (roll(3, 17, 6, 2, 4, 0.5, 0.5) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)  # nor do they disturb anybody else's
     assert torch.equal(a.eps, b.eps) and a.eps.shape == (6, 2) and a.eps.dtype == torch.float32
-    assert (a.t, a.drop_text, a.drop_ref, a.window) == (b.t, b.drop_text, b.drop_ref, b.window)
+    assert (a.t, a.drop_text, a.drop_ref, a.window_start_start) == (b.t, b.drop_text, b.drop_ref, b.window_start_start)
 
 
 def test_different_counts_and_seeds_are_different_dice():
@@ -593,11 +593,11 @@ def test_rates_of_dropout_and_their_independence(many):
 
 def test_windows_are_uniform_and_independent_of_what_is_dropped(many):
     for chosen in (many, [d for d in many if d.drop_ref], [d for d in many if d.drop_text]):
-        seen = np.bincount([d.window for d in chosen], minlength=4)
+        seen = np.bincount([d.window_start for d in chosen], minlength=4)
         assert len(seen) == 4
         chi_square = ((seen - len(chosen) / 4) ** 2 / (len(chosen) / 4)).sum()
         assert chi_square < 21.1  # 3 degrees of freedom, 1e-4
-    assert {d.window for d in rolls(50, windows=1)} == {0}
+    assert {d.window_start for d in rolls(50, windows=1)} == {0}
 
 
 def test_noise_tokens_change_the_level_and_nothing_else():
@@ -611,7 +611,7 @@ def test_noise_tokens_change_the_level_and_nothing_else():
         return sigmoid(mu - 2.5758293), sigmoid(mu + 3.0902323)
 
     plain, shifted = rolls(300), [roll(0, k, 1, 1, 4, 0.05, 0.20, noise_tokens=2048) for k in range(300)]
-    assert all(a.eps == b.eps and (a.window, a.drop_text) == (b.window, b.drop_text) for a, b in zip(plain, shifted))
+    assert all(a.eps == b.eps and a[2:] == b[2:] for a, b in zip(plain, shifted))  # drops and window
     few, many = (0.95 + 1.1 * (tokens - 1024) / 3072 for tokens in (1, 2048))
     t, got = (np.array([d.t for d in draws]) for draws in (plain, shifted))
     moved = (t != got) & (t > 0.1) & (t < 1) & (got < 1)  # no mirrored and no cut ones
@@ -633,7 +633,7 @@ def test_levels_and_noise_are_the_trainer_s(many):
     assert abs(eps.mean()) < 5 / math.sqrt(20_000) and abs(eps.var() - 1) < 5 * math.sqrt(2 / 20_000)
     long = roll(0, 0, 6240, 16, 4, 0, 0).eps.double()
     assert abs((long**4).mean() - 3) < 0.2 and abs((long[1:] * long[:-1]).mean()) < 0.02
-    corr = np.corrcoef(np.array([(d.t, d.eps.item(), d.window, d.drop_text, d.drop_ref) for d in many]).T)
+    corr = np.corrcoef(np.array([(d.t, d.eps.item(), d.window_start, d.drop_text, d.drop_ref) for d in many]).T)
     assert np.abs(corr - np.eye(5)).max() < 5 / math.sqrt(20_000)
 
 
@@ -647,7 +647,7 @@ def test_one_dropout_switched_off_leaves_everything_else():
     """So rows of an ablation see the same noise, levels and windows."""
     for other in ({"p_text": 0.0}, {"p_ref": 0.0}, {"p_text": 1.0, "p_ref": 1.0}):
         for a, b in zip(rolls(300), rolls(300, **other)):
-            assert (a.t, a.window) == (b.t, b.window) and torch.equal(a.eps, b.eps)
+            assert (a.t, a.window_start_start) == (b.t, b.window_start_start) and torch.equal(a.eps, b.eps)
             assert b.drop_text == (a.drop_text if "p_text" not in other else bool(other["p_text"]))
             assert b.drop_ref == (a.drop_ref if "p_ref" not in other else bool(other["p_ref"]))
 

@@ -219,7 +219,7 @@ def overlapping(seed):
 
 
 def phase_of(placement, source_id=2, phase_scale=1.0):
-    reference = rope.Reference(placement=placement, source_id=source_id, phase_scale=phase_scale)
+    reference = rope.ReferenceSettings(placement=placement, source_id=source_id, phase_scale=phase_scale)
     return rope.place_reference((2, 3, 4), 24.0, (8, 32, 32), reference).phase
 
 
