@@ -4,12 +4,13 @@
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --ref face.jpg --prompt "..."      # full size
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --lora face.safetensors:0.8 ...    # with a LoRA merged in
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --check                            # is the file complete?
-    torchrun --nproc_per_node=3 sample.py --ckpt ... --ref face.jpg --prompt "..."         # a stream of Eq. 13 each
+    torchrun --nproc_per_node=3 sample.py --ckpt ... --ref face.jpg --prompt "..."         # a process per stream
     torchrun --nproc_per_node=8 sample.py --ckpt ... --batch cases.jsonl --out videos      # one video per line
 
-Without --ckpt it uses the tiny model in assets/: drawn people on 64x64 pixels. Numbers without a default here have the
-checkpoint's own, else the paper's (480x832, 121 frames, 24 fps, 30 steps, --s-text 5.0, --s-ref 7.5). The order of
-work keeps memory low: Gemma reads all prompts and is freed, then VAE and DiT are loaded.
+Without --ckpt sample.py uses the tiny model in assets/: drawn people on 64x64 pixels. An option without a default in
+this list takes the checkpoint's value. If the checkpoint has none: 832x480 (width x height), 121 frames, 24 fps, 30
+steps, --s-text 5.0, --s-ref 7.5. The order of work keeps memory low: Gemma reads all prompts and is freed, then VAE and
+DiT are loaded.
 """
 
 import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
@@ -66,15 +67,15 @@ def main() -> None:
 
 
 def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
-    """Make all videos. `ranks`: (number of this process, number of processes) that share the streams of each video."""
-    # ---- which videos; every mistake that can be found early is found here
+    """Make all videos. `ranks` = (rank, world): this process, and how many share the streams of each video."""
+    # ---- the videos to make; all checks that need no model
     checkpoint = Checkpoint(options.ckpt or ASSETS / "tiny.safetensors", options.base)
     if options.check:
         return check(checkpoint)
     loras = resolve_loras(options, checkpoint)
     recipe = resolve_recipe(options, checkpoint, loras)
     for part in (LTXVideo, TextConnector, VideoVAE):
-        part.from_checkpoint(checkpoint, device="meta")  # every name and shape, before Gemma reads the prompt
+        part.from_checkpoint(checkpoint, device="meta")  # check names and shapes before Gemma runs
     device, dtype = resolve_device(options)
     metadata = recipe.for_metadata() | {"negative": options.negative, "checkpoint": checkpoint.path.name}
     metadata |= {"fp8": True} if options.fp8 else {}
@@ -96,7 +97,8 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
             ready.append(case)
     if not ready:
         return batch.finish()
-    print(f"{checkpoint.path.name}: {recipe.line()}, seed {', '.join(str(case.seed) for case in ready[:8])}")
+    seeds = ", ".join(str(case.seed) for case in ready[:8]) + (", ..." if len(ready) > 8 else "")
+    print(f"{checkpoint.path.name}: {recipe.line()}, seed {seeds}")
     if checkpoint.ours.get("weights") == "random":
         note(f"the weights in {checkpoint.path} are random, not trained: the video will be noise")
     ref_paths = dict.fromkeys(case.reference for case in ready if case.reference)
@@ -147,7 +149,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
 
 
 def note(*lines: str, about: str = "") -> None:
-    """Print what a user should know before the slow part."""
+    """Print one note a line."""
     for line in lines:
         print(f"note: {f'{about}: ' if about else ''}{line}")
 
@@ -156,7 +158,7 @@ def load_dit(
     options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA], device: torch.device, dtype: torch.dtype
 ) -> LTXVideo:
     """The DiT with its LoRAs, stored and run as --fp8, --offload and --compile say."""
-    # A card that is too small for the model in bf16 never sees it in bf16.
+    # With --offload the model is loaded into host memory, so the GPU never holds all of it.
     first = "cpu" if options.offload else device
     if options.fp8:
         with torch.device("meta"):
@@ -179,16 +181,23 @@ def read_reference(case: Case, recipe: Recipe) -> Image.Image | None:
 def require_picture(video: torch.Tensor) -> None:
     """UserError for a video that shows nothing: weights with NaN, or a LoRA far too strong, give one."""
     if not video.isfinite().all():
-        raise UserError("the video is not finite: weights or a LoRA hold NaN, or --dtype float16 overflows")
+        raise UserError(
+            "the video is not finite: lower the LoRA's strength, or leave out --dtype float16; nothing was written"
+        )
     if video.max() == video.min():
-        raise UserError("the video is one constant color: the weights or a LoRA are damaged; nothing was written")
+        raise UserError(
+            "the video is one constant color: lower the LoRA's strength, or run --check; nothing was written"
+        )
 
 
 def face_reader(options: argparse.Namespace, device: torch.device) -> FaceReader | None:
-    """The face models that look at photo and video: --faces, the tiny model's own, or insightface's where it keeps
-    them. Nothing is downloaded. None where there are none."""
-    kept = Path("~/.insightface/models/buffalo_l").expanduser()
-    pack = options.faces or (ASSETS / "faces" if not options.ckpt else kept if any(kept.glob("*.onnx")) else None)
+    """The face models that measure similarity. --faces names the pack; a name that is not on disk is downloaded.
+    Without --faces: the drawn-face pack for the tiny model, else ~/.insightface/models/buffalo_l if it exists, else
+    None."""
+    local_pack = Path("~/.insightface/models/buffalo_l").expanduser()
+    pack = options.faces or (
+        ASSETS / "faces" if not options.ckpt else local_pack if any(local_pack.glob("*.onnx")) else None
+    )
     return FaceReader(pack, device=device, det_size=128 if pack == ASSETS / "faces" else None) if pack else None
 
 
@@ -210,7 +219,7 @@ def write_sample(
     metadata: dict,
     reader: FaceReader | None,
 ) -> None:
-    """The video, with its recipe in its metadata, then its contact sheet; how like the photo it is."""
+    """Write the video, with the recipe in its metadata, and its contact sheet. Print the similarity to the photo."""
     prompt = begin_with(metadata["prompt_prefix"], case.prompt)
     ref_path = str(case.reference) if case.reference else None
     comment = json.dumps(metadata | {"prompt": prompt, "seed": case.seed, "ref": ref_path})
@@ -222,11 +231,11 @@ def write_sample(
 
 
 def single_outputs(options: argparse.Namespace, recipe: Recipe, processes: int) -> dict[Case, Path]:
-    """The cases without --batch, and their files. The folder is made here, so that a bad one fails before the work."""
+    """The cases without --batch, and their files. The folder is made here, so an unusable one fails early."""
     out, ref_path = Path(options.out), Path(options.ref) if options.ref else None
     streams = sum(weight != 0 for weight in stream_weights(recipe.s_text, recipe.s_ref, ref_path is not None))
     if processes > streams:
-        raise UserError(f"{processes} processes and {streams} streams to share: use --nproc_per_node={streams}")
+        raise UserError(f"there are {processes} processes for {streams} streams: use --nproc_per_node={streams}")
     if out.suffix.lower() != ".mp4":
         raise UserError(f"--out {out} does not end in .mp4")
     seeds = range(options.seed, options.seed + options.samples)
@@ -247,8 +256,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ref", help="photo of the face; without it, plain text-to-video")
     parser.add_argument("--prompt", help="content of the video")
     parser.add_argument("--negative", default="", help="prompt of the unconditional stream (default: empty)")
-    parser.add_argument("--batch", metavar="CASES", help="JSONL of id, reference, prompt, seed: a video of each line")
-    parser.add_argument("--out", help="the video (out/sample.mp4; a contact sheet beside it), or the batch's folder")
+    parser.add_argument("--batch", metavar="CASES", help="JSONL of id, reference, prompt, seed: one video per line")
+    parser.add_argument(
+        "--out", help="video (out/sample.mp4; a contact sheet beside it), or folder of a --batch (out/batch)"
+    )
     parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint (default: the tiny one in assets/)")
     parser.add_argument("--base", help="a whole LTX-2.3 file; it completes a --ckpt that is a transformer alone")
     parser.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA}, or the tiny one)")
@@ -261,18 +272,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--s-ref", type=float, help="s_r of Eq. 13, strength of the reference")
     parser.add_argument("--placement", choices=list(PLACEMENTS), help="place of the reference (default: tass, Eq. 4)")
     parser.add_argument("--fit", choices=list(FITS), help="how the photo gets the video's shape (default: letterbox)")
-    parser.add_argument("--source-id", type=int, help="for --placement phase (default 2)")
-    parser.add_argument("--phase-scale", type=float, help="for --placement phase (default 1)")
+    parser.add_argument("--source-id", type=int, help="source number, for --placement phase (default 2)")
+    parser.add_argument("--phase-scale", type=float, help="strength, for --placement phase (default 1)")
     parser.add_argument(
         "--ref-timestep", choices=["clean", "shared"], help="reference tokens at t = 0, or the video's t"
     )
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
-    parser.add_argument("--lora-ignore-unknown", action="store_true", help="leave out tensors without a place here")
-    parser.add_argument("--preset", choices=list(PRESETS), help="settings of a LoRA without our metadata")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA to merge; may be repeated"
+    )
+    parser.add_argument(
+        "--lora-ignore-unknown", action="store_true", help="skip LoRA tensors that this model has no place for"
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="settings of a LoRA without nano-ST-DRC metadata")
     parser.add_argument("--prompt-prefix", help="beginning of every prompt (default: none)")
-    parser.add_argument("--faces", help="model pack that measures likeness (default: the tiny model's own, or none)")
+    parser.add_argument(
+        "--faces", help="face pack that measures likeness (default: the tiny model's, or buffalo_l if on disk)"
+    )
     parser.add_argument("--samples", type=int, default=1, help="number of videos, with seeds SEED, SEED+1, ...")
-    parser.add_argument("--seed", type=int, help="one seed is one video, on every device (default 0)")
+    parser.add_argument("--seed", type=int, help="of the noise; the same noise on any device (default 0)")
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has the GPU of its number
     parser.add_argument("--device", default=gpu if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
@@ -280,7 +297,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits: half the memory")
     parser.add_argument("--offload", action="store_true", help="DiT weights in host memory, streamed block by block")
     parser.add_argument("--text-on-cpu", action="store_true", help="Gemma in host memory: slower, no GPU memory")
-    parser.add_argument("--check", action="store_true", help="only say if the checkpoint is complete, and its sizes")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print parts and sizes of the checkpoint and if it is complete; make no video",
+    )
     options = parser.parse_args()
     for name in ("ref", "batch", "out", "ckpt", "base", "gemma", "faces"):
         if getattr(options, name) is not None and not getattr(options, name).strip():

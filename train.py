@@ -1,14 +1,15 @@
 """Train ST-DRC (Sec. 3.3 to 4.1), on a laptop or on a cluster.
 
     python -m toy.cache --count 16000 --out cache/tiny            # a cache of drawn clips
-    python train.py                                               # the tiny model on it, from nothing
+    python train.py                                               # the tiny model on that cache, from random weights
     torchrun --nproc_per_node=8 train.py configs/paper.toml       # the paper's run, on 8 GPUs
-    python train.py configs/paper.toml --plan --gpus 8            # its memory and days; loads nothing
-    python train.py configs/paper.toml --export st-drc.safetensors   # its result, in the released layout
+    python train.py configs/paper.toml --plan --gpus 8            # memory and days of that run; loads no weights
+    python train.py configs/paper.toml --export st-drc.safetensors   # write the model of that run
     python train.py configs/lora.toml                             # adapters on the frozen model, on one GPU
 
-The same command again continues after a stop. Ctrl-C, SIGTERM or a file named "stop" in the run's folder end the run
-after the step: saved, exit code 0. (torchrun kills its workers 30 s after a SIGTERM to itself; the file has no limit.)
+The same command again continues after a stop. Ctrl-C, SIGTERM or a file named "stop" in the run's folder ends the run
+after the current step. The run saves a checkpoint and exits with code 0. torchrun kills its workers 30 s after its own
+SIGTERM; with the file there is no time limit.
 """
 
 import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
@@ -59,7 +60,7 @@ def main() -> None:
         return state.export_run(config, Checkpoint(ckpt), Path(options.export))
     device = join_processes()
     if config.optim.batch % (world := dist.get_world_size()):
-        raise UserError(f"optim.batch = {config.optim.batch} cannot be shared out evenly over {world} ranks")
+        raise UserError(f"optim.batch = {config.optim.batch} is not a multiple of {world} ranks: change one of the two")
     run, clips, base = Path(config.run.out), CachedClips(config.data.cache), Checkpoint(ckpt)
     # A pack given by its name is not opened here: all ranks would download it at once.
     local_pack = config.faces.pack if Path(config.faces.pack).is_dir() else ""
@@ -77,7 +78,7 @@ def main() -> None:
 def train(
     config: Config, ckpt: Checkpoint, clips: CachedClips, device: torch.device, options: argparse.Namespace
 ) -> None:
-    """All steps of a run, or of --dry-run the first."""
+    """Run all steps; with --dry-run only one, without writing."""
     run, rank, world = Path(config.run.out), dist.get_rank(), dist.get_world_size()
     batch, micro_batch = config.optim.batch, config.parallel.micro_batch
 
@@ -94,40 +95,46 @@ def train(
     log = Log(config, make_plan(config, ckpt.path), run, first, enabled=rank == 0 and not options.dry_run)
 
     # ---- steps
-    stop = StopSignal()
-    steps = first + 1 if options.dry_run else config.optim.steps
-    batches = training_batches(config, clips, first, steps)
-    for step in range(first, steps):
+    stop, stop_now = StopSignal(), False
+    end = first + 1 if options.dry_run else config.optim.steps
+    batches = training_batches(config, clips, first, end)
+    for step in range(first, end):
         begin, done = time.perf_counter(), step + 1
         rows, names, damaged = [], [], []
+
+        # -- loss and gradients
         micro_batches = [next(batches) for _ in range(math.ceil(batch // world / micro_batch))]
         for k, micro in enumerate(micro_batches):
             if config.lora.dropout:
                 seed_dropout(config.run.seed, micro["numbers"][0])
-            # DDP adds up gradients locally and exchanges them once. FSDP cannot: it would have to keep them whole.
+            # DDP sums gradients locally and exchanges them once. FSDP would have to hold unsharded gradients for that,
+            # so it exchanges after every micro-batch.
             last = k + 1 == len(micro_batches)
             wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
             with wait:
                 out = objective(model, micro, micro["draws"])
                 intact = torch.tensor([not problem for problem in micro["problems"]], device=device)
-                loss = torch.where(intact, out["loss"], 0)  # zeros stand in for a damaged sample
-                (loss.sum() * world / batch).backward()  # both DDP and FSDP average over ranks
+                loss = torch.where(intact, out["loss"], 0)  # a damaged sample adds 0
+                (loss.sum() * world / batch).backward()  # DDP and FSDP average over ranks, hence * world
             out["skipped"] = ~intact
             rows.append(torch.stack([out[key].detach().float() for key in Log.COLUMNS], dim=1))
             names += micro["names"]
             damaged += [f"{name} ({why})" for name, why in zip(micro["names"], micro["problems"]) if why]
 
-        reason = stop.signal or ("the file stop" if (run / "stop").exists() else "")
+        # -- figures of all ranks; damaged samples, numbers that are not finite
+        reason = stop.signal or ('the file "stop"' if (run / "stop").exists() else "")
         table, stop_now = gather_rows(torch.cat(rows), reason)  # (batch, columns), of all ranks
         if not table.isfinite().all():
             bad = gather_names([name for name, row in zip(names, torch.cat(rows)) if not row.isfinite().all()])
-            raise UserError(f"step {done}: the loss is not finite for {', '.join(bad)}; the last checkpoint is intact")
+            raise UserError(f"step {done}: the loss is not finite for {', '.join(bad)}: lower optim.lr and run again")
         if table[:, Log.COLUMNS.index("skipped")].any():
             skipped = count_skipped(config, skipped, gather_names(damaged), done)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not math.isfinite(norm):
-            raise UserError(f"step {done}: the gradient is not finite (norm {norm}); the last checkpoint is intact")
+            raise UserError(f"step {done}: the gradient is not finite (norm {norm}): lower optim.lr and run again")
+
+        # -- update
         lr = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -136,16 +143,17 @@ def train(
         if average:
             average.update(step)
 
+        # -- log, samples, checkpoint, stop
         if options.dry_run:
             report(log.line(done, table, norm, lr, time.perf_counter() - begin))
             report("dry run: one step done, nothing written")
             break
         log.add(done, table, norm, lr, time.perf_counter() - begin)
         every = config.log.sample_every
-        if samples and every and (done % every == 0 or done == steps):
+        if samples and every and (done % every == 0 or done == end):
             with average.in_place() if average else nullcontext():
                 draw_samples(config, model, objective, samples, clips.settings, run / "samples", done)
-        if stop_now or done % config.log.save_every == 0 or done == steps:
+        if stop_now or done % config.log.save_every == 0 or done == end:
             folder = state.save(run, done, model, optimizer, config.log.keep, average, skipped)
             report(f"saved {folder}")
         if stop_now:
@@ -154,24 +162,33 @@ def train(
                 (run / "stop").unlink(missing_ok=True)
             break
     if not options.dry_run and first >= config.optim.steps:
-        report(f"{run} has its {first} steps already: raise optim.steps to go on, or --export FILE to write the model")
+        report(f"{run} has its {first} steps already: raise optim.steps, or use --export FILE to write the model")
     elif not options.dry_run and not stop_now:
-        report(f"finished: --export FILE writes the model; tensorboard --logdir {run} shows the curves")
+        curves = f"; tensorboard --logdir {run} shows the curves" if config.log.tensorboard else ""
+        report(f"finished: --export FILE writes the model{curves}")
     log.close()
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=str(HERE / "configs" / "tiny.toml"), help="a TOML file")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one option")
+    parser.add_argument(
+        "config", nargs="?", default=str(HERE / "configs" / "tiny.toml"), help="config of the run (configs/tiny.toml)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one option; may be repeated"
+    )
     parser.add_argument("--dry-run", action="store_true", help="one step on one batch; write nothing")
     parser.add_argument(
         "--from-previous", action="store_true", help="if the newest checkpoint is damaged, use the one before"
     )
-    parser.add_argument("--export", metavar="FILE", help="write the newest checkpoint in the released layout")
-    parser.add_argument("--plan", action="store_true", help="print memory per GPU and days; load nothing")
-    parser.add_argument("--gpus", type=int, default=8, help="for --plan")
-    parser.add_argument("--mfu", type=float, default=0.4, help="for --plan: share of the peak that is reached")
+    parser.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write the newest checkpoint as a model file (a LoRA file, if adapters trained)",
+    )
+    parser.add_argument("--plan", action="store_true", help="print memory per GPU and days; load no weights")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs for --plan (%(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="achieved share of the peak, for --plan (%(default)s)")
     options = parser.parse_args()
     if options.export is not None and not options.export.strip():
         raise UserError("--export needs the name of a file")
@@ -190,22 +207,23 @@ def report(text: str) -> None:
 
 
 def build_objective(config: Config, ckpt: Checkpoint, clips: CachedClips, device: torch.device) -> Objective:
-    """The frozen parts that a step needs beside the DiT, in the precision of the computation."""
-    low = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    """The frozen parts that a step needs besides the DiT. VAE and connector are in the precision of the computation;
+    ArcFace is in float32."""
+    compute_dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
     detector = arcface = None
     if config.faces.pack:
-        for turn in range(2):  # rank 0 first: a pack that is not there is downloaded once
+        for turn in range(2):  # rank 0 first: on one machine, a missing pack is downloaded once
             if turn == (dist.get_rank() > 0):
                 detector = FaceDetector(config.faces.pack, device)
                 arcface = ArcFace.from_onnx(recognition_file(config.faces.pack)).to(device)
             dist.barrier()
-    # Under DDP float32 weights are cast as they are used. Those of adapters' frozen model, of shards, and of the
-    # optimizer "adamw-bf16" are in low precision already.
+    # A float32 DiT under DDP computes in bf16 by autocast. FSDP gathers its shards in bf16, and a frozen DiT (LoRA) and
+    # that of "adamw-bf16" are stored in bf16: those take their inputs in bf16.
     cast = config.parallel.mode == "ddp" and config.optim.kind == "adamw" and not config.lora.rank
-    connector = TextConnector.from_checkpoint(ckpt, device, low).requires_grad_(False)
+    connector = TextConnector.from_checkpoint(ckpt, device, compute_dtype).requires_grad_(False)
     connector.projection = None  # the cache holds its output
     return Objective(
-        vae=VideoVAE.from_checkpoint(ckpt, device, low).requires_grad_(False),
+        vae=VideoVAE.from_checkpoint(ckpt, device, compute_dtype).requires_grad_(False),
         connector=connector,
         null_features=clips.null_features,
         slots=clips.settings["max_tokens"],
@@ -214,8 +232,8 @@ def build_objective(config: Config, ckpt: Checkpoint, clips: CachedClips, device
         arcface=arcface,
         reference=config.reference,
         faces=config.faces,
-        dtype=torch.float32 if cast else low,
-        autocast=low == torch.bfloat16 and cast,
+        dtype=torch.float32 if cast else compute_dtype,
+        autocast=compute_dtype == torch.bfloat16 and cast,
     )
 
 
@@ -233,7 +251,7 @@ def build_optimizer(config: Config, model: nn.Module, device: torch.device) -> t
 
 
 def make_plan(config: Config, ckpt: Path) -> Plan:
-    """The plan for the checkpoint's config, or for the released one's where neither it nor the cache is here yet."""
+    """The plan of a run. Without the checkpoint, LTX-2.3's config; without the cache, the size of config.PAPER."""
     ltx = Checkpoint(ckpt).config if ckpt.exists() else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     cache = Path(config.data.cache)
     settings = CachedClips(cache).settings if (cache / "cache.json").exists() else PAPER | {"max_tokens": 1024}
@@ -245,7 +263,7 @@ def make_plan(config: Config, ckpt: Path) -> Plan:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of step number `step`, counted from 0: a linear rise, then constant or falling to zero."""
+    """The learning rate of step `step` (the first is 0): a linear rise, then constant or a linear fall."""
     optim = config.optim
     fall = (optim.steps - step) / max(1, optim.steps - optim.warmup) if optim.decay == "linear" else 1.0
     return optim.lr * min(1.0, (step + 1) / max(1, optim.warmup), fall)
@@ -259,9 +277,9 @@ def gather_names(names: list[str]) -> list[str]:
 
 
 def count_skipped(config: Config, skipped: list[str], new: list[str], step: int) -> list[str]:
-    """All damaged samples so far; each clip is named when it comes first. UserError beyond the limit.
+    """All damaged samples so far. Reports each clip once. UserError above the limit.
 
-    The limit is data.max_bad of the samples of the whole run, but at least 10: the same on every rank and on resume.
+    The limit is data.max_bad times the samples of the whole run, and at least 10: the same on all ranks and on resume.
     """
     for name in dict.fromkeys(new):
         if name not in skipped:
@@ -270,7 +288,7 @@ def count_skipped(config: Config, skipped: list[str], new: list[str], step: int)
     limit = max(10, int(config.data.max_bad * config.optim.steps * config.optim.batch))
     if len(skipped) > limit:
         raise UserError(
-            f"step {step}: {len(skipped)} damaged samples, {limit} are allowed (data.max_bad): mend the cache"
+            f"step {step}: {len(skipped)} samples are damaged, and data.max_bad allows {limit}: make these clips again"
         )
     return skipped
 

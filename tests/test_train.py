@@ -500,7 +500,7 @@ def test_too_many_damaged_clips_end_the_run(clips, tmp_path, monkeypatch, capsys
     poison(clips, tmp_path / "cache")
     options = {"optim__steps": 50, "optim__batch": 1, "parallel__micro_batch": 1, "faces__pack": ""}
     assert run_here(command(tmp_path / "cache", tmp_path / "run", **options), monkeypatch) == 2
-    assert "11 damaged samples, 10 are allowed (data.max_bad)" in capsys.readouterr().err
+    assert "11 samples are damaged, and data.max_bad allows 10" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("step-*"))
 
 
