@@ -203,7 +203,7 @@ def test_constants_made_once_change_no_bit(tiny_a, inputs, monkeypatch):
         later = [given | {"sigma": s * given["sigma"], "timesteps": s * timesteps} for s in (1, 0.3)]
         want = [model(**one) for one in later]
         with monkeypatch.context() as patch:
-            patch.setattr(model, "rotary", None)
+            patch.setattr("model.rope_cos_sin", None)
             got = [model(**one, constants=constants) for one in later]
         assert all(torch.equal(a, b) for a, b in zip(got, want)) and not torch.equal(*want)
 

@@ -331,7 +331,7 @@ def test_a_window_is_a_slice_of_the_full_decode(tiny_vae):
         assert 0.9 > cut[start, 1] > 1.5 * cut[start, 2] > 2 * cut[start, 3]
     torch.testing.assert_close(decode_window(tiny_vae, z, 0, 7), full, atol=1e-5, rtol=0)
     torch.testing.assert_close(decode_window(tiny_vae, z[:, :, :2], 0, 2), tiny_vae.decode(z[:, :, :2]))
-    with pytest.raises(AssertionError, match="without context"):
+    with pytest.raises(AssertionError, match="without a margin"):
         decode_window(tiny_vae, z, 1, 2, 0)
 
 
@@ -571,7 +571,7 @@ def test_dice_depend_on_seed_and_count_alone():
     a, b = (roll(3, 17, 6, 2, 4, 0.5, 0.5) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)  # nor do they disturb anybody else's
     assert torch.equal(a.eps, b.eps) and a.eps.shape == (6, 2) and a.eps.dtype == torch.float32
-    assert (a.t, a.drop_text, a.drop_ref, a.window_start_start) == (b.t, b.drop_text, b.drop_ref, b.window_start_start)
+    assert (a.t, a.drop_text, a.drop_ref, a.window_start) == (b.t, b.drop_text, b.drop_ref, b.window_start)
 
 
 def test_different_counts_and_seeds_are_different_dice():
@@ -647,7 +647,7 @@ def test_one_dropout_switched_off_leaves_everything_else():
     """So rows of an ablation see the same noise, levels and windows."""
     for other in ({"p_text": 0.0}, {"p_ref": 0.0}, {"p_text": 1.0, "p_ref": 1.0}):
         for a, b in zip(rolls(300), rolls(300, **other)):
-            assert (a.t, a.window_start_start) == (b.t, b.window_start_start) and torch.equal(a.eps, b.eps)
+            assert (a.t, a.window_start) == (b.t, b.window_start) and torch.equal(a.eps, b.eps)
             assert b.drop_text == (a.drop_text if "p_text" not in other else bool(other["p_text"]))
             assert b.drop_ref == (a.drop_ref if "p_ref" not in other else bool(other["p_ref"]))
 

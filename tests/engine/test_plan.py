@@ -258,7 +258,8 @@ def bytes_of_a_block(n: int, s: int, autocast: bool, mask: bool = False, dim: in
     block = model.transformer_blocks[0]
     x, context = torch.randn(1, n, dim, requires_grad=True), torch.randn(1, s, dim)
     modulation, prompt = torch.randn(2, 9, dim, requires_grad=True), torch.randn(1, 2, dim, requires_grad=True)
-    token_row, rotary = torch.arange(n)[None] % 2, model.rotary(torch.rand(1, 3, n, 2))
+    token_row = torch.arange(n)[None] % 2
+    rotary = model.constants(token_row.float(), torch.rand(1, 3, n, 2)).rotary
     seen = torch.ones(1, n, dtype=torch.bool) if mask else None
     shared = [*model.parameters(), context, modulation, prompt, token_row, *rotary]  # by all blocks
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
