@@ -222,7 +222,6 @@ def test_a_row_says_what_was_asked(told, look):
 
 
 def test_summary_and_table():
-    assert judge.rate([]) != judge.rate([])  # nan
     result = {"retrieved": (0.5, 0.25, 0.75), **{key: None for key in judge.COLUMNS if key != "retrieved"}}
     result |= {f"copied {group}": (0.1, 0.0, 0.2) for group in judge.GROUPS}
     lines = judge.table({"drawn": result}).splitlines()
@@ -335,6 +334,22 @@ def test_mirrored_frames_have_mirrored_targets():
     np.testing.assert_allclose(a * sign, b, atol=1e-6)
     points, mirrored = landmarks(who, scene), landmarks(who, other)[:, [1, 0, 2, 4, 3]]
     np.testing.assert_allclose(63 - points[..., 0], mirrored[..., 0], atol=1e-3)
+
+
+def test_the_network_sees_the_motions_that_are_there_and_hardly_any_other(look):
+    """The instruments' own errors, on drawn clips: motions recognized, and motions claimed of a person who rests."""
+    recognized, claimed = {motion: [] for motion in toy.MOVES}, []
+    for k, case in enumerate(judge.cases(11, 80)):
+        seen = look.read(case["frames"])["scene"]
+        for motion in case["scene"].motions:
+            recognized[motion].append(moves(seen, motion))
+        at_rest = toy.draw_scene(np.random.default_rng((7, k)), 17, 12.0, moving=False)
+        seen = look.read(toy.render(case["identity"], at_rest, 64))["scene"]
+        claimed.append([moves(seen, motion) for motion in toy.MOVES])
+    directed = [right for motion in toy.MOVES if toy.MOVES[motion].direction for right in recognized[motion]]
+    assert np.mean(directed) >= 0.95 and np.mean(recognized["nod"] + recognized["shake"]) >= 0.9
+    assert np.mean(sum(recognized.values(), [])) >= 0.85
+    assert np.mean(claimed, 0).max() <= 0.04 and np.mean(claimed) <= 0.01
 
 
 def test_training_writes_a_network_that_reads_back(tmp_path, monkeypatch):
