@@ -11,7 +11,6 @@ prompts and pairs of motion and color of the test split.
 
     python -m toy.ablate --budget minutes                   # a few steps: does a change run at all?
     python -m toy.ablate --budget small                     # three quarters of an hour on two cores
-    python -m toy.ablate --budget medium                    # four times as many steps
     python -m toy.ablate --budget large                     # for a GPU: batches of 256
     python -m toy.ablate --rows base,reference,tass         # only these; the others can follow later
     python -m toy.ablate --reference "same clip" --share 1  # training references are frames of their own clips
@@ -25,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,11 +37,23 @@ from common.device import resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.schema import parse_json
 from common.settings import require_same
-from config import ASSETS, as_dict, read_config
+from config import ASSETS, Config, as_dict, read_config
 from evaluation.metrics import FaceReader
 from toy.cache import add_temptation, read_temptation
 from toy.eye import Eye
-from toy.judge import GROUPS, HEADINGS, LEGEND, cases, copied, make_videos, measure, read_rows, recipe_of
+from toy.judge import (
+    GROUPS,
+    HEADINGS,
+    LEGEND,
+    average,
+    cases,
+    make_videos,
+    markdown,
+    measure,
+    read_rows,
+    recipe_of,
+    write_text,
+)
 from toy.make import ON_GPU, run_command, torchrun
 from toy.world import APART, Temptation
 
@@ -90,6 +102,7 @@ FIGURES = {  # number of an evaluation -> digits in the table
     **{f"copied {group}": 2 for group in GROUPS},
 }
 PROSE = "<!-- Everything above this line is written by toy/ablate.py. -->"
+Evaluation = dict[str, float | None]  # FIGURES of one row, training seed and evaluation seed
 
 
 def changes(name: str) -> dict[str, Any]:
@@ -104,8 +117,7 @@ def needed(rows: list[str]) -> list[str]:
     return [name for name in ROWS if name in names]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One row
+# --- One row ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -118,30 +130,32 @@ class Ablation:
     temptation: Temptation = APART
 
     def cache(self) -> Path:
-        folder = read_config(HERE / "configs" / "toy-ablation.toml", self.set).data.cache
-        return Path("-".join([folder, str(self.budget.clips), *label(self.temptation)]))
+        return Path("-".join([read(self.set).data.cache, str(self.budget.clips), *label(self.temptation)]))
 
     def weights(self, name: str, seed: int) -> Path:
         return self.out / f"{name}-{seed}.safetensors"
 
-    def train_options(self, name: str, seed: int) -> list[str]:
-        """The options of train.py: budget and device first, then the user's, then the row's."""
+    def options(self, name: str, seed: int) -> list[str]:
+        """The changes of a row's configuration: budget and device first, then the user's, then the row's."""
         row = changes(name) | {"data.cache": self.cache(), "run.out": self.out / f"{name}-{seed}", "run.seed": seed}
         row["optim.steps"] = self.budget.base if name == "base" else self.budget.row
         if name != "base":
             row["model.ckpt"] = self.weights("base", seed)
         start = self.budget.change | (ON_GPU if torch.cuda.is_available() else {})
-        words = [*as_words(start), *self.set, *as_words(row)]
-        return [str(HERE / "configs" / "toy-ablation.toml"), *[f"--set={change}" for change in words]]
+        return [*as_words(start), *self.set, *as_words(row)]
 
     def refuse_overruled(self, rows: list[str]) -> None:
         """UserError for an option of the user that the ablation itself sets to another value in one of these rows."""
         own = {"run.out": "--out", "run.seed": "--training-seeds", "optim.steps": "--budget", "model.ckpt": "the base"}
         for change in self.set:
             key = change.partition("=")[0].strip()
-            setters = [f"row {name}" for name in rows if key in changes(name)]
-            if setters := [own[key]] if key in own else setters:
+            setters = [own[key]] if key in own else [f"row {name}" for name in rows if key in changes(name)]
+            if setters:
                 raise UserError(f"--set {change} would have no effect: {key} is decided by {setters[0]}")
+
+
+def read(options: list[str]) -> Config:
+    return read_config(HERE / "configs" / "toy-ablation.toml", options)
 
 
 def label(temptation: Temptation) -> list[str]:
@@ -153,37 +167,26 @@ def as_words(options: dict[str, Any]) -> list[str]:
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
 
 
-def split(options: list[str]) -> tuple[str, list[str]]:
-    """The words for train.py as read_config takes them: the config's path and the changes."""
-    return options[0], [option.removeprefix("--set=") for option in options[1:]]
-
-
-def make_cache(ablation: Ablation) -> None:
-    words = ["--count", str(ablation.budget.clips), "--out", str(ablation.cache())]
-    temptation = ablation.temptation
-    words += ["--reference", temptation.reference, "--share", str(temptation.share)]
-    run_command([*torchrun(), "-m", "toy.cache", *words])
-
-
 def train_row(name: str, seed: int, ablation: Ablation) -> None:
     """Train a row and export it, unless its weights are there. The row whose weights it shares is there."""
     if ablation.weights(name, seed).is_file():
         return
-    row, begun, train = ROWS[name], time.perf_counter(), str(HERE / "train.py")
-    options = ablation.train_options(row.shares or name, seed)
+    row, begun = ROWS[name], time.perf_counter()
+    options = ablation.options(row.shares or name, seed)
     if row.shares:  # the same weights with other defaults
-        options += [f"--set={word}" for word in as_words(row.change)]
-    else:
-        run_command([*torchrun(), train, *options])
-    run_command([train, *options, "--export", str(ablation.weights(name, seed))])
-    with whole_file(ablation.out / f"{name}-{seed}.seconds") as temporary:
-        temporary.write_text(f"{time.perf_counter() - begun:.0f} {hardware()}\n")
+        options += as_words(row.change)
+    command = [str(HERE / "train.py"), str(HERE / "configs" / "toy-ablation.toml"), *(f"--set={o}" for o in options)]
+    if not row.shares:
+        run_command([*torchrun(), *command])
+    run_command([*command, "--export", str(ablation.weights(name, seed))])
+    write_text(ablation.out / f"{name}-{seed}.seconds", f"{time.perf_counter() - begun:.0f} {hardware()}\n")
 
 
-def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, tools: dict[str, Any]) -> None:
+def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, where: tuple, instruments: tuple) -> None:
     """Measure a row, or the drawn clips, on the people of one evaluation seed: results/<row>-<seeds>.json.
 
-    Their references are independent of the prompts, whatever the training references are.
+    Their references are independent of the prompts, whatever the training references are. where: device and dtype;
+    instruments: FaceReader and Eye.
     """
     record, people = ablation.out / "results" / f"{name}-{train_seed}-{seed}.json", ablation.budget.people
     if record.is_file():
@@ -194,38 +197,25 @@ def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, tools: 
     if name == "drawn":
         videos = np.stack([clip["frames"] for clip in clips])
     else:
-        photos, seeds = [clip["reference"] for clip in clips], [seed * people + k for k in range(people)]
-        where = tools["device"], tools["dtype"]
+        photos, seeds = [clip["reference"] for clip in clips], range(seed * people, (seed + 1) * people)
         videos = make_videos(path, ASSETS / "gemma", clips, photos, seeds, recipe, *where, title=f"{name} {seed}")
-    rows = measure(videos, clips, tools["reader"], tools["eye"])
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(record) as temporary:
-        temporary.write_text(json.dumps(rows))
+    write_text(record, json.dumps(measure(videos, clips, *instruments)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Table and figure
+# --- Table and figure -------------------------------------------------------------------------------------------------
 
 
-def evaluate(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """The means of one evaluation, each over the videos that have the number."""
-    means: dict[str, float | None] = {}
-    for key in FIGURES:
-        if key.startswith("copied "):
-            means[key] = copied(rows, key.removeprefix("copied "))
-        else:
-            values = [row[key] for row in rows if row[key] is not None]
-            means[key] = float(np.mean(values)) if values else None
-    return means
-
-
-def read_results(out: Path) -> dict[str, list[dict[str, float | None]]]:
+def read_results(out: Path) -> dict[str, list[Evaluation]]:
     """Row -> its evaluations, one for each pair of seeds, in the order of TITLES."""
     files = {name: sorted((out / "results").glob(f"{name}-*-*.json")) for name in TITLES}
-    return {name: [evaluate(read_rows(path)) for path in paths] for name, paths in files.items() if paths}
+    return {name: [averages(read_rows(path)) for path in paths] for name, paths in files.items() if paths}
 
 
-def spread(evaluations: list[dict[str, float | None]], key: str) -> tuple[float, float] | None:
+def averages(rows: Rows) -> Evaluation:
+    return {key: average(rows, key) for key in FIGURES}
+
+
+def spread(evaluations: list[Evaluation], key: str) -> tuple[float, float] | None:
     """Mean and standard deviation over evaluations; the latter is nan for a single one."""
     values = [e[key] for e in evaluations if e[key] is not None]
     if not values:
@@ -233,20 +223,17 @@ def spread(evaluations: list[dict[str, float | None]], key: str) -> tuple[float,
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
-def table(results: dict[str, list[dict[str, float | None]]]) -> str:
+def table(results: dict[str, list[Evaluation]]) -> str:
     """Markdown: a line for each row, mean ± standard deviation over seeds."""
-    lines = ["| row | " + " | ".join(HEADINGS[key] for key in FIGURES) + " |", "|---|" + "---:|" * len(FIGURES)]
-    for name, evaluations in results.items():
-        cells = []
+    lines = [[TITLES[name]] for name in results]
+    for line, evaluations in zip(lines, results.values()):
         for key, digits in FIGURES.items():
-            mean, deviation = spread(evaluations, key) or (None, None)
-            text = "" if mean is None else f"{mean:.{digits}f}"
-            cells.append(text if mean is None or np.isnan(deviation) else f"{text} ± {deviation:.{digits}f}")
-        lines.append(f"| {TITLES[name]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            numbers = spread(evaluations, key) or ()
+            line.append(" ± ".join(f"{number:.{digits}f}" for number in numbers if np.isfinite(number)))
+    return markdown(f"| row | {' | '.join(HEADINGS[key] for key in FIGURES)} |", lines)
 
 
-def draw(path: Path, results: dict[str, list[dict[str, float | None]]]) -> None:
+def draw(path: Path, results: dict[str, list[Evaluation]]) -> None:
     """Identity, prompt and copying side by side: a bar for each row, a line for the spread."""
     import matplotlib
 
@@ -258,7 +245,6 @@ def draw(path: Path, results: dict[str, list[dict[str, float | None]]]) -> None:
         "prompt followed": ["direction", "background"],
         "copied from the reference": ["copied pose", "copied light", "copied background"],
     }
-    colors = ["#4c78a8", "#f58518", "#54a24b"]
     figure, axes = plt.subplots(1, len(shown), figsize=(13, 0.55 * len(results) + 1.6), sharey=True)
     at = np.arange(len(results))
     for ax, (title, keys) in zip(axes, shown.items()):
@@ -266,12 +252,10 @@ def draw(path: Path, results: dict[str, list[dict[str, float | None]]]) -> None:
         for k, key in enumerate(keys):
             pairs = [spread(evaluations, key) or (0.0, 0.0) for evaluations in results.values()]
             means, deviations = np.nan_to_num(np.array(pairs)).T
-            label = HEADINGS[key][:-2].removesuffix(" right").removesuffix(" copied")
-            place = at + (k - (len(keys) - 1) / 2) * height
-            ax.barh(place, means, 0.9 * height, xerr=deviations, color=colors[k], label=label, ecolor="#00000090")
-        ax.set_title(title)
+            style = {"color": f"C{k}", "label": key.removeprefix("copied "), "ecolor": "#00000090"}
+            ax.barh(at + (k - (len(keys) - 1) / 2) * height, means, 0.9 * height, xerr=deviations, **style)
         ax.axvline(0, color="black", linewidth=0.8)
-        ax.set_xlim(min(0, ax.get_xlim()[0]), max(1, ax.get_xlim()[1]))
+        ax.set(title=title, xlim=(min(0, ax.get_xlim()[0]), max(1, ax.get_xlim()[1])))
         if len(keys) > 1:
             ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=len(keys), frameon=False)
     axes[0].set_yticks(at, [TITLES[name] for name in results])
@@ -286,20 +270,20 @@ def hardware() -> str:
     """The devices of train.py on this machine."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return f"{len(os.sched_getaffinity(0))} cores of {cpu}, PyTorch {torch.__version__}"
+    names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())  # none on ARM
+    return f"{len(os.sched_getaffinity(0))} cores of {[*names, platform.machine()][0]}, PyTorch {torch.__version__}"
 
 
 def report(ablation: Ablation, budget: str, figure: str) -> str:
     """The page: the table, its settings, its hardware."""
-    out, steps, temptation = ablation.out, ablation.budget, ablation.temptation
-    results, config = read_results(out), read_config(*split(ablation.train_options("base", 0)))
-    records = [record.stem.split("-") for record in sorted((out / "results").glob("*.json"))]
+    out, steps, temptation, config = (
+        ablation.out,
+        ablation.budget,
+        ablation.temptation,
+        read(ablation.options("base", 0)),
+    )
+    records = [record.stem.split("-") for record in (out / "results").glob("*.json")]
     trained = {path.stem: path.read_text().strip().partition(" ") for path in sorted(out.glob("*.seconds"))}
-    seeds = {kind: len({record[k] for record in records}) for k, kind in ((1, "training"), (2, "evaluation"))}
     times = ", ".join(f"{name} {int(seconds) / 60:.0f}" for name, (seconds, _, _) in trained.items())
     where = "; ".join(sorted({place for _, _, place in trained.values()}))
     words = f"--budget {budget}" + "".join(f" --set {change}" for change in ablation.set)
@@ -313,22 +297,20 @@ def report(ablation: Ablation, budget: str, figure: str) -> str:
         f"from the base's weights, optim.batch = {config.optim.batch}, optim.lr = {config.optim.lr}, "
         f"faces.min_weight = {config.faces.min_weight}, the same seed and clips. {relation} An evaluation has "
         f"{steps.people} people who, like their prompts, are of the test split. Mean ± standard deviation over "
-        f"{seeds['training']} training and {seeds['evaluation']} evaluation seeds; chance for the nearest reference is "
-        f"1 in {steps.people}.\n\n{table(results)}\n![The same as bars]({figure})\n\n{LEGEND} All columns are "
-        f"explained in `toy/judge.py`.\n\nTrained on {where}. Minutes of training: {times}.\n\n"
+        f"{len({record[1] for record in records})} training and {len({record[2] for record in records})} evaluation "
+        f"seeds; chance for the nearest reference is 1 in {steps.people}.\n\n{table(read_results(out))}\n"
+        f"![The same as bars]({figure})\n\n{LEGEND} All columns are explained in `toy/judge.py`.\n\n"
+        f"Trained on {where}. Minutes of training: {times}.\n\n"
     )
 
 
 def write_page(path: Path, text: str) -> None:
     """Replace the part of the page above PROSE; the part below it is written by people."""
     below = path.read_text(encoding="utf-8").partition(PROSE)[2] if path.is_file() else "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(text + PROSE + below, encoding="utf-8")
+    write_text(path, text + PROSE + below)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command
+# --- Command ----------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -342,6 +324,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="folder of runs, results, table and figure (default: runs/ablation-BUDGET...)")
     parser.add_argument("--publish", action="store_true", help="also replace docs/ablation.md and assets/ablation.png")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the evaluation")
+    parser.set_defaults(dtype=None)  # for resolve_device
     options = parser.parse_args()
     options.rows = [name.strip() for name in options.rows.split(",")]
     for name in options.rows:
@@ -349,34 +332,33 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"--rows {name}: there are {', '.join(ROWS)}")
     if not (1 <= options.seeds <= 1000 and 1 <= options.training_seeds <= 1000):
         raise UserError("--seeds and --training-seeds are at least 1 and at most 1000")
-    options.dtype, options.temptation = None, read_temptation(options)
-    default = "-".join(["runs/ablation", options.budget, *label(options.temptation)])
-    options.out = Path(options.out or default)
+    options.temptation = read_temptation(options)
+    options.out = Path(options.out or "-".join(["runs/ablation", options.budget, *label(options.temptation)]))
     return options
 
 
 def main() -> None:
     options = parse_arguments()
-    device, dtype = resolve_device(options)
+    where = resolve_device(options)
     ablation = Ablation(BUDGETS[options.budget], options.out, options.set, options.temptation)
     rows, seeds = needed(options.rows), range(options.training_seeds)
     ablation.refuse_overruled(rows)
     for name in rows:  # a wrong option is an error before the work
-        read_config(*split(ablation.train_options(name, 0)))
+        read(ablation.options(name, 0))
     same_settings(ablation)
-    reader = FaceReader(ASSETS / "faces", device=device, det_size=128)
-    tools = {"device": device, "dtype": dtype, "reader": reader}
-    tools["eye"] = Eye.from_file(ASSETS / "judge.safetensors", device)
+    faces = FaceReader(ASSETS / "faces", device=where[0], det_size=128)
+    instruments = faces, Eye.from_file(ASSETS / "judge.safetensors", where[0])
     if not all(ablation.weights(name, seed).is_file() for name in rows for seed in seeds):
-        make_cache(ablation)
+        words = ["--reference", ablation.temptation.reference, "--share", str(ablation.temptation.share)]
+        words += ["--count", str(ablation.budget.clips), "--out", str(ablation.cache())]
+        run_command([*torchrun(), "-m", "toy.cache", *words])
     for train_seed in seeds:
         for name in rows:
             train_row(name, train_seed, ablation)
-            if name in options.rows:
-                for seed in range(options.seeds):
-                    judge_row(name, train_seed, seed, ablation, tools)
+            for seed in range(options.seeds if name in options.rows else 0):
+                judge_row(name, train_seed, seed, ablation, where, instruments)
     for seed in range(options.seeds):
-        judge_row("drawn", 0, seed, ablation, tools)
+        judge_row("drawn", 0, seed, ablation, where, instruments)
     pages = [(ablation.out / "ablation.md", ablation.out / "ablation.png")]
     if options.publish:
         pages.append((HERE / "docs" / "ablation.md", HERE / "assets" / "ablation.png"))
@@ -390,18 +372,13 @@ def main() -> None:
 
 def same_settings(ablation: Ablation) -> None:
     """Rows of different settings cannot be compared: UserError where the folder was begun with others."""
-    config = as_dict(read_config(HERE / "configs" / "toy-ablation.toml", ablation.set))
+    config, record = as_dict(read(ablation.set)), ablation.out / "settings.json"
     settings = {f"{section}.{key}": value for section, options in config.items() for key, value in options.items()}
     settings |= asdict(ablation.budget) | {f"toy.{key}": value for key, value in asdict(ablation.temptation).items()}
-    record = ablation.out / "settings.json"
     if record.is_file():
-        require_same(
-            parse_json(dict[str, Any], record.read_bytes(), record), settings, ablation.out, "give another --out"
-        )
-        return
-    ablation.out.mkdir(parents=True, exist_ok=True)
-    with whole_file(record) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))
+        before = parse_json(dict[str, Any], record.read_bytes(), record)
+        return require_same(before, settings, ablation.out, "give another --out")
+    write_text(record, json.dumps(settings, indent=1))
 
 
 if __name__ == "__main__":

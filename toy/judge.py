@@ -237,6 +237,14 @@ def copy_paste(rows: Rows, group: str, resamples: int = 1000) -> tuple[float, fl
     return float(copied(rows, group)), *ends.tolist()
 
 
+def average(rows: Rows, key: str) -> float | None:
+    """The mean over the videos that have the number, or `copied`."""
+    if key not in COLUMNS:
+        return float(copied(rows, key.removeprefix("copied ")))
+    values = [row[key] for row in rows if row[key] is not None]
+    return float(np.mean(values)) if values else None
+
+
 def summarize(rows: Rows) -> Summary:
     """Mean and 95 % bootstrap interval of every column, then copying by group; None where no row has a value."""
     result: Summary = {}

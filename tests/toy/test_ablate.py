@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from config import as_dict, read_config
+from config import as_dict
 from toy import ablate
 from toy.ablate import Ablation, Budget
 from toy.world import Temptation
@@ -19,7 +19,7 @@ def test_each_row_is_the_one_before_plus_one_component(tmp_path):
     ablation = Ablation(BUDGET, tmp_path, ["optim.batch=6"])
 
     def config(name):
-        return as_dict(read_config(*ablate.split(ablation.train_options(name, 0))))
+        return as_dict(ablate.read(ablation.options(name, 0)))
 
     base, reference, tass, augmentation, identity = map(config, list(ablate.ROWS)[:5])
     assert not augmentation["faces"]["pack"] and identity["faces"]["pack"].endswith("assets/faces")
