@@ -28,6 +28,7 @@ import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -39,21 +40,9 @@ from common.schema import parse_json
 from common.settings import require_same
 from config import ASSETS, Config, as_dict, read_config
 from evaluation.metrics import FaceReader
+from toy import judge
 from toy.cache import add_temptation, read_temptation
 from toy.eye import Eye
-from toy.judge import (
-    GROUPS,
-    HEADINGS,
-    LEGEND,
-    average,
-    cases,
-    make_videos,
-    markdown,
-    measure,
-    read_rows,
-    recipe_of,
-    write_text,
-)
 from toy.make import ON_GPU, run_command, torchrun
 from toy.world import APART, Temptation
 
@@ -63,21 +52,21 @@ HERE = Path(__file__).parent.parent
 @dataclass(frozen=True)
 class Row:
     title: str
-    before: str  # the row whose changes this one inherits; "" for none
     change: dict[str, Any]  # options of train.py
     shares: str = ""  # the row whose weights this one uses, where only inference differs
 
 
+TASS = {"reference.placement": "tass"}
+AUGMENTED = TASS | {"reference.augment": True}
+IDENTITY = AUGMENTED | {"faces.pack": "assets/faces"}
 ROWS = {
-    "base": Row("base: text to video", "", {"model.scratch": True, "reference.use": False, "guidance.s_ref": 0.0}),
-    "reference": Row("+ reference concatenation", "", {"reference.placement": "overlap"}),
-    "tass": Row("+ TASS-RoPE", "reference", {"reference.placement": "tass"}),
-    "augmentation": Row("+ reference augmentation", "tass", {"reference.augment": True}),
-    "identity": Row("+ identity losses", "augmentation", {"faces.pack": "assets/faces"}),
-    "guidance": Row("+ decoupled guidance", "identity", {"guidance.s_ref": 3.0}, shares="identity"),
-    "temporal": Row("TASS -> temporal", "tass", {"reference.placement": "temporal"}),
-    "fixed": Row("TASS -> fixed", "tass", {"reference.placement": "fixed"}),
-    "remote": Row("TASS -> remote", "tass", {"reference.placement": "remote"}),
+    "base": Row("base: text to video", {"model.scratch": True, "reference.use": False, "guidance.s_ref": 0.0}),
+    "reference": Row("+ reference concatenation", {"reference.placement": "overlap"}),
+    "tass": Row("+ TASS-RoPE", TASS),
+    "augmentation": Row("+ reference augmentation", AUGMENTED),
+    "identity": Row("+ identity losses", IDENTITY),
+    "guidance": Row("+ decoupled guidance", IDENTITY | {"guidance.s_ref": 3.0}, shares="identity"),
+    **{name: Row(f"TASS -> {name}", {"reference.placement": name}) for name in ("temporal", "fixed", "remote")},
 }
 TITLES = {name: row.title for name, row in ROWS.items()} | {"drawn": "drawn clips, the truth"}
 
@@ -97,18 +86,11 @@ BUDGETS = {
     "medium": Budget(3_000, 1_200, 16_000, 64),
     "large": Budget(1_800, 600, 16_000, 64, {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5}),
 }
-FIGURES = {  # number of an evaluation -> digits in the table
-    **{"similarity": 3, "retrieved": 2, "direction": 2, "motion": 2, "background": 2, "face_rate": 2, "drift": 3},
-    **{f"copied {group}": 2 for group in GROUPS},
-}
+# Number of an evaluation -> digits in the table.
+FIGURES = {"similarity": 3, "retrieved": 2, "direction": 2, "motion": 2, "background": 2, "face_rate": 2, "drift": 3}
+FIGURES |= {f"copied {group}": 2 for group in judge.GROUPS}
 PROSE = "<!-- Everything above this line is written by toy/ablate.py. -->"
 Evaluation = dict[str, float | None]  # FIGURES of one row, training seed and evaluation seed
-
-
-def changes(name: str) -> dict[str, Any]:
-    """All changes of a row, with those of the rows before it."""
-    row = ROWS[name]
-    return (changes(row.before) if row.before else {}) | row.change
 
 
 def needed(rows: list[str]) -> list[str]:
@@ -137,7 +119,7 @@ class Ablation:
 
     def options(self, name: str, seed: int) -> list[str]:
         """The changes of a row's configuration: budget and device first, then the user's, then the row's."""
-        row = changes(name) | {"data.cache": self.cache(), "run.out": self.out / f"{name}-{seed}", "run.seed": seed}
+        row = ROWS[name].change | {"data.cache": self.cache(), "run.out": self.out / f"{name}-{seed}", "run.seed": seed}
         row["optim.steps"] = self.budget.base if name == "base" else self.budget.row
         if name != "base":
             row["model.ckpt"] = self.weights("base", seed)
@@ -149,7 +131,7 @@ class Ablation:
         own = {"run.out": "--out", "run.seed": "--training-seeds", "optim.steps": "--budget", "model.ckpt": "the base"}
         for change in self.set:
             key = change.partition("=")[0].strip()
-            setters = [own[key]] if key in own else [f"row {name}" for name in rows if key in changes(name)]
+            setters = [own[key]] if key in own else [f"row {name}" for name in rows if key in ROWS[name].change]
             if setters:
                 raise UserError(f"--set {change} would have no effect: {key} is decided by {setters[0]}")
 
@@ -173,13 +155,12 @@ def train_row(name: str, seed: int, ablation: Ablation) -> None:
         return
     row, begun = ROWS[name], time.perf_counter()
     options = ablation.options(row.shares or name, seed)
-    if row.shares:  # the same weights with other defaults
-        options += as_words(row.change)
+    options += as_words(row.change) if row.shares else []  # the same weights with other defaults
     command = [str(HERE / "train.py"), str(HERE / "configs" / "toy-ablation.toml"), *(f"--set={o}" for o in options)]
     if not row.shares:
         run_command([*torchrun(), *command])
     run_command([*command, "--export", str(ablation.weights(name, seed))])
-    write_text(ablation.out / f"{name}-{seed}.seconds", f"{time.perf_counter() - begun:.0f} {hardware()}\n")
+    judge.write_text(ablation.out / f"{name}-{seed}.seconds", f"{time.perf_counter() - begun:.0f} {hardware()}\n")
 
 
 def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, where: tuple, instruments: tuple) -> None:
@@ -192,14 +173,14 @@ def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, where: 
     if record.is_file():
         return
     path = ablation.weights("base" if name == "drawn" else name, train_seed)
-    recipe = recipe_of(path)
-    clips = cases(seed, people, recipe.frames, recipe.fps, recipe.height)
+    recipe = judge.recipe_of(path)
+    clips = judge.cases(seed, people, recipe.frames, recipe.fps, recipe.height)
     if name == "drawn":
         videos = np.stack([clip["frames"] for clip in clips])
     else:
         photos, seeds = [clip["reference"] for clip in clips], range(seed * people, (seed + 1) * people)
-        videos = make_videos(path, ASSETS / "gemma", clips, photos, seeds, recipe, *where, title=f"{name} {seed}")
-    write_text(record, json.dumps(measure(videos, clips, *instruments)))
+        videos = judge.make_videos(path, ASSETS / "gemma", clips, photos, seeds, recipe, *where, title=f"{name} {seed}")
+    judge.write_text(record, json.dumps(judge.measure(videos, clips, *instruments)))
 
 
 # --- Table and figure -------------------------------------------------------------------------------------------------
@@ -207,30 +188,27 @@ def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, where: 
 
 def read_results(out: Path) -> dict[str, list[Evaluation]]:
     """Row -> its evaluations, one for each pair of seeds, in the order of TITLES."""
-    files = {name: sorted((out / "results").glob(f"{name}-*-*.json")) for name in TITLES}
-    return {name: [averages(read_rows(path)) for path in paths] for name, paths in files.items() if paths}
+    results: dict[str, list[Evaluation]] = {}
+    for name in TITLES:
+        for path in sorted((out / "results").glob(f"{name}-*-*.json")):
+            rows = judge.read_rows(path)
+            results.setdefault(name, []).append({key: judge.average(rows, key) for key in FIGURES})
+    return results
 
 
-def averages(rows: Rows) -> Evaluation:
-    return {key: average(rows, key) for key in FIGURES}
-
-
-def spread(evaluations: list[Evaluation], key: str) -> tuple[float, float] | None:
-    """Mean and standard deviation over evaluations; the latter is nan for a single one."""
+def spread(evaluations: list[Evaluation], key: str) -> list[float]:
+    """Mean and, of several evaluations, standard deviation; empty where none has the number."""
     values = [e[key] for e in evaluations if e[key] is not None]
-    if not values:
-        return None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return [number(values) for number, least in ((fmean, 1), (stdev, 2)) if len(values) >= least]
 
 
 def table(results: dict[str, list[Evaluation]]) -> str:
     """Markdown: a line for each row, mean ± standard deviation over seeds."""
-    lines = [[TITLES[name]] for name in results]
-    for line, evaluations in zip(lines, results.values()):
-        for key, digits in FIGURES.items():
-            numbers = spread(evaluations, key) or ()
-            line.append(" ± ".join(f"{number:.{digits}f}" for number in numbers if np.isfinite(number)))
-    return markdown(f"| row | {' | '.join(HEADINGS[key] for key in FIGURES)} |", lines)
+    lines = [
+        [TITLES[name], *(" ± ".join(f"{x:.{digits}f}" for x in spread(each, key)) for key, digits in FIGURES.items())]
+        for name, each in results.items()
+    ]
+    return judge.markdown(f"| row | {' | '.join(judge.HEADINGS[key] for key in FIGURES)} |", lines)
 
 
 def draw(path: Path, results: dict[str, list[Evaluation]]) -> None:
@@ -240,25 +218,14 @@ def draw(path: Path, results: dict[str, list[Evaluation]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = {
-        "own reference nearest": ["retrieved"],
-        "prompt followed": ["direction", "background"],
-        "copied from the reference": ["copied pose", "copied light", "copied background"],
-    }
-    figure, axes = plt.subplots(1, len(shown), figsize=(13, 0.55 * len(results) + 1.6), sharey=True)
-    at = np.arange(len(results))
-    for ax, (title, keys) in zip(axes, shown.items()):
-        height = 0.8 / len(keys)
-        for k, key in enumerate(keys):
-            pairs = [spread(evaluations, key) or (0.0, 0.0) for evaluations in results.values()]
-            means, deviations = np.nan_to_num(np.array(pairs)).T
-            style = {"color": f"C{k}", "label": key.removeprefix("copied "), "ecolor": "#00000090"}
-            ax.barh(at + (k - (len(keys) - 1) / 2) * height, means, 0.9 * height, xerr=deviations, **style)
+    keys = ["retrieved", "direction", "background", "copied pose", "copied light", "copied background"]
+    figure, axes = plt.subplots(1, len(keys), figsize=(15, 0.35 * len(results) + 1), sharey=True)
+    for ax, key, color in zip(axes, keys, ["C0", "C1", "C1", "C2", "C2", "C2"]):
+        means, deviations = np.array([[*spread(each, key), 0, 0][:2] for each in results.values()]).T
+        ax.barh([TITLES[name] for name in results], means, xerr=deviations, color=color, ecolor="#00000090")
         ax.axvline(0, color="black", linewidth=0.8)
-        ax.set(title=title, xlim=(min(0, ax.get_xlim()[0]), max(1, ax.get_xlim()[1])))
-        if len(keys) > 1:
-            ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=len(keys), frameon=False)
-    axes[0].set_yticks(at, [TITLES[name] for name in results])
+        ax.set_title(judge.HEADINGS[key], fontsize=10)
+        ax.set_xlim(min(0, ax.get_xlim()[0]), max(1, ax.get_xlim()[1]))
     axes[0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
@@ -276,12 +243,8 @@ def hardware() -> str:
 
 def report(ablation: Ablation, budget: str, figure: str) -> str:
     """The page: the table, its settings, its hardware."""
-    out, steps, temptation, config = (
-        ablation.out,
-        ablation.budget,
-        ablation.temptation,
-        read(ablation.options("base", 0)),
-    )
+    out, steps, temptation = ablation.out, ablation.budget, ablation.temptation
+    config = read(ablation.options("base", 0))
     records = [record.stem.split("-") for record in (out / "results").glob("*.json")]
     trained = {path.stem: path.read_text().strip().partition(" ") for path in sorted(out.glob("*.seconds"))}
     times = ", ".join(f"{name} {int(seconds) / 60:.0f}" for name, (seconds, _, _) in trained.items())
@@ -299,15 +262,9 @@ def report(ablation: Ablation, budget: str, figure: str) -> str:
         f"{steps.people} people who, like their prompts, are of the test split. Mean ± standard deviation over "
         f"{len({record[1] for record in records})} training and {len({record[2] for record in records})} evaluation "
         f"seeds; chance for the nearest reference is 1 in {steps.people}.\n\n{table(read_results(out))}\n"
-        f"![The same as bars]({figure})\n\n{LEGEND} All columns are explained in `toy/judge.py`.\n\n"
+        f"![The same as bars]({figure})\n\n{judge.LEGEND} All columns are explained in `toy/judge.py`.\n\n"
         f"Trained on {where}. Minutes of training: {times}.\n\n"
     )
-
-
-def write_page(path: Path, text: str) -> None:
-    """Replace the part of the page above PROSE; the part below it is written by people."""
-    below = path.read_text(encoding="utf-8").partition(PROSE)[2] if path.is_file() else "\n"
-    write_text(path, text + PROSE + below)
 
 
 # --- Command ----------------------------------------------------------------------------------------------------------
@@ -327,9 +284,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.set_defaults(dtype=None)  # for resolve_device
     options = parser.parse_args()
     options.rows = [name.strip() for name in options.rows.split(",")]
-    for name in options.rows:
-        if name not in ROWS:
-            raise UserError(f"--rows {name}: there are {', '.join(ROWS)}")
+    if unknown := set(options.rows) - set(ROWS):
+        raise UserError(f"--rows has {', '.join(sorted(unknown))}: it takes {', '.join(ROWS)}")
     if not (1 <= options.seeds <= 1000 and 1 <= options.training_seeds <= 1000):
         raise UserError("--seeds and --training-seeds are at least 1 and at most 1000")
     options.temptation = read_temptation(options)
@@ -364,9 +320,11 @@ def main() -> None:
         pages.append((HERE / "docs" / "ablation.md", HERE / "assets" / "ablation.png"))
     for page, figure in pages:
         draw(figure, read_results(ablation.out))
-        write_page(page, report(ablation, options.budget, os.path.relpath(figure, page.parent)))
+        below = page.read_text(encoding="utf-8").partition(PROSE)[2] if page.is_file() else "\n"
+        text = report(ablation, options.budget, os.path.relpath(figure, page.parent))
+        judge.write_text(page, text + PROSE + below)  # people write what is below
     chance = f"Chance for the nearest reference is 1 in {ablation.budget.people}."
-    print(f"{table(read_results(ablation.out))}\n{LEGEND} {chance}\n")
+    print(f"{table(read_results(ablation.out))}\n{judge.LEGEND} {chance}\n")
     print("wrote " + ", ".join(str(path) for pair in pages for path in pair))
 
 
@@ -378,7 +336,7 @@ def same_settings(ablation: Ablation) -> None:
     if record.is_file():
         before = parse_json(dict[str, Any], record.read_bytes(), record)
         return require_same(before, settings, ablation.out, "give another --out")
-    write_text(record, json.dumps(settings, indent=1))
+    judge.write_text(record, json.dumps(settings, indent=1))
 
 
 if __name__ == "__main__":

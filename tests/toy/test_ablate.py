@@ -127,7 +127,7 @@ def test_a_small_run_and_its_continuation(root, tmp_path, in_process, monkeypatc
 
     page.write_text(text + "What people wrote.\n")
     monkeypatch.setattr(ablate, "run_command", lambda *command: pytest.fail(f"again: {command}"))
-    monkeypatch.setattr(ablate, "make_videos", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(ablate.judge, "make_videos", lambda *a, **k: pytest.fail("measured again"))
     code, _, error = in_process(ablate.main, "ablate.py", *options)
     assert code == 0, error
     assert page.read_text() == text + "What people wrote.\n"
