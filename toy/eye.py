@@ -12,8 +12,9 @@ frames of the train split, degraded as a generative model degrades them, to pred
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ SCENE += [f"{what} {part}" for what in ("background", "shirt") for part in ("red
 SCENE += list(toy.BACKGROUNDS)[1:]
 CLASSES = {trait: list(TRAITS[trait]) for trait in ("hair", "style", "glasses", "beard")}
 MIRRORED = [SCENE.index(name) for name in ("yaw", "roll", "x", "light x")]  # change sign in a mirror
+LENGTHS = [len(names) for names in CLASSES.values()]
 NUMBERS = len(SCENE) + 1
 LR = 2.5e-3
 POOL = 1024  # clips of 8 frames that training draws from
@@ -45,9 +47,7 @@ class Eye(nn.Module):
     """Frames (n, 3, 64, 64) in [-1, 1] -> numbers (n, 24), scene vector and skin in their own units; logits (n, 27) of
     the classes; landmarks (n, 5, 2) from 0 to 1, an output for its training only."""
 
-    def __init__(
-        self, channels: tuple[int, ...] = (24, 48, 64, 96), points: int = 32, cells: int = 16, hidden: int = 96
-    ):
+    def __init__(self, channels: Sequence[int] = (24, 48, 64, 96), points: int = 32, cells: int = 16, hidden: int = 96):
         super().__init__()
         self.sizes = {"channels": list(channels), "points": points, "cells": cells, "hidden": hidden}
         a, b, c, d = channels
@@ -58,13 +58,11 @@ class Eye(nn.Module):
 
         self.fine = nn.Sequential(*layer(3, a, 5, 2), *layer(a, b, 3, 2), *layer(b, c, 3, 1))  # (n, c, 16, 16)
         self.maps = nn.Conv2d(c, points, 1)
-        coarse = [*layer(c, d, 3, 2), nn.Conv2d(d, cells, 1), nn.ReLU(), nn.Flatten()]  # (n, cells * 64)
-        self.coarse = nn.Sequential(*coarse)
+        self.coarse = nn.Sequential(*layer(c, d, 3, 2), nn.Conv2d(d, cells, 1), nn.ReLU(), nn.Flatten())  # to 64 cells
         self.landmarks = nn.Linear(2 * points, 10)
-        self.hidden = nn.Sequential(
-            nn.Linear(cells * 64 + 2 * points, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
-        )
-        self.head = nn.Linear(hidden, NUMBERS + sum(map(len, CLASSES.values())))
+        first, second = nn.Linear(cells * 64 + 2 * points, hidden), nn.Linear(hidden, hidden)
+        self.hidden = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+        self.head = nn.Linear(hidden, NUMBERS + sum(LENGTHS))
         self.register_buffer("mean", torch.zeros(NUMBERS))
         self.register_buffer("deviation", torch.ones(NUMBERS))
 
@@ -72,9 +70,7 @@ class Eye(nn.Module):
         fine = self.fine(frames)
         weight = self.maps(fine).flatten(2).softmax(2).unflatten(2, fine.shape[2:])  # (n, points, 16, 16)
         line = torch.linspace(-2, 2, fine.shape[3], device=frames.device)
-        points = torch.cat(
-            [(weight.sum(2) * line).sum(2), (weight.sum(3) * line).sum(2)], 1
-        )  # center of each map: x, y
+        points = torch.cat([(weight.sum(axis) * line).sum(2) for axis in (2, 3)], 1)  # x and y of each map's center
         out = self.head(self.hidden(torch.cat([self.coarse(fine), points], 1)))
         return self.mean + self.deviation * out[:, :NUMBERS], out[:, NUMBERS:], self.landmarks(points).view(-1, 5, 2)
 
@@ -84,13 +80,10 @@ class Eye(nn.Module):
         parts = []
         for chunk in np.array_split(frames, max(1, len(frames) // 256)):
             x = from_bytes(torch.from_numpy(chunk).to(self.mean.device)).permute(0, 3, 1, 2)
-            if x.shape[2:] != (SIZE, SIZE):
-                x = F.interpolate(x, (SIZE, SIZE), mode="area")
-            parts.append([part.cpu() for part in self(x)[:2]])
-        numbers, logits = (torch.cat(column) for column in zip(*parts))
+            parts.append(self(F.interpolate(x, (SIZE, SIZE), mode="area"))[:2])  # the same frames where they have SIZE
+        numbers, logits = (torch.cat(column).cpu() for column in zip(*parts))
         reading = {"scene": numbers[:, :-1].numpy(), "skin": numbers[:, -1].numpy()}
-        per_trait = logits.split([*map(len, CLASSES.values())], 1)
-        return reading | {trait: part.argmax(1).numpy() for trait, part in zip(CLASSES, per_trait)}
+        return reading | {trait: part.argmax(1).numpy() for trait, part in zip(CLASSES, logits.split(LENGTHS, 1))}
 
     @classmethod
     def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "Eye":
@@ -109,10 +102,6 @@ class Eye(nn.Module):
         write(path, entries, {"eye": json.dumps(self.sizes)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
 def targets(who: Identity, scene: toy.Scene) -> tuple[np.ndarray, np.ndarray]:
     """The network's targets for each frame: numbers (F, 24) and classes (F, 4)."""
     vector = toy.scene_vector(scene)
@@ -123,30 +112,28 @@ def targets(who: Identity, scene: toy.Scene) -> tuple[np.ndarray, np.ndarray]:
 def drawn(seed: int, split: str, frames: int = 8) -> Iterator[tuple[np.ndarray, ...]]:
     """Endless frames (F, 64, 64, 3), numbers (F, 24), classes (F, 4), landmarks (F, 5, 2): random frames of one clip,
     each time of a new person."""
-    number = 0
-    while True:
+    for number in count():
         rng = np.random.default_rng((seed, number))
         who, scene = toy.person(seed, number, split), toy.draw_scene(rng, 17, 12.0, split)
         at = rng.choice(17, frames, replace=False)
         scene = replace(scene, pose={track: values[at] for track, values in scene.pose.items()})
         yield render(who, scene, SIZE), *targets(who, scene), landmarks(who, scene, SIZE) / SIZE
-        number += 1
 
 
 def worsen(x: Tensor) -> Tensor:
     """Degrade frames (n, 3, 64, 64) as a generative model does: color shift, seams every 16 pixels, blur, noise, each
     with a random strength."""
 
-    def dice(*shape: int) -> Tensor:
+    def noise(*shape: int) -> Tensor:
         return torch.randn(len(x), *shape, device=x.device)
 
-    strength = torch.rand(3, len(x), 1, 1, 1, device=x.device)
-    x = x * (1 + 0.05 * dice(3, 1, 1)) + 0.04 * dice(3, 1, 1)
-    x = x + 0.06 * strength[0] * F.interpolate(dice(3, 4, 4), scale_factor=16)
+    seams, blur, grain = torch.rand(3, len(x), 1, 1, 1, device=x.device)
+    x = x * (1 + 0.05 * noise(3, 1, 1)) + 0.04 * noise(3, 1, 1)
+    x = x + 0.06 * seams * F.interpolate(noise(3, 4, 4), scale_factor=16)
     soft = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     softer = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-    x = torch.where(strength[1] < 0.4, x, torch.where(strength[1] < 0.75, soft, softer))
-    return (x + 0.1 * strength[2] ** 2 * dice(3, SIZE, SIZE)).clamp(-1, 1)
+    x = torch.where(blur < 0.4, x, torch.where(blur < 0.75, soft, softer))
+    return (x + 0.1 * grain**2 * noise(3, SIZE, SIZE)).clamp(-1, 1)
 
 
 def train(path: str | Path, seconds: float, seed: int, device: torch.device, batch: int = 64) -> Eye:
@@ -179,7 +166,7 @@ def train(path: str | Path, seconds: float, seed: int, device: torch.device, bat
         points = torch.where(mirror[..., None], other, points)
         numbers, logits, at_points = eye(worsen(x))
         loss = (weight * ((numbers - y) / eye.deviation).square()).mean() + 50 * (at_points - points).square().mean()
-        for trait, part in enumerate(logits.split([*map(len, CLASSES.values())], 1)):
+        for trait, part in enumerate(logits.split(LENGTHS, 1)):
             loss = loss + 0.1 * F.cross_entropy(part, labels[:, trait])
         optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 50)
         optimizer.zero_grad()

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from checkpoint import file_name, write_modules
 from common.errors import Parser, UserError, one_line_errors, whole_file
@@ -41,26 +42,28 @@ from toy.vae import CONFIG, FPS, FRAMES, SIZE
 from vae import VideoVAE
 
 HERE = Path(__file__).parent.parent
-CLIPS = 16_000  # of the cache
 DEFAULTS = {"height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "steps": 30, "s_text": 2.0, "s_ref": 3.0}
-MORE = {"model.scratch": "false", "optim.steps": 10_500, "optim.lr": 1.2e-3, "optim.warmup": 100, "run.seed": 1}
-LARGE = {"model.scratch": "false", "optim.steps": 2_620, "optim.batch": 256, "optim.lr": 2.5e-3, "run.seed": 2}
 ON_GPU = {"parallel.micro_batch": 256, "parallel.precision": "bf16", "data.workers": 4}  # a step in one piece
-IDENTITY = {  # changes of the last part to configs/tiny.toml
-    "model.scratch": "false",
-    "lora.rank": 32,
-    "faces.window": 1,
-    "faces.lambda_id": 0.5,
-    "optim.steps": 300,
-    "optim.lr": 1e-3,
-    "optim.warmup": 20,
-    "optim.ema": 0,
-    "optim.noise_tokens": 0,  # the identity losses count at low noise
+PROGRAMS = {  # as typed after `python`
+    "faces": "-m toy.faces --out {out}/faces",
+    "judge": "-m toy.judge --train {out}/judge.safetensors",
+    "text": "-m toy.text --gemma {out}/gemma --out {out}/text.safetensors",
+    "vae": "-m toy.vae --out {out}/vae.safetensors",
+    "cache": "-m toy.cache --count 16000 --ckpt {out}/start.safetensors --gemma {out}/gemma --faces {faces} "
+    "--out {out}/cache",
 }
-PARTS = ("faces", "judge", "text", "vae", "cache", "video", "more", "large", "identity")
+MERGE = "-m engine.lora --ckpt {out}/large.safetensors --lora {out}/identity.safetensors --out {out}/tiny.safetensors"
+STAGES = {  # of the DiT: changes to configs/tiny.toml
+    "video": "model.ckpt={out}/start.safetensors",
+    "more": "model.ckpt={out}/video.safetensors optim.steps=10500 optim.lr=1.2e-3 optim.warmup=100 run.seed=1",
+    "large": "model.ckpt={out}/more.safetensors optim.steps=2620 optim.batch=256 optim.lr=2.5e-3 run.seed=2",
+    "identity": "model.ckpt={out}/large.safetensors optim.steps=300 optim.lr=1e-3 optim.warmup=20 optim.ema=0 "
+    "optim.noise_tokens=0 lora.rank=32 faces.pack={out}/faces faces.window=1 faces.lambda_id=0.5",  # low noise counts
+}
+PARTS = (*PROGRAMS, *STAGES)
 
 
-def read_part(module: torch.nn.Module, path: Path) -> torch.nn.Module:
+def read_part(module: nn.Module, path: Path) -> nn.Module:
     """Load the file of toy/vae.py or toy/text.py, which holds this module alone."""
     tensors = load_file(path)
     module.load_state_dict({name: tensors[file_name(name, module.PREFIXES)] for name in module.state_dict()})
@@ -69,14 +72,14 @@ def read_part(module: torch.nn.Module, path: Path) -> torch.nn.Module:
 
 def assemble(vae: Path, text: Path, out: Path) -> None:
     """One checkpoint in the released layout: trained VAE, trained text path, random DiT."""
-    config = json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
-    config["vae"] |= CONFIG
-    config["transformer"] |= TRANSFORMER
+    ltx = json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
+    ltx["vae"] |= CONFIG
+    ltx["transformer"] |= TRANSFORMER
     torch.manual_seed(0)
-    dit = LTXVideo(config["transformer"])
-    connector = read_part(TextConnector(config["transformer"], LAYERS + 1), text)
-    modules = [dit, connector, read_part(VideoVAE(config["vae"]), vae)]
-    write_modules(out, modules, config, {"weights": "random", "defaults": DEFAULTS})
+    dit = LTXVideo(ltx["transformer"])
+    connector = read_part(TextConnector(ltx["transformer"], LAYERS + 1), text)
+    modules = [dit, connector, read_part(VideoVAE(ltx["vae"]), vae)]
+    write_modules(out, modules, ltx, {"weights": "random", "defaults": DEFAULTS})
 
 
 def torchrun() -> list[str]:
@@ -100,70 +103,47 @@ def run_command(command: list[str], begin: str = "") -> None:
 
 def commands(part: str, out: Path) -> list[list[str]]:
     """The commands of a part, each as the words after `python`."""
+    faces = out / "faces" if (out / "faces").is_dir() else ASSETS / "faces"
 
-    def stage(name: str, start: str, **changes: object) -> list[list[str]]:
-        paths = {"run.out": out / name, "model.ckpt": out / start, "model.gemma": out / "gemma"}
-        changes |= paths | {"data.cache": out / "cache"}
-        options = [str(HERE / "configs" / "tiny.toml"), *[f"--set={key}={value}" for key, value in changes.items()]]
-        options = [str(HERE / "train.py"), *options]
-        return [[*torchrun(), *options], [*options, "--export", str(out / f"{name}.safetensors")]]
+    def words(text: str) -> list[str]:
+        return [word.format(out=out, faces=faces) for word in text.split()]
 
-    match part:
-        case "faces":
-            return [["-m", "toy.faces", "--out", str(out / "faces")]]
-        case "judge":
-            return [["-m", "toy.judge", "--train", str(out / "judge.safetensors")]]
-        case "text":
-            return [["-m", "toy.text", "--gemma", str(out / "gemma"), "--out", str(out / "text.safetensors")]]
-        case "vae":
-            return [["-m", "toy.vae", "--out", str(out / "vae.safetensors")]]
-        case "cache":
-            faces = out / "faces" if (out / "faces").is_dir() else ASSETS / "faces"
-            models = ["--ckpt", str(out / "start.safetensors"), "--gemma", str(out / "gemma"), "--faces", str(faces)]
-            return [[*torchrun(), "-m", "toy.cache", "--count", str(CLIPS), *models, "--out", str(out / "cache")]]
-        case "video":
-            return stage("video", "start.safetensors")
-        case "more":
-            return stage("more", "video.safetensors", **MORE)
-        case "large":
-            return stage("large", "more.safetensors", **LARGE, **(ON_GPU if torch.cuda.is_available() else {}))
-    base, identity, merged = (str(out / f"{name}.safetensors") for name in ("large", "identity", "tiny"))
-    return [
-        *stage("identity", "large.safetensors", **IDENTITY, **{"faces.pack": out / "faces"}),
-        ["-m", "engine.lora", "--ckpt", base, "--lora", identity, "--out", merged],
-    ]
+    if part in PROGRAMS:
+        return [(torchrun() if part == "cache" else []) + words(PROGRAMS[part])]
+    changes = words(f"{STAGES[part]} run.out={{out}}/{part} model.gemma={{out}}/gemma data.cache={{out}}/cache")
+    changes += [] if part == "video" else ["model.scratch=false"]
+    if part == "large" and torch.cuda.is_available():
+        changes += [f"{key}={value}" for key, value in ON_GPU.items()]
+    train = [str(HERE / "train.py"), str(HERE / "configs" / "tiny.toml"), *(f"--set={change}" for change in changes)]
+    export = [*train, "--export", str(out / f"{part}.safetensors")]
+    return [[*torchrun(), *train], export, *([words(MERGE)] if part == "identity" else [])]
 
 
-def make(part: str, out: Path) -> None:
-    """Make a part unless it is there, and record its time."""
+def make(part: str, out: Path) -> dict[str, int]:
+    """Make a part unless it is there. Returns the seconds that each part took."""
     record = out / "seconds.json"
-    seconds = read_seconds(record) if record.is_file() else {}
-    if part in seconds:
-        return
-    begun = time.perf_counter()
-    if part == "cache":
-        assemble(out / "vae.safetensors", out / "text.safetensors", out / "start.safetensors")
-    for command in commands(part, out):
-        run_command(command, f"{part}: ")
-    seconds[part] = round(time.perf_counter() - begun)
-    with whole_file(record) as temporary:
-        temporary.write_text(json.dumps(seconds, indent=1) + "\n")
-
-
-def read_seconds(record: Path) -> dict[str, int]:
-    return parse_json(dict[str, Count], record.read_bytes(), record)
+    seconds = parse_json(dict[str, Count], record.read_bytes(), record) if record.is_file() else {}
+    if part not in seconds:
+        begun = time.perf_counter()
+        if part == "cache":
+            assemble(out / "vae.safetensors", out / "text.safetensors", out / "start.safetensors")
+        for command in commands(part, out):
+            run_command(command, f"{part}: ")
+        seconds[part] = round(time.perf_counter() - begun)
+        with whole_file(record) as temporary:
+            temporary.write_text(json.dumps(seconds, indent=1) + "\n")
+    return seconds
 
 
 def publish(out: Path, assets: Path) -> None:
     """Copy the models to assets/, where sample.py and train.py expect them."""
-    stages = [out / f"{name}.safetensors" for name in ("tiny", "large", "more", "video")]
-    last = next((path for path in stages if path.is_file()), None)
-    if last is None:
-        raise UserError(f"{stages[-1]} is not there: make the part video first")
-    shutil.copyfile(last, assets / "tiny.safetensors")
+    made = [path for name in ("tiny", "large", "more", "video") if (path := out / f"{name}.safetensors").is_file()]
+    if not made:
+        raise UserError(f"{out}/video.safetensors is not there: make the part video first")
+    shutil.copyfile(made[0], assets / "tiny.safetensors")
+    shutil.copyfile(out / "judge.safetensors", assets / "judge.safetensors")
     for name in ("faces", "gemma"):
         shutil.copytree(out / name, assets / name, dirs_exist_ok=True)
-    shutil.copyfile(out / "judge.safetensors", assets / "judge.safetensors")
 
 
 def main() -> None:
@@ -176,14 +156,13 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         raise UserError(f"--parts has {', '.join(sorted(unknown))}: it takes {', '.join(PARTS)}")
     out.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        if part in parts:
-            make(part, out)
+    for part in sorted(parts, key=PARTS.index):
+        seconds = make(part, out)
     if options.publish:
         publish(out, ASSETS)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    for part, seconds in read_seconds(out / "seconds.json").items():
-        print(f"{part:10}{seconds / 60:6.1f} min on {where}")
+    for part, duration in seconds.items():
+        print(f"{part:10}{duration / 60:6.1f} min on {where}")
 
 
 if __name__ == "__main__":
