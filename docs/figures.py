@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import argparse
 import textwrap
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -19,9 +20,17 @@ from common.errors import Parser, one_line_errors, whole_file
 from config import ASSETS
 from rope import PLACEMENTS
 
+TITLES = {
+    "tass": "TASS-RoPE (the paper's): reference at (T, H+i, W+j)\nT, H, W = {}, {}, {} latent cells",
+    "overlap": "overlap: (0, i, j)\ncollides with frame 0",
+    "temporal": "temporal: (T, i, j)\nsame place in space: copy-paste",
+    "fixed": "fixed: (100, H+i, W+j)\ngap depends on the length",
+    "remote": "remote: (T+100, H+i, W+j)\ntoo far to pass on detail",
+}
+
 
 def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None:
-    """Draw video and reference tokens in the same axes, for TASS and for the rejected placements."""
+    """Video and reference tokens in the same axes, for TASS and for the rejected placements."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,46 +39,30 @@ def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None
     def box(ax, origin: tuple[int, int, int], size: tuple[int, int, int], color: str) -> None:
         """A block of latent cells as a shaded box; matplotlib's axes are (time, width, height)."""
         (t, h, w), (dt, dh, dw) = origin, size
-        grid = torch.ones(1, 1, 1).numpy().astype(bool)
-        corner = torch.meshgrid(*(torch.tensor([0.0, 1.0]),) * 3, indexing="ij")
-        x, y, z = (start + c.numpy() * length for start, c, length in zip((t, w, h), corner, (dt, dw, dh)))
-        ax.voxels(x, y, z, grid, facecolors=color, edgecolors="#00000060", linewidth=0.6)
+        corners = np.indices((2, 2, 2))
+        x, y, z = (start + corner * length for start, corner, length in zip((t, w, h), corners, (dt, dw, dh)))
+        ax.voxels(x, y, z, np.ones((1, 1, 1), bool), facecolors=color, edgecolors="#00000060", linewidth=0.6)
 
     figure = plt.figure(figsize=(13, 6.2))
     layout = figure.add_gridspec(2, 4, width_ratios=[1.25, 1.25, 1, 1], wspace=0.12, hspace=0.22)
-    titles = {
-        "tass": "TASS-RoPE (the paper's): reference at (T, H+i, W+j)\n"
-        f"T, H, W = {frames}, {height}, {width} latent cells",
-        "overlap": "overlap: (0, i, j)\ncollides with frame 0",
-        "temporal": "temporal: (T, i, j)\nsame place in space: copy-paste",
-        "fixed": "fixed: (100, H+i, W+j)\ngap depends on the length",
-        "remote": "remote: (T+100, H+i, W+j)\ntoo far to pass on detail",
-    }
-    places = {"tass": layout[:, :2], "overlap": layout[0, 2], "temporal": layout[0, 3]}
-    places |= {"fixed": layout[1, 2], "remote": layout[1, 3]}
-    for name, place in places.items():
+    places = layout[:, :2], layout[0, 2], layout[0, 3], layout[1, 2], layout[1, 3]
+    for (name, title), place in zip(TITLES.items(), places):
         ax = figure.add_subplot(place, projection="3d", proj_type="ortho")
-        origin = PLACEMENTS[name](frames, height, width)
-        if name == "tass":
+        origin, main = PLACEMENTS[name](frames, height, width), name == "tass"
+        if main:
             for t in range(frames):
                 box(ax, (t, 0, 0), (1, height, width), "#4c78a838")
+            ax.set(xlabel="time t (latent frames)", ylabel="width j", zlabel="height i")
         else:
-            start = 1 if name == "overlap" else 0  # the two would hide each other
+            start = int(name == "overlap")  # the two would hide each other
             box(ax, (start, 0, 0), (frames - start, height, width), "#4c78a870")
         box(ax, origin, (1, height, width), "#f58518d0")
-        ax.set_xlim(0, max(frames, origin[0]) + 2)
-        ax.set_ylim(0, 2 * width)
-        ax.set_zlim(2 * height, 0)
+        ax.set(xlim=(0, max(frames, origin[0]) + 2), ylim=(0, 2 * width), zlim=(2 * height, 0))
         ax.view_init(elev=18, azim=-58)
         ax.set_box_aspect((1.5, 1.25, 1.0), zoom=1.0)
-        ax.set_title(titles[name], fontsize=12 if name == "tass" else 9)
-        if name == "tass":
-            ax.set_xlabel("time t (latent frames)")
-            ax.set_ylabel("width j")
-            ax.set_zlabel("height i")
-            ax.set_xticks([0, frames], ["0", "T"])
-        else:
-            ax.set_xticks([0, frames, origin[0]] if origin[0] > frames else [0, frames])
+        ax.set_title(title.format(frames, height, width), fontsize=12 if main else 9)
+        far = [origin[0]] if origin[0] > frames else []
+        ax.set_xticks([0, frames, *far], ["0", "T"] if main else None)
         ax.set_yticks([0, width, 2 * width], ["0", "W", "2W"])
         ax.set_zticks([0, height, 2 * height], ["0", "H", "2H"])
         ax.tick_params(labelsize=8)
@@ -82,18 +75,16 @@ def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None
 
 def draw_hero(path: str, people: int = 3, side: int = 96) -> None:
     """The first people of seed 0 of toy/judge.py as a GIF: photo, video, prompt in a row each."""
-    from common.device import resolve_device
     from toy.judge import cases, make_videos, recipe_of
 
     ckpt, clips = ASSETS / "tiny.safetensors", cases(0, people)
-    device, dtype = resolve_device(argparse.Namespace(device="cpu", dtype=None))
-    photos, recipe = [clip["reference"] for clip in clips], recipe_of(ckpt)
-    videos = make_videos(ckpt, ASSETS / "gemma", clips, photos, list(range(people)), recipe, device, dtype)
+    photos, recipe, place = [clip["reference"] for clip in clips], recipe_of(ckpt), (torch.device("cpu"), torch.float32)
+    videos = make_videos(ckpt, ASSETS / "gemma", clips, photos, range(people), recipe, *place)
     row, pages = side + 8, []
     for frame in range(videos.shape[1]):
         page = Image.new("RGB", (520, people * row - 8), "white")
         for k, clip in enumerate(clips):
-            for x, pixels in ((0, photos[k]), (side + 8, videos[k, frame])):
+            for x, pixels in ((0, photos[k]), (row, videos[k, frame])):
                 page.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (x, k * row))
             text = "\n".join(textwrap.wrap(clip["caption"], 42))
             ImageDraw.Draw(page).text((2 * row + 8, k * row + 20), text, fill="black", font_size=13)

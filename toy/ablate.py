@@ -90,7 +90,7 @@ BUDGETS = {
 FIGURES = {"similarity": 3, "retrieved": 2, "direction": 2, "motion": 2, "background": 2, "face_rate": 2, "drift": 3}
 FIGURES |= {f"copied {group}": 2 for group in judge.GROUPS}
 PROSE = "<!-- Everything above this line is written by toy/ablate.py. -->"
-Evaluation = dict[str, float | None]  # FIGURES of one row, training seed and evaluation seed
+Evaluation = dict[str, float | None]  # means of one row, training seed and evaluation seed
 
 
 def needed(rows: list[str]) -> list[str]:
@@ -191,8 +191,8 @@ def read_results(out: Path) -> dict[str, list[Evaluation]]:
     results: dict[str, list[Evaluation]] = {}
     for name in TITLES:
         for path in sorted((out / "results").glob(f"{name}-*-*.json")):
-            rows = judge.read_rows(path)
-            results.setdefault(name, []).append({key: judge.average(rows, key) for key in FIGURES})
+            means = {key: number and number[0] for key, number in judge.summarize(judge.read_rows(path)).items()}
+            results.setdefault(name, []).append(means)
     return results
 
 
@@ -281,8 +281,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="folder of runs, results, table and figure (default: runs/ablation-BUDGET...)")
     parser.add_argument("--publish", action="store_true", help="also replace docs/ablation.md and assets/ablation.png")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the evaluation")
-    parser.set_defaults(dtype=None)  # for resolve_device
-    options = parser.parse_args()
+    options = parser.parse_args(namespace=argparse.Namespace(dtype=None))  # as resolve_device needs it
     options.rows = [name.strip() for name in options.rows.split(",")]
     if unknown := set(options.rows) - set(ROWS):
         raise UserError(f"--rows has {', '.join(sorted(unknown))}: it takes {', '.join(ROWS)}")

@@ -14,16 +14,11 @@ PART = 0.5  # threshold of a motion, as a part of the renderer's least change
 EDGE = 5  # width of the border that shows the background, pixels
 
 
-def track(scene: np.ndarray, name: str) -> np.ndarray:
-    """One track of the pose (F,) in the units of world.POSE, from scene vectors (F, 23)."""
-    mean, _, _, most = toy.POSE[name]
-    return scene[:, SCENE.index(name)] * (most - mean) + mean
-
-
 def moves(scene: np.ndarray, motion: str) -> bool:
     """Whether a clip with these scene vectors (F, 23) shows the motion.
 
-    With a, b the means of the track's first two and last two frames and c the renderer's least change:
+    With a, b the means of the first two and of the last two frames of the motion's track (in the units of world.POSE)
+    and c the renderer's least change:
         "to"            sign(c) (b - a) >= PART |c|
         swing, pulse    (largest - smallest) - |b - a| >= PART |c|, of a swing PART 2 |c|; a motion that does not
                         return fails
@@ -32,13 +27,13 @@ def moves(scene: np.ndarray, motion: str) -> bool:
     smiles and open mouths, 3 of 4 frowns, and 4 of 10 raised brows (hair hides them). At most 1.3 % of the clips
     without a motion pass its test. So compare a model's share with that of drawn clips.
     """
-    move, values = toy.MOVES[motion], track(scene, toy.MOVES[motion].track)
-    least = min(move.change, key=abs)
-    change = values[-2:].mean() - values[:2].mean()
+    move = toy.MOVES[motion]
+    mean, _, _, most = toy.POSE[move.track]
+    track = scene[:, SCENE.index(move.track)] * (most - mean) + mean  # (F,)
+    least, change = min(move.change, key=abs), track[-2:].mean() - track[:2].mean()
     if move.course == "to":
         return bool(np.sign(least) * change >= PART * abs(least))
-    least = 2 * least if move.course == "swing" else least
-    return bool(np.ptp(values) - abs(change) >= PART * abs(least))
+    return bool(np.ptp(track) - abs(change) >= PART * abs(least) * (2 if move.course == "swing" else 1))
 
 
 def shares(frames: np.ndarray, corner: bool) -> dict[str, float]:
@@ -47,8 +42,7 @@ def shares(frames: np.ndarray, corner: bool) -> dict[str, float]:
     The border is the top and the upper half of the sides. corner: only the upper left, where both kinds of gradient
     begin.
     """
-    height, width = frames.shape[1:3]
-    edge = round(EDGE * height / 64)
+    (height, width), edge = frames.shape[1:3], round(EDGE * frames.shape[1] / 64)
     mask = np.zeros((height, width), bool)
     if corner:
         mask[: 2 * edge, : 2 * edge] = True

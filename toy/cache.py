@@ -2,20 +2,18 @@
 
     toy_clip(seed, 0), (seed, 1), ... ──> frames, caption, portrait ──> clips.cache.fill: VAE, Gemma, detector, ArcFace
 
-Training reads it like any other cache.
-
     python -m toy.cache --count 16000 --out cache/tiny           # for train.py with configs/tiny.toml
     python -m toy.cache --count 4000 --reference "same clip" --share 0.5 --out cache/tempting
     torchrun --nproc_per_node 8 -m toy.cache --count 16000 --out cache/tiny
 
-The command can be killed and run again: shards that are there are not made twice. Every fact that decides the clips is
-recorded in cache.json, and a cache made otherwise is refused.
+The command can be killed and run again: existing shards are kept. cache.json records every fact that decides the clips,
+and a cache made otherwise is refused.
 """
 
 import argparse
 import hashlib
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -42,40 +40,33 @@ def prepare_toy(
     gemma: str | Path,
     faces: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    workers: int = 1,
-    rank: int = 0,
-    world: int = 1,
     temptation: Temptation = APART,
 ) -> None:
-    """Make, or complete, a cache of `count` clips of the training split, in the checkpoint's own size.
-
-    Of world > 1 processes, this one makes its share of the shards. UserError if the size is no square.
-    """
-    checkpoint = open_checkpoint(ckpt)
+    """Make, or complete, a cache of `count` clips of the training split, in the checkpoint's own size: the shards of
+    this process. UserError if the size is no square."""
+    place, checkpoint = own_place(), open_checkpoint(ckpt)
     settings = PAPER | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in PAPER}
-    if settings["height"] != settings["width"]:
-        raise UserError(f"{ckpt} makes {settings['height']}x{settings['width']}, and the drawn world is square")
-    first = toy_clip(seed, 0, settings["frames"], settings["height"], settings["fps"])
+    frames, height, width, fps = (settings[key] for key in ("frames", "height", "width", "fps"))
+    if height != width:
+        raise UserError(f"{ckpt} makes {height}x{width}, and the drawn world is square")
+    first = toy_clip(seed, 0, frames, height, fps)
     digest = hashlib.sha256(first["frames"].tobytes() + first["reference"].tobytes() + first["caption"].encode())
     settings |= {"seed": seed, "manifest": "toy", "toy": count, "world": digest.hexdigest()[:16]}
     if temptation != APART:
         settings |= {"reference": temptation.reference, "share": temptation.share}
-    settings = made_with(settings, checkpoint, gemma, faces, dtype, count, SHARD_GB)
-    size = settings["frames"], settings["fps"]
-    own = [k // settings["rows_per_shard"] % world == rank for k in range(count)]
-    clips = [Clip(k + 1, Path("toy"), toy_words(seed, k, *size) if own[k] else "") for k in range(count)]
-    load = partial(load_toy, temptation=temptation)
-    fill(Path(out), clips, settings, load, ckpt, gemma, faces, device, dtype, workers, rank, world)
+    settings = made_with(settings, checkpoint, gemma, faces, torch.float32, count, SHARD_GB)
+    own = [k // settings["rows_per_shard"] % place.world == place.rank for k in range(count)]
+    clips = [Clip(k + 1, Path("toy"), toy_words(seed, k, frames, fps) if own[k] else "") for k in range(count)]
 
+    def load(clip: Clip, settings: dict[str, Any], detector: FaceDetector) -> dict[str, Any]:
+        """The fields of manifest.load_clip, drawn."""
+        drawn = toy_clip(seed, clip.line - 1, frames, height, fps, temptation=temptation)
+        portrait = Image.fromarray(drawn["reference"])
+        return {"frames": drawn["frames"], "note": ""} | with_face(portrait, detector, clip.name)
 
-def load_toy(clip: Clip, settings: dict, detector: FaceDetector, temptation: Temptation) -> dict:
-    """The fields of manifest.load_clip, drawn. Raises Rejected if the detector finds no face in the portrait."""
-    size = settings["frames"], settings["height"], settings["fps"]
-    drawn = toy_clip(settings["seed"], clip.line - 1, *size, temptation=temptation)
-    portrait = Image.fromarray(drawn["reference"])
-    return {"frames": drawn["frames"], "note": ""} | with_face(portrait, detector, clip.name)
+    models = ckpt, gemma, faces, device, torch.float32
+    fill(Path(out), clips, settings, load, *models, workers=1, rank=place.rank, world=place.world)
 
 
 def add_temptation(parser: argparse.ArgumentParser) -> None:
@@ -103,18 +94,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="other people and scenes (%(default)s)")
     add_temptation(parser)
     parser.add_argument("--device", help="default: cuda, one GPU for each process, where there is one; else cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(namespace=argparse.Namespace(dtype="float32"))
     if not 0 < options.count <= LARGEST or options.seed < 0:
         raise UserError(f"--count must be from 1 to {LARGEST:,}, and --seed at least 0")
     temptation = read_temptation(options)
-    place = own_place()
-    options.dtype = "float32"
-    options.device = options.device or (f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu")
-    device, dtype = resolve_device(options)
+    options.device = options.device or (f"cuda:{own_place().local_rank}" if torch.cuda.is_available() else "cpu")
+    device, _ = resolve_device(options)
     models = options.ckpt, options.gemma, options.faces
-    prepare_toy(
-        options.out, options.count, *models, device, dtype, options.seed, 1, place.rank, place.world, temptation
-    )
+    prepare_toy(options.out, options.count, *models, device, options.seed, temptation)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m toy.examples               # into out/examples
     python -m toy.examples --publish     # into assets/
 
-All people, prompts and pairs of motion and color are of the test split. toy/make.py makes the models.
+All people, prompts and pairs of motion and color are of the test split.
 """
 
 import argparse
@@ -27,22 +27,16 @@ PHOTO = 128  # pixels
 
 def make_clips(folder: Path) -> None:
     """The clips with their photos as a manifest for prepare.py and as cases for sample.py --batch and eval.py."""
-    lines, cases = ["video,caption,reference"], []
+    manifest, cases = "video,caption,reference\n", ""
     for k, number in enumerate(CLIPS):
         clip = toy_clip(SEED, number, FRAMES, SIZE, FPS, "test")
-        photo = Image.fromarray(render(clip["identity"], clip["reference_scene"], PHOTO)[0])
         write_video(folder / f"{k}.mp4", clip["frames"], FPS)
-        photo.save(folder / f"{k}.png", optimize=True)
-        lines.append(f'{k}.mp4,"{clip["caption"]}",{k}.png')
-        cases.append(json.dumps({"id": str(k), "reference": f"{k}.png", "prompt": clip["caption"], "seed": k}))
-    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
-    (folder / "cases.jsonl").write_text("\n".join(cases) + "\n")
-
-
-def make_face(path: Path) -> None:
-    """A portrait larger than the models see it."""
-    portrait, _ = reference(person(SEED, WHO, "test"), np.random.default_rng(WHO), 256)
-    Image.fromarray(portrait).save(path, optimize=True)
+        photo = render(clip["identity"], clip["reference_scene"], PHOTO)[0]
+        Image.fromarray(photo).save(folder / f"{k}.png", optimize=True)
+        manifest += f'{k}.mp4,"{clip["caption"]}",{k}.png\n'
+        cases += json.dumps({"id": str(k), "reference": f"{k}.png", "prompt": clip["caption"], "seed": k}) + "\n"
+    (folder / "manifest.csv").write_text(manifest)
+    (folder / "cases.jsonl").write_text(cases)
 
 
 def main() -> None:
@@ -52,7 +46,8 @@ def main() -> None:
     options = parser.parse_args()
     out = ASSETS if options.publish else Path(options.out)
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    make_face(out / "face.png")
+    portrait, _ = reference(person(SEED, WHO, "test"), np.random.default_rng(WHO), 256)  # larger than the models see it
+    Image.fromarray(portrait).save(out / "face.png", optimize=True)
     make_clips(out / "clips")
     print(f"wrote {out / 'face.png'} and {out / 'clips'}")
 

@@ -152,7 +152,7 @@ def make_videos(
     fit, videos, images = FITS[recipe.reference.fit], [], None
     for first in tqdm(range(0, len(clips), batch), title, unit="batch"):
         part = slice(first, first + batch)
-        if photos is not None:
+        if photos:
             fitted = [fit(Image.fromarray(photo), recipe.height, recipe.width) for photo in photos[part]]
             images = torch.stack([to_tensor(photo) for photo in fitted])
         context = torch.cat(contexts[part])
@@ -237,21 +237,13 @@ def copy_paste(rows: Rows, group: str, resamples: int = 1000) -> tuple[float, fl
     return float(copied(rows, group)), *ends.tolist()
 
 
-def average(rows: Rows, key: str) -> float | None:
-    """The mean over the videos that have the number, or `copied`."""
-    if key not in COLUMNS:
-        return float(copied(rows, key.removeprefix("copied ")))
-    values = [row[key] for row in rows if row[key] is not None]
-    return float(np.mean(values)) if values else None
-
-
 def summarize(rows: Rows) -> Summary:
-    """Mean and 95 % bootstrap interval of every column, then copying by group; None where no row has a value."""
+    """Mean and 95 % interval of every column, by bootstrap, and of copying by group; None where no row has a value."""
     result: Summary = {}
     for key in COLUMNS:
         values = np.array([row[key] for row in rows if row[key] is not None], float)
-        ends = bootstrap(values, [str(k) for k in range(len(values))])
-        result[key] = (float(values.mean()), *ends) if ends else None
+        ends = bootstrap(values, [str(k) for k in range(len(values))]) or (float("nan"), float("nan"))
+        result[key] = (float(values.mean()), *ends) if len(values) else None
     return result | {f"copied {group}": copy_paste(rows, group) for group in GROUPS}
 
 
