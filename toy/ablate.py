@@ -99,9 +99,6 @@ def needed(rows: list[str]) -> list[str]:
     return [name for name in ROWS if name in names]
 
 
-# --- One row ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Ablation:
     """The settings that all rows share."""
@@ -183,9 +180,6 @@ def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, where: 
     judge.write_text(record, json.dumps(judge.measure(videos, clips, *instruments)))
 
 
-# --- Table and figure -------------------------------------------------------------------------------------------------
-
-
 def read_results(out: Path) -> dict[str, list[Evaluation]]:
     """Row -> its evaluations, one for each pair of seeds, in the order of TITLES."""
     results: dict[str, list[Evaluation]] = {}
@@ -265,9 +259,6 @@ def report(ablation: Ablation, budget: str, figure: str) -> str:
         f"![The same as bars]({figure})\n\n{judge.LEGEND} All columns are explained in `toy/judge.py`.\n\n"
         f"Trained on {where}. Minutes of training: {times}.\n\n"
     )
-
-
-# --- Command ----------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:

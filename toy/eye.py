@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from checkpoint import NAMES, write
 from common.errors import UserError
 from common.media import from_bytes, to_bytes
+from evaluation.curricular import require_finite
 from toy import world as toy
 from toy.portrait import landmarks, render
 from toy.traits import TRAITS, Identity
@@ -91,9 +92,10 @@ class Eye(nn.Module):
             with safe_open(path, "pt") as file:
                 eye = cls(**json.loads((file.metadata() or {})["eye"]))
                 eye.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, strict=False)  # noqa: SIM118
-        except (SafetensorError, FileNotFoundError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{path} is no judge ({reason}): make it with python -m toy.judge --train {path}") from None
+        require_finite(eye.state_dict(), path)
         return eye.to(device).eval()
 
     def save(self, path: str | Path) -> None:

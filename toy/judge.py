@@ -204,9 +204,6 @@ def measure(videos: np.ndarray, clips: Clips, reader: FaceReader, eye: Eye, ref_
     return rows
 
 
-# --- Numbers of all videos --------------------------------------------------------------------------------------------
-
-
 def copied(rows: Rows, group: str, draws: np.ndarray | slice = slice(None)) -> np.ndarray:
     """How far one group of the scene follows the reference, a slope:
 
@@ -227,13 +224,10 @@ def copied(rows: Rows, group: str, draws: np.ndarray | slice = slice(None)) -> n
     return (np.nan_to_num(v) * r).sum((-2, -1)) / np.where(scale, scale, np.nan)  # nan: one video, drawn N times
 
 
-def with_replacement(rows: Rows, resamples: int = 1000) -> np.ndarray:
-    return np.random.default_rng(0).integers(len(rows), size=(resamples, len(rows)))
-
-
 def copy_paste(rows: Rows, group: str, resamples: int = 1000) -> tuple[float, float, float]:
     """`copied` with its 95 % interval over resampled videos."""
-    ends = np.nanpercentile(copied(rows, group, with_replacement(rows, resamples)), [2.5, 97.5])
+    draws = np.random.default_rng(0).integers(len(rows), size=(resamples, len(rows)))
+    ends = np.nanpercentile(copied(rows, group, draws), [2.5, 97.5])
     return float(copied(rows, group)), *ends.tolist()
 
 
@@ -270,7 +264,7 @@ def compare(rows: Rows, others: Rows) -> str:
     keys = [[(row["photo"], list(row["motions"])) for row in each] for each in (rows, others)]
     if keys[0] != keys[1]:
         raise UserError("--against has other people or prompts: both need the same --seed, --count and kind of video")
-    lines = []
+    lines, draws = [], np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
     for key, heading in HEADINGS.items():
         won = lost = ""
         if key in COLUMNS:
@@ -285,13 +279,9 @@ def compare(rows: Rows, others: Rows) -> str:
         else:
             group = key.removeprefix("copied ")
             means = copied(rows, group), copied(others, group)
-            slopes = [copied(each, group, with_replacement(each)) for each in (rows, others)]
-            error = np.nanstd(slopes[0] - slopes[1])
+            error = np.nanstd(copied(rows, group, draws) - copied(others, group, draws))
         lines.append([heading, *(f"{x:.3f}" for x in (*means, means[0] - means[1], error)), won, lost])
     return markdown("| | this | other | difference | standard error | won | lost |", lines)
-
-
-# --- Command ----------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -318,11 +308,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
     options = parser.parse_args()
-    for name, least in (("count", 2), ("batch", 1), ("seed", 0), ("det_size", 32)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is too small: at least {least}")
-    if not 0 < options.minutes < 1e6:
-        raise UserError(f"--minutes {options.minutes} is not a time")
+    limits = {"count": (2, 1e6), "batch": (1, 1e6), "seed": (0, 1e9), "det_size": (32, 4096), "minutes": (0, 1e6)}
+    for name, (least, most) in limits.items():
+        if not least <= (value := getattr(options, name)) <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most:g}")
     if options.rows and not options.against:
         raise UserError("--rows needs --against")
     return options
@@ -392,8 +381,7 @@ def write_cases(folder: Path, options: argparse.Namespace, recipe: Recipe) -> No
 def train(options: argparse.Namespace, device: torch.device) -> None:
     network = eye.train(options.train, 60 * options.minutes, options.seed, device)
     clean, worse = (eye.accuracy(network, options.seed + 1, 500, worsened) for worsened in (False, True))
-    lines = [[name, f"{clean[name]:.3f}", f"{worse[name]:.3f}"] for name in clean]
-    print(markdown("| test split | drawn | worsened |", lines))
+    print(markdown("| test split | drawn | worsened |", [[k, f"{clean[k]:.3f}", f"{worse[k]:.3f}"] for k in clean]))
     print(f"wrote {options.train}: R^2 of numbers, share right of {', '.join(CLASSES)}")
 
 

@@ -369,6 +369,11 @@ def test_a_file_that_is_no_network_is_said_in_one_line(root, tmp_path):
     for path in (root / "assets" / "tiny.safetensors", tmp_path / "none.safetensors"):
         with pytest.raises(UserError, match="is no judge"):
             eye.Eye.from_file(path)
+    damaged = eye.Eye()
+    damaged.head.weight.data[3, 5] = float("nan")
+    damaged.save(tmp_path / "eye.safetensors")
+    with pytest.raises(UserError, match=r"head\.weight holds values that are not finite"):
+        eye.Eye.from_file(tmp_path / "eye.safetensors")
 
 
 def test_the_command_goes_from_a_checkpoint_to_a_table(root, tmp_path, in_process, monkeypatch):
