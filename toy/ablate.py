@@ -312,7 +312,7 @@ def main() -> None:
         draw(figure, read_results(ablation.out))
         below = page.read_text(encoding="utf-8").partition(PROSE)[2] if page.is_file() else "\n"
         text = report(ablation, options.budget, os.path.relpath(figure, page.parent))
-        judge.write_text(page, text + PROSE + below)  # people write what is below
+        judge.write_text(page, text + PROSE + below)  # people write the part below
     chance = f"Chance for the nearest reference is 1 in {ablation.budget.people}."
     print(f"{table(read_results(ablation.out))}\n{judge.LEGEND} {chance}\n")
     print("wrote " + ", ".join(str(path) for pair in pages for path in pair))

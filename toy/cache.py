@@ -1,4 +1,4 @@
-"""A cache of the drawn world: what prepare.py makes of a manifest, made of clips that are drawn on the way.
+"""A cache of the drawn world, like prepare.py's of a manifest. Its clips are drawn on the way.
 
     toy_clip(seed, 0), (seed, 1), ... ──> frames, caption, portrait ──> clips.cache.fill: VAE, Gemma, detector, ArcFace
 
@@ -30,7 +30,7 @@ from face import FaceDetector
 from toy.world import APART, Temptation, toy_clip, toy_words
 
 LARGEST = 1_000_000  # clips; they take about 30 GB
-SHARD_GB = 0.1  # some hundred clips: small, so that each of many processes has a shard to make
+SHARD_GB = 0.1  # a few hundred clips: small, so that each of many processes has a shard to make
 
 
 def prepare_toy(

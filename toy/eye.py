@@ -3,7 +3,7 @@
 A model's video comes without the renderer's parameters, which `toy/judge.py` needs. This network is trained on drawn
 frames of the train split, degraded as a generative model degrades them, to predict the parameters:
 
-    frame (3, 64, 64) ──> 4 convolutions ──> 8x8 cells ──> linear, 80 ──┬─> scene  toy.scene_vector, 23 numbers
+    frame (3, 64, 64) ──> 4 convolutions ──> 8x8 cells ──> linear, 96 ──┬─> scene  toy.scene_vector, 23 numbers
                                                                         ├─> skin   0 to 1
                                                                         └─> hair, style, glasses, beard: classes
 
@@ -34,7 +34,7 @@ from toy.traits import TRAITS, Identity
 
 SIZE = 64  # side of its frames, pixels
 SCENE = [*toy.POSE, "light x", "light y", "light strength", "light warmth"]  # toy.scene_vector's order
-SCENE += [f"{what} {part}" for what in ("background", "shirt") for part in ("red", "green", "blue")]
+SCENE += [f"{of} {color}" for of in ("background", "shirt") for color in ("red", "green", "blue")]
 SCENE += list(toy.BACKGROUNDS)[1:]
 CLASSES = {trait: list(TRAITS[trait]) for trait in ("hair", "style", "glasses", "beard")}
 MIRRORED = [SCENE.index(name) for name in ("yaw", "roll", "x", "light x")]  # change sign in a mirror
@@ -112,8 +112,8 @@ def targets(who: Identity, scene: toy.Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def drawn(seed: int, split: str, frames: int = 8) -> Iterator[tuple[np.ndarray, ...]]:
-    """Endless frames (F, 64, 64, 3), numbers (F, 24), classes (F, 4), landmarks (F, 5, 2): random frames of one clip,
-    each time of a new person."""
+    """Endless clips of random frames, each of a new person: frames (F, 64, 64, 3), numbers (F, 24), classes (F, 4),
+    landmarks (F, 5, 2)."""
     for number in count():
         rng = np.random.default_rng((seed, number))
         who, scene = toy.person(seed, number, split), toy.draw_scene(rng, 17, 12.0, split)

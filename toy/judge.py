@@ -18,9 +18,9 @@ Letters: N videos, F frames each, H W their size.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +57,7 @@ Summary = dict[str, tuple[float, float, float] | None]  # mean and 95 % interval
 OWN = "with reference"  # the kind of video that is compared between runs
 # Parts of the scene vector in its order, for copying.
 SIZES = {"pose": 6, "expression": 4, "light": 4, "background": 3, "shirt": 3}
-GROUPS = {group: SCENE[end - SIZES[group] : end] for group, end in zip(SIZES, accumulate(SIZES.values()))}
+GROUPS = {group: SCENE[end - SIZES[group] : end] for group, end in zip(SIZES, itertools.accumulate(SIZES.values()))}
 LEGEND = (
     "*Copied* ↓ is the slope of the video's scene on its reference's scene: 0 is chance, since references are drawn "
     "independently of prompts; 1 is a copy. *drawn* is the truth: the clips of the same prompts as the renderer draws "
@@ -113,15 +113,15 @@ def cases(seed: int, count: int, frames: int = 17, fps: float = 12.0, size: int 
 
     At least half have a motion with a direction (turn, look, tilt, walk).
     """
-    chosen, index, others = [], 0, 0
-    while len(chosen) < count:
+    chosen, others = [], 0
+    for index in itertools.count():
         case = toy.toy_clip(seed, index, frames, size, fps, "test")
         directed = any(toy.MOVES[motion].direction for motion in case["scene"].motions)
         if directed or others < count // 2:
             others += not directed
             chosen.append(case)
-        index += 1
-    return chosen
+        if len(chosen) == count:
+            return chosen
 
 
 def recipe_of(path: str | Path, **changes: float | None) -> Recipe:

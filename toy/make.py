@@ -12,8 +12,8 @@
     engine.lora  ──> both merged ──> tiny.safetensors
 
     python -m toy.make                     # parts that are there are kept: run it again to continue
-    python -m toy.make --parts video,identity --out runs/mine
-    python -m toy.make --publish           # then replace what is committed in assets/
+    python -m toy.make --parts video,identity --out runs/other
+    python -m toy.make --publish           # then replace the models in assets/
 
 Each part is one of the repository's own commands, shown as it runs. The last lines list the minutes of each part.
 """
@@ -98,7 +98,9 @@ def run_command(command: list[str], begin: str = "") -> None:
         environment["OMP_NUM_THREADS"] = "1"
     code = subprocess.run([sys.executable, *command], env=environment).returncode
     if code:
-        raise UserError(f"{begin}the command above ended with code {code}: correct what it names and run this again")
+        raise UserError(
+            f"{begin}the command above ended with code {code}: correct the cause that it names and run this again"
+        )
 
 
 def commands(part: str, out: Path) -> list[list[str]]:
