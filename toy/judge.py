@@ -120,7 +120,7 @@ def cases(seed: int, count: int, frames: int = 17, fps: float = 12.0, size: int 
         if directed or others < count // 2:
             others += not directed
             chosen.append(case)
-        if len(chosen) == count:
+        if len(chosen) >= count:
             return chosen
 
 

@@ -98,9 +98,7 @@ def run_command(command: list[str], begin: str = "") -> None:
         environment["OMP_NUM_THREADS"] = "1"
     code = subprocess.run([sys.executable, *command], env=environment).returncode
     if code:
-        raise UserError(
-            f"{begin}the command above ended with code {code}: correct the cause that it names and run this again"
-        )
+        raise UserError(f"{begin}the command above ended with code {code}: correct the cause and run this again")
 
 
 def commands(part: str, out: Path) -> list[list[str]]:
