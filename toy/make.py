@@ -53,12 +53,12 @@ PROGRAMS = {  # as typed after `python`
     "--out {out}/cache",
 }
 MERGE = "-m engine.lora --ckpt {out}/large.safetensors --lora {out}/identity.safetensors --out {out}/tiny.safetensors"
-STAGES = {  # of the DiT: changes to configs/tiny.toml
+STAGES = {  # of the DiT, as changes to configs/tiny.toml; the identity losses count at low noise, so no noise_tokens
     "video": "model.ckpt={out}/start.safetensors",
     "more": "model.ckpt={out}/video.safetensors optim.steps=10500 optim.lr=1.2e-3 optim.warmup=100 run.seed=1",
     "large": "model.ckpt={out}/more.safetensors optim.steps=2620 optim.batch=256 optim.lr=2.5e-3 run.seed=2",
     "identity": "model.ckpt={out}/large.safetensors optim.steps=300 optim.lr=1e-3 optim.warmup=20 optim.ema=0 "
-    "optim.noise_tokens=0 lora.rank=32 faces.pack={out}/faces faces.window=1 faces.lambda_id=0.5",  # low noise counts
+    "optim.noise_tokens=0 lora.rank=32 faces.pack={out}/faces faces.window=1 faces.lambda_id=0.5",
 }
 PARTS = (*PROGRAMS, *STAGES)
 
