@@ -40,6 +40,7 @@ from common.schema import parse_json
 from common.settings import require_same
 from config import ASSETS, Config, as_dict, read_config
 from evaluation.metrics import FaceReader
+from rope import PLACEMENTS
 from toy import judge
 from toy.cache import add_temptation, read_temptation
 from toy.eye import Eye
@@ -66,7 +67,7 @@ ROWS = {
     "augmentation": Row("+ reference augmentation", AUGMENTED),
     "identity": Row("+ identity losses", IDENTITY),
     "guidance": Row("+ decoupled guidance", IDENTITY | {"guidance.s_ref": 3.0}, shares="identity"),
-    **{name: Row(f"TASS -> {name}", {"reference.placement": name}) for name in ("temporal", "fixed", "remote")},
+    **{k: Row(f"TASS -> {k}", {"reference.placement": k}) for k in PLACEMENTS if k not in ("tass", "overlap")},
 }
 TITLES = {name: row.title for name, row in ROWS.items()} | {"drawn": "drawn clips, the truth"}
 
