@@ -32,8 +32,7 @@ from toy.traits import Identity
 from toy.world import draw_scene, person, toy_clip
 
 MARGIN = 0.4  # m of ArcFace
-STEPS = {"detector": 1800, "recognizer": 900}
-PEOPLE = {"detector": 800, "recognizer": 1200}
+SIZES = {"detector": (1800, 800), "recognizer": (900, 1200)}  # steps, people
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
@@ -134,10 +133,10 @@ def train_detector(out: Path, seed: int, steps: int, people: int, device: str) -
     """Write out/det_toy.onnx. Returns the loss of each step."""
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 1))
-    drawn = tqdm(shots(seed, people, 1, 6), "detector: drawing", people, leave=False)
-    pool = [(f, np.concatenate([p, b.reshape(2, 2)])) for _, *shot in drawn for f, p, b in zip(*shot)]
+    scenes = tqdm(shots(seed, people, 1, 6), "detector: drawing", people, leave=False)
+    pool = [(f, np.concatenate([p, b.reshape(2, 2)])) for _, *shot in scenes for f, p, b in zip(*shot)]
     junk = [faceless(rng) for _ in range(len(pool) // 4 + 1)]
-    net = Detector().to(device, memory_format=torch.channels_last).train()
+    net = Detector().to(device, memory_format=torch.channels_last)
     grid = tuple(x.to(device) for x in anchor_grid())
 
     def loss(step: int) -> Tensor:
@@ -165,8 +164,8 @@ def one_sided(who: Identity) -> bool:
 def crops_of(seed: int, people: int, clips: int = 3, frames: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Aligned crops (N, 112, 112, 3) as bytes, number of the person (N,), flag "may be mirrored" (N,)."""
     crops, mirror, rng = [], [], np.random.default_rng((seed, 2))
-    drawn = tqdm(shots(seed, people, clips, frames, 0.8), "recognizer: drawing", people * clips, leave=False)
-    for who, images, points, _ in drawn:
+    scenes = tqdm(shots(seed, people, clips, frames, 0.8), "recognizer: drawing", people * clips, leave=False)
+    for who, images, points, _ in scenes:
         images = np.stack([spoil(image, rng, 0.6) for image in images])
         points = points + rng.normal(0, 0.008 * images.shape[1], points.shape).astype(np.float32)
         warps = similarity_matrix(torch.from_numpy(points)).numpy()
@@ -180,7 +179,7 @@ def train_recognizer(out: Path, seed: int, steps: int, people: int, device: str)
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 3))
     crops, labels, mirror = crops_of(seed, people)
-    net = Recognizer().to(device, memory_format=torch.channels_last).train()
+    net = Recognizer().to(device, memory_format=torch.channels_last)
     centres = nn.Parameter(torch.randn(people, WIDTH, device=device) * 0.1)
     order = rng.permutation(len(crops))
 
@@ -190,8 +189,8 @@ def train_recognizer(out: Path, seed: int, steps: int, people: int, device: str)
         if done * 64 % len(order) < 64:
             order = rng.permutation(len(crops))
         images = crops[rows]
-        turned = mirror[rows] & (rng.random(len(rows)) < 0.5)
-        images[turned] = images[turned, :, ::-1]
+        flip = mirror[rows] & (rng.random(len(rows)) < 0.5)
+        images[flip] = images[flip, :, ::-1]
         gain, more = (rng.uniform(*r, (len(rows), 1, 1, 1)).astype(np.float32) for r in ((0.85, 1.15), (-0.1, 0.1)))
         x = (_input(images, 127.5) * torch.from_numpy(gain) + torch.from_numpy(more)).clamp(-1, 1)
         e = net(x.to(device, memory_format=torch.channels_last))
@@ -242,18 +241,15 @@ def measure_recognizer(detector: FaceDetector, phi: ArcFace, seed: int = 0, peop
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/faces", help="folder of the pack (%(default)s)")
-    parser.add_argument("--only", choices=list(STEPS), help="train this one only; the other is in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, as a check that the command runs")
     options = parser.parse_args()
     out, device = Path(options.out), "cuda" if torch.cuda.is_available() else "cpu"
     out.mkdir(parents=True, exist_ok=True)
     for part, train in (("detector", train_detector), ("recognizer", train_recognizer)):
-        if options.only in (None, part):
-            start = time.perf_counter()
-            steps, people = (20, 20) if options.quick else (STEPS[part], PEOPLE[part])
-            losses = train(out, options.seed, steps, people, device)
-            print(f"{part}: {time.perf_counter() - start:.0f} s, loss {losses[0]:.3f} -> {np.mean(losses[-10:]):.3f}")
+        start, (steps, people) = time.perf_counter(), (20, 20) if options.quick else SIZES[part]
+        losses = train(out, options.seed, steps, people, device)
+        print(f"{part}: {time.perf_counter() - start:.0f} s, loss {losses[0]:.3f} -> {np.mean(losses[-10:]):.3f}")
     detector, phi = FaceDetector(out), ArcFace.from_onnx(recognition_file(out))
     people = (8, 8) if options.quick else (100, 64)
     figures = measure_detector(detector, options.seed, people[0])

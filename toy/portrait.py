@@ -172,12 +172,12 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
 
     # Eyes and brows
     size = who["eye size"]
-    opened = np.clip(1.08 + 0.15 * pose["brows"] - 1.15 * pose["closed"], 0, 1.2)
+    gape = np.clip(1.08 + 0.15 * pose["brows"] - 1.15 * pose["closed"], 0, 1.2)
 
     def lids(u: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
         hump = np.maximum(1 - u**2, 0) ** 0.6
         low = 0.15 * size * (1 - 0.4 * np.maximum(pose["smile"], 0)) * hump - side * who["eye slant"] * 0.25 * u
-        return cy + low - 0.36 * size * hump * opened, cy + low
+        return cy + low - 0.36 * size * hump * gape, cy + low
 
     for side in (-1, 1):
         cx, cy = side * head.eye[0], head.eye[1]
@@ -254,9 +254,9 @@ def _background(scene: Scene, side: int) -> np.ndarray:
 
 def render(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
     """(F, size, size, 3), bytes."""
-    side, drawn = size * SAMPLES, []
+    side, polygons = size * SAMPLES, []
     for contours, color, lit, when in _shapes(who, scene):
-        drawn.append(([_fixed(p, side) for p in contours], (*np.clip(color, 0, 255).tolist(), 255 * lit), when))
+        polygons.append(([_fixed(p, side) for p in contours], (*np.clip(color, 0, 255).tolist(), 255 * lit), when))
     behind, head = _background(scene, side), Head(who, scene)
     angle, strength, warmth = scene.light
     tint = 1 + warmth * np.array([0.07, 0.0, -0.09], np.float32)
@@ -264,7 +264,7 @@ def render(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
     frames = np.empty((len(scene), size, size, 3), np.uint8)
     for k in range(len(scene)):
         canvas = behind.copy()
-        for points, color, when in drawn:
+        for points, color, when in polygons:
             if when is None or when[k]:
                 cv2.fillPoly(canvas, [p[k] for p in points], color, cv2.LINE_8, SUBPIXEL)
         small = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)

@@ -78,14 +78,14 @@ def make_tokenizer() -> Any:
     words = [*PERSON, *(text for move in MOVES.values() for text in move.says), *chain(*BEHIND.values())]
     words += [*COLORS, *STYLES, *chain(*TEMPLATES.values())]
     letters = " ".join(chr(c) for c in range(33, 127))
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=specials, show_progress=False)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.train_from_iterator([*captions, *(word + " " for word in words), letters], trainer)
-    learned = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    return GemmaTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TOKENS, add_bos_token=True)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return GemmaTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TOKENS, add_bos_token=True)
 
 
 class Reader(nn.Module):
@@ -123,9 +123,9 @@ def train(config: dict[str, Any], steps: int, batch: int, seed: int, device: str
     generator = torch.Generator().manual_seed(seed)
 
     def loss(step: int) -> Tensor:
-        chosen = torch.randint(len(texts), (batch,), generator=generator)
-        logits, next_word = reader([texts[k] for k in chosen])
-        truth = answers[chosen].to(device)
+        picks = torch.randint(len(texts), (batch,), generator=generator)
+        logits, next_word = reader([texts[k] for k in picks])
+        truth = answers[picks].to(device)
         return sum(F.cross_entropy(part, truth[:, k]) for k, part in enumerate(logits)) + 0.2 * next_word
 
     optimizer = torch.optim.AdamW(reader.parameters(), 2e-3, (0.9, 0.98), weight_decay=0.01)
@@ -139,8 +139,8 @@ def measure(reader: Reader, count: int = 500) -> dict[str, float]:
     """Share of right answers for each fact, on sentence forms and on pairs of motion and color of the test split."""
     texts, answers = sentences(count, 1, "test")
     parts = [reader(texts[k : k + 100])[0] for k in range(0, count, 100)]
-    chosen = [torch.cat(logits).argmax(-1).cpu() for logits in zip(*parts)]  # of each fact (count,)
-    return {slot: (answers[:, k] == chosen[k]).float().mean().item() for k, slot in enumerate(SLOTS)}
+    guesses = [torch.cat(logits).argmax(-1).cpu() for logits in zip(*parts)]  # of each fact (count,)
+    return {slot: (answers[:, k] == guesses[k]).float().mean().item() for k, slot in enumerate(SLOTS)}
 
 
 def main() -> None:

@@ -23,14 +23,10 @@ HAIR = _palette(
 EYES = _palette("dark 2c1c16, brown 784620, amber c88624, green 3a8e48, blue 3274ce, gray 788696")
 RIMS = _palette("black 1e1e24, red c8282c, gold cea03c, blue 284cb0")
 CHEEK = [(0.3, 0.27), (0.46, 0.2), (0.47, 0.34), (0.63, 0.27)]
-MARKS = {  # spots on the face: x and y as parts of its width and height, radius
-    "none": (),
-    "left cheek": ((-0.56, 0.37, 0.075),),
-    "right cheek": ((0.56, 0.37, 0.075),),
-    "chin": ((0.26, 0.8, 0.075),),
-    "forehead": ((-0.3, -0.44, 0.075),),
-    "freckles": tuple((side * x, y, 0.042) for side in (-1, 1) for x, y in CHEEK),
-}
+# Spots on the face: x and y as parts of its width and height, radius
+MARKS = {"none": (), "left cheek": ((-0.56, 0.37, 0.075),), "right cheek": ((0.56, 0.37, 0.075),)}
+MARKS |= {"chin": ((0.26, 0.8, 0.075),), "forehead": ((-0.3, -0.44, 0.075),)}
+MARKS |= {"freckles": tuple((side * x, y, 0.042) for side in (-1, 1) for x, y in CHEEK)}
 HAIRLINES = {  # x and y as parts of the head's width and height, from the viewer's right to the left, or the right half
     "short": [(0.98, 0), (0.87, -0.14), (0.82, -0.44), (0.5, -0.62), (0, -0.6)],
     "fringe": [(0.98, 0.62), (0.9, 0.3), (0.84, -0.1), (0.72, -0.36), (0.36, -0.34), (0, -0.4)],

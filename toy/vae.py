@@ -56,6 +56,7 @@ FACE = 4.0  # extra weight of a pixel at an eye, the nose or the mouth
 SPREAD = 4.0  # pixels from a landmark at which the extra weight is 0.6 of FACE
 NOISE = 0.1  # in the latents of step 4, because a DiT's latents are inexact
 EVERY = 250  # steps between two pictures of decoded clips
+Function = Callable[[Tensor], Tensor]
 
 
 def face_weight(points: np.ndarray, size: int) -> np.ndarray:
@@ -86,19 +87,17 @@ def first_repeated(x: Tensor, time: int) -> Tensor:
     return torch.cat([x[:, :, :1].expand(-1, -1, time - 1, -1, -1), x], 2)
 
 
-def batched(function: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+def batched(function: Function, video: Tensor) -> Tensor:
     """`function` of all clips, in batches."""
     return torch.cat([function(from_bytes(part)) for part in video.split(20)])
 
 
-def mean_and_covariance(
-    video: Tensor, weight: Tensor, time: int, side: int, vectors: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def moments(video: Tensor, weight: Tensor, cell: tuple[int, int], vectors: Function) -> tuple[Tensor, Tensor]:
     """Weighted mean (P,) and covariance (P, P) of the `vectors` (B, f, h, w, P) of clips, one for each cell."""
     total, mean, square = 0.0, 0.0, 0.0
     for part, counts in zip(video.split(50), weight.split(50)):
         x = vectors(from_bytes(part)).flatten(0, 3)  # (n, P)
-        count = cells(counts.float(), time, side).flatten(0, 3).mean(1, keepdim=True)  # (n, 1)
+        count = cells(counts.float(), *cell).flatten(0, 3).mean(1, keepdim=True)  # (n, 1)
         total, mean, square = total + count.sum(), mean + (count * x).sum(0), square + (count * x).T @ x
     mean = mean / total
     return mean, square / total - mean[:, None] * mean
@@ -109,7 +108,7 @@ class Components:
 
     def __init__(self, video: Tensor, weight: Tensor, time: int, side: int, count: int):
         self.cells = partial(cells, time=time, side=side)
-        self.mean, covariance = mean_and_covariance(video, weight, time, side, self.cells)
+        self.mean, covariance = moments(video, weight, (time, side), self.cells)
         self.basis = torch.linalg.eigh(covariance)[1][:, -count:].flip(1)  # (P, count)
 
     def of(self, video: Tensor) -> Tensor:
@@ -140,10 +139,8 @@ def halve_time(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def keep_most(covariance: Tensor, frames: int, steps: int = 300) -> list[Tensor]:
-    """Kernels of two `compress_time_res` that lose the least of `frames` frames with this covariance.
-
-    Descent on the variance that no linear map can recover. It needs the covariance, not the clips.
-    """
+    """Kernels of two `compress_time_res` that lose the least of `frames` frames with this covariance: by descent on the
+    variance that no linear map can recover. It needs the covariance, not the clips."""
     channels = len(covariance) // frames
     everything = torch.eye(len(covariance)).to(covariance).unflatten(1, (frames, channels))
     single = covariance.unflatten(0, (frames, -1)).unflatten(2, (frames, -1)).diagonal(0, 0, 2).sum(-1)
@@ -152,12 +149,12 @@ def keep_most(covariance: Tensor, frames: int, steps: int = 300) -> list[Tensor]
     optimizer = torch.optim.Adam(kernels, 0.02)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     for _ in range(steps):
-        kept = halve_time(halve_time(everything, kernels[0]), kernels[1]).flatten(1)  # (frames * C, C)
-        inner, product = kept.T @ covariance @ kept, covariance @ kept
+        short = halve_time(halve_time(everything, kernels[0]), kernels[1]).flatten(1)  # (frames * C, C)
+        inner, product = short.T @ covariance @ short, covariance @ short
         inner = inner + 1e-4 * inner.diagonal().mean() * torch.eye(channels).to(inner)
-        lost = covariance.trace() - (torch.linalg.solve(inner, product.T) * product.T).sum()
+        loss = covariance.trace() - (torch.linalg.solve(inner, product.T) * product.T).sum()
         optimizer.zero_grad()
-        lost.backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
     return [kernel.detach() for kernel in kernels]
@@ -185,7 +182,7 @@ def set_encoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
         x = first_repeated(space(encoder.conv_in(encoder.patches(clips))), CELL[0])
         return rearrange(x, "b c (f t) h w -> b f h w (t c)", t=CELL[0])
 
-    covariance = mean_and_covariance(video, weight, *CELL, frames_of_cells)[1]
+    covariance = moments(video, weight, CELL, frames_of_cells)[1]
     with torch.enable_grad():
         kernels = keep_most(covariance, CELL[0])
     for block, kernel in zip(times, kernels):
@@ -247,14 +244,14 @@ def train_decoder(vae: VideoVAE, video: Tensor, weight: Tensor, steps: int, batc
         latents = batched(vae.encode, video)
 
     def loss(step: int) -> Tensor:
-        chosen = torch.randint(len(video), (batch,))
+        picks = torch.randint(len(video), (batch,))
         cell = 5 if step > 0.85 * steps else 3
         first = int(torch.randint(0, 2, (1,))) if cell == 3 else 0  # a window's first latent frame is one pixel frame
-        z = latents[chosen, :, first : first + cell]
+        z = latents[picks, :, first : first + cell]
         decoded = vae.decode(z + NOISE * torch.rand(1, device=z.device) * torch.randn_like(z))
         span = slice(first * 4, first * 4 + decoded.shape[2])
-        error = (decoded - from_bytes(video[chosen, :, span])).abs()
-        count = weight[chosen, :, span].float()
+        error = (decoded - from_bytes(video[picks, :, span])).abs()
+        count = weight[picks, :, span].float()
         if first:  # the decoder treats a first latent frame as one pixel frame, and here it stands for four
             error, count = error[:, :, 1:], count[:, :, 1:]
         return (error * count).mean() / count.mean()

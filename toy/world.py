@@ -263,11 +263,11 @@ def sheet(seed: int, people: int = 8, scenes: int = 8, size: int = 128) -> Image
 
 def animation(seed: int, clips: int = 8, frames: int = 49, fps: float = 24.0, size: int = 160) -> list[Image.Image]:
     """Clips in two rows, each with its caption below."""
-    shown = [toy_clip(seed, k, frames, size, fps) for k in range(clips)]
+    films = [toy_clip(seed, k, frames, size, fps) for k in range(clips)]
     columns, cell, pages = (clips + 1) // 2, size + 76, []
     for f in range(frames):
         page = Image.new("RGB", (columns * size, 2 * cell), "white")
-        for k, clip in enumerate(shown):
+        for k, clip in enumerate(films):
             x, y = k % columns * size, k // columns * cell
             page.paste(Image.fromarray(clip["frames"][f]), (x, y))
             text = "\n".join(textwrap.wrap(clip["caption"], size // 6))
