@@ -20,8 +20,7 @@ from face import CROP
 
 SIDE = 128  # of the detector's input, pixels
 ANCHORS = {8: (16, 28), 16: (48, 76), 32: (112, 160)}  # stride -> longer side of the face that each anchor is for
-WIDTH = 64  # of an embedding
-SCALE = 32.0  # s of ArcFace
+WIDTH, SCALE = 64, 32.0  # numbers in an embedding; s of ArcFace
 
 
 def save_onnx(net: nn.Module, path: Path, side: int, outputs: list[str], metadata: dict[str, str]) -> None:
@@ -50,15 +49,14 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bend: bool
     return nn.Sequential(*layers, *[nn.PReLU(outputs)] * bend)
 
 
-class Residual(nn.Module):
+class Residual(nn.Sequential):
     """Two convolutions of x, added to x."""
 
     def __init__(self, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(conv(width, width), conv(width, width, bend=False))
+        super().__init__(conv(width, width), conv(width, width, bend=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+        return x + super().forward(x)
 
 
 class Detector(nn.Module):
@@ -102,19 +100,14 @@ class ByStride(nn.Module):
         return tuple(piece for part in parts for piece in part.split(counts))
 
 
-class Recognizer(nn.Module):
+class Recognizer(nn.Sequential):
     """(B, 3, 112, 112) -> (B, 64): a small IResNet."""
 
     def __init__(self):
-        super().__init__()
         stem = [conv(3, 32, kernel=7, stride=4), Residual(32)]  # crops are enlarged small frames: no detail is lost
-        body = [conv(32, 64, stride=2), Residual(64), conv(64, 96, stride=2), Residual(96)]
-        self.body = nn.Sequential(*stem, *body, conv(96, 24, kernel=1))
-        self.last = nn.Linear(24 * (CROP // 16) ** 2, WIDTH, bias=False)
-        self.norm = nn.BatchNorm1d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.last(self.body(x).flatten(1)))
+        body = [conv(32, 64, stride=2), Residual(64), conv(64, 96, stride=2), Residual(96), conv(96, 24, kernel=1)]
+        last = nn.Linear(24 * (CROP // 16) ** 2, WIDTH, bias=False)
+        super().__init__(*stem, *body, nn.Flatten(), last, nn.BatchNorm1d(WIDTH))
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         save_onnx(self, path, CROP, ["embedding"], metadata)

@@ -147,9 +147,7 @@ def train_detector(out: Path, seed: int, steps: int, people: int, device: str) -
     return _train(net, [], loss, steps, 3e-3, out / "det_toy.onnx", metadata)
 
 
-def _train(
-    net: nn.Module, others: list[nn.Parameter], loss: Loss, steps: int, lr: float, path: Path, metadata: dict
-) -> list[float]:
+def _train(net: nn.Module, others: list, loss: Loss, steps: int, lr: float, path: Path, metadata: dict) -> list[float]:
     optimizer = torch.optim.AdamW([*net.parameters(), *others], lr, weight_decay=0.02)
     losses = list(descend(path.stem, optimizer, loss, steps, clip=5.0, cycle=False))
     net.cpu().eval().save(path, {"by": "toy/faces.py"} | {name: str(value) for name, value in metadata.items()})

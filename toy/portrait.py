@@ -224,8 +224,8 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
             yield ring, rim, 0.7, None
             arm = np.array([(x + side * r, y - 0.1), (side * w, y - 0.06), (side * w, y), (x + side * r, y - 0.03)])
             yield shape(head.turn(arm, 0.05), rim, 0.7)
-        gap = head.eye[0] - r
-        yield shape(head.turn(_band(gap * U, head.eye[1] - 0.12 + 0 * U, head.eye[1] - 0.04 + 0 * U), 0.14), rim, 0.7)
+        bridge = _band((head.eye[0] - r) * U, head.eye[1] - 0.12, head.eye[1] - 0.04)
+        yield shape(head.turn(bridge, 0.14), rim, 0.7)
 
 
 def _fixed(points: np.ndarray, side: int) -> np.ndarray:
@@ -271,8 +271,7 @@ def render(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
         # shading as on a ball about the head: brighter towards the light, darker at the edges
         (x, y), r = head.centre[k, 0] * size - 0.5, 1.3 * float(head.unit[k, 0, 0]) * size
         nx, ny = np.clip((yx[1] - x) / r, -1, 1), np.clip((yx[0] - y) / r, -1, 1)
-        away = np.minimum(nx * nx + ny * ny, 1)
-        shade = 1.04 + strength * (np.cos(angle) * nx + np.sin(angle) * ny) - 0.12 * away
+        shade = strength * (np.cos(angle) * nx + np.sin(angle) * ny) - 0.12 * np.minimum(nx * nx + ny * ny, 1) + 1.04
         lit = small[..., 3:] / 255
         frames[k] = np.clip(small[..., :3] * (1 + lit * (shade[..., None] * tint - 1)), 0, 255) + 0.5
     return frames

@@ -135,28 +135,17 @@ BEHIND = {
     "circles": DOTS,
     "stripes": LINES,
 }
-TEMPLATES = {
-    "train": (
-        "{who} {does} in front of {behind}.",
-        "{who} {does} against {behind}.",
-        "{who} {does}; behind is {behind}.",
-        "in front of {behind}, {who} {does}.",
-        "against {behind}, {who} {does}.",
-        "a portrait video of {who} who {does}, with {behind}.",
-        "the video shows how {who} {does} before {behind}.",
-        "{who} in a {shirt} shirt {does} in front of {behind}.",
-        "before {behind}, {who} wearing a {shirt} shirt {does}.",
-        "{who} {does}, and behind is {behind}.",
-        "{behind}; before it {who} {does}.",
-        "there is {who} who {does}, and {behind} behind.",
-        "a clip with {behind} and {who} who {does}.",
-    ),
-    "test": (
-        "{behind}, and in front of it {who} {does}.",
-        "a short clip: {who} {does}, behind is {behind}.",
-        "there is {behind} as {who} in a {shirt} shirt {does}.",
-    ),
+FORMS = {
+    "train": "{who} {does} in front of {behind}. | {who} {does} against {behind}. | "
+    "{who} {does}; behind is {behind}. | in front of {behind}, {who} {does}. | against {behind}, {who} {does}. | "
+    "a portrait video of {who} who {does}, with {behind}. | the video shows how {who} {does} before {behind}. | "
+    "{who} in a {shirt} shirt {does} in front of {behind}. | before {behind}, {who} wearing a {shirt} shirt {does}. | "
+    "{who} {does}, and behind is {behind}. | {behind}; before it {who} {does}. | "
+    "there is {who} who {does}, and {behind} behind. | a clip with {behind} and {who} who {does}.",
+    "test": "{behind}, and in front of it {who} {does}. | a short clip: {who} {does}, behind is {behind}. | "
+    "there is {behind} as {who} in a {shirt} shirt {does}.",
 }
+TEMPLATES = {split: tuple(text.split(" | ")) for split, text in FORMS.items()}
 
 
 def caption(scene: Scene, rng: np.random.Generator, split: str = "train") -> str:
@@ -282,8 +271,8 @@ def main() -> None:
     parser.add_argument("--gif", default="out/toy.gif", help="clips with their captions (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for path in (options.out, options.gif):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.gif).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(options.out) as temporary:
         sheet(options.seed).save(temporary)
     first, *rest = animation(options.seed)
