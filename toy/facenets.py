@@ -4,8 +4,7 @@
                                       trained by a focal loss and by distances in strides: SCRFD
     Recognizer   (B, 3, 112, 112) ──> 64 numbers, trained so that cos(theta + m) wins among many people: ArcFace
 
-The paper's identity losses (Eq. 8-10) run on files that InsightFace publishes. toy/faces.py trains these networks on
-drawn people and saves files of the same kind.
+toy/faces.py trains them on drawn people. face.py and insightface read the files like any other pack.
 """
 
 import io
@@ -21,8 +20,7 @@ from face import CROP
 
 SIDE = 128  # of the detector's input, pixels
 ANCHORS = {8: (16, 28), 16: (48, 76), 32: (112, 160)}  # stride -> longer side of the face that each anchor is for
-WIDTH = 64  # of an embedding
-SCALE = 32.0  # s of ArcFace
+WIDTH, SCALE = 64, 32.0  # numbers in an embedding; s of ArcFace
 
 
 def save_onnx(net: nn.Module, path: Path, side: int, outputs: list[str], metadata: dict[str, str]) -> None:
@@ -45,33 +43,20 @@ def save_onnx(net: nn.Module, path: Path, side: int, outputs: list[str], metadat
         onnx.save(model, str(temporary))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-
-
-class Conv(nn.Module):
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bend: bool = True) -> nn.Sequential:
     """Convolution, batch norm, PReLU."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bend: bool = True):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
-        self.bend = nn.PReLU(outputs) if bend else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x))
-        return x if self.bend is None else self.bend(x)
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
+    return nn.Sequential(*layers, *[nn.PReLU(outputs)] * bend)
 
 
-class Residual(nn.Module):
+class Residual(nn.Sequential):
     """Two convolutions of x, added to x."""
 
     def __init__(self, width: int):
-        super().__init__()
-        self.first, self.second = Conv(width, width), Conv(width, width, bend=False)
+        super().__init__(conv(width, width), conv(width, width, bend=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.first(x))
+        return x + super().forward(x)
 
 
 class Detector(nn.Module):
@@ -79,16 +64,10 @@ class Detector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        widths = 32, 44, 44
-        fine = [Conv(3, 24, kernel=7, stride=4), Conv(24, widths[0], stride=2)]
-        self.levels = nn.ModuleList(
-            [
-                nn.Sequential(*fine, Conv(widths[0], widths[0])),
-                nn.Sequential(Conv(widths[0], widths[1], stride=2), Conv(widths[1], widths[1])),
-                nn.Sequential(Conv(widths[1], widths[2], stride=2), Conv(widths[2], widths[2])),
-            ]
-        )
-        self.heads = nn.ModuleList(nn.Conv2d(width, 2 * (1 + 4 + 10), 3, 1, 1) for width in widths)
+        fine = nn.Sequential(conv(3, 24, kernel=7, stride=4), conv(24, 32, stride=2), conv(32, 32))
+        coarser = [nn.Sequential(conv(width, 44, stride=2), conv(44, 44)) for width in (32, 44)]
+        self.levels = nn.ModuleList([fine, *coarser])
+        self.heads = nn.ModuleList(nn.Conv2d(width, 2 * (1 + 4 + 10), 3, 1, 1) for width in (32, 44, 44))
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)
             nn.init.constant_(head.bias[:2], -4.0)  # a face is rare
@@ -108,8 +87,7 @@ class Detector(nn.Module):
 
 
 class ByStride(nn.Module):
-    """A detector with the nine outputs of InsightFace's: probabilities (2 cells, 1) of each stride, then boxes
-    (2 cells, 4), then landmarks (2 cells, 10)."""
+    """A detector with InsightFace's nine outputs: probabilities (2 cells, 1), boxes, landmarks, each for 3 strides."""
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -122,26 +100,17 @@ class ByStride(nn.Module):
         return tuple(piece for part in parts for piece in part.split(counts))
 
 
-class Recognizer(nn.Module):
+class Recognizer(nn.Sequential):
     """(B, 3, 112, 112) -> (B, 64): a small IResNet."""
 
     def __init__(self):
-        super().__init__()
-        stem = [Conv(3, 32, kernel=7, stride=4), Residual(32)]  # crops are enlarged small frames: no detail is lost
-        body = [Conv(32, 64, stride=2), Residual(64), Conv(64, 96, stride=2), Residual(96)]
-        self.body = nn.Sequential(*stem, *body, Conv(96, 24, kernel=1))
-        self.last = nn.Linear(24 * (CROP // 16) ** 2, WIDTH, bias=False)
-        self.norm = nn.BatchNorm1d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.last(self.body(x).flatten(1)))
+        stem = [conv(3, 32, kernel=7, stride=4), Residual(32)]  # crops are enlarged small frames: no detail is lost
+        body = [conv(32, 64, stride=2), Residual(64), conv(64, 96, stride=2), Residual(96), conv(96, 24, kernel=1)]
+        last = nn.Linear(24 * (CROP // 16) ** 2, WIDTH, bias=False)
+        super().__init__(*stem, *body, nn.Flatten(), last, nn.BatchNorm1d(WIDTH))
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         save_onnx(self, path, CROP, ["embedding"], metadata)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
 
 
 def anchor_grid() -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +118,7 @@ def anchor_grid() -> tuple[Tensor, Tensor, Tensor]:
     corners, strides, sizes = [], [], []
     for stride, pair in ANCHORS.items():
         index = torch.arange(0, SIDE, stride).float()
-        yx = torch.stack(torch.meshgrid(index, index, indexing="ij"), -1).reshape(-1, 2)
+        yx = torch.cartesian_prod(index, index)  # (cells, 2)
         corners.append(yx.flip(1).repeat_interleave(2, 0))
         strides.append(torch.full((2 * len(yx),), float(stride)))
         sizes.append(torch.tensor(pair).float().repeat(len(yx)))
@@ -159,9 +128,9 @@ def anchor_grid() -> tuple[Tensor, Tensor, Tensor]:
 def detector_loss(output: tuple[Tensor, Tensor, Tensor], box: Tensor, points: Tensor, grid: tuple) -> Tensor:
     """Focal loss of the scores, plus the errors of boxes and landmarks at positive anchors.
 
-    output: of the network. box (B, 4) and points (B, 5, 2): truth in pixels of the input, NaN without a face. An anchor
-    is positive if the face's centre is within a stride of it and the face has about its size. Anchors that nearly meet
-    both conditions are left out of the focal loss; all others are negative.
+    `box` (B, 4) and `points` (B, 5, 2) are the truth in pixels of the input, NaN without a face. An anchor is positive
+    if the face's centre is within a stride of it and the face has about its size. The focal loss leaves out anchors
+    that nearly meet both conditions.
     """
     (score, distance, kps), (corner, stride, size) = output, grid
     centre, side = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2:] - box[:, :2]).amax(1, keepdim=True)  # (B, 2), (B, 1)
@@ -169,11 +138,8 @@ def detector_loss(output: tuple[Tensor, Tensor, Tensor], box: Tensor, points: Te
     ratio = (side / size).log().abs()
     positive = (off <= 0.8) & (ratio <= 0.33)
     unclear = (off <= 1.6) & (ratio <= 0.7) & ~positive
-    p = score.sigmoid()
-    focal = (
-        F.binary_cross_entropy_with_logits(score, positive.float(), reduction="none") * (positive.float() - p).square()
-    )
-    count = positive.sum().clamp(min=1)
+    count, label = positive.sum().clamp(min=1), positive.float()
+    focal = F.binary_cross_entropy_with_logits(score, label, reduction="none") * (label - score.sigmoid()).square()
     loss = 2 * torch.where(unclear, 0, focal).sum() / count
     row, anchor = positive.nonzero(as_tuple=True)
     at, unit = corner[anchor], stride[anchor, None]
@@ -186,8 +152,7 @@ def detector_loss(output: tuple[Tensor, Tensor, Tensor], box: Tensor, points: Te
 
 
 def arc_loss(e: Tensor, centres: Tensor, label: Tensor, margin: float) -> Tensor:
-    """Additive angular margin: `margin` is added to the angle between e (B, E) and its true person's centre, a row of
-    `centres` (people, E)."""
+    """Cross-entropy of cosines to `centres` (people, E), with a margin on the angle of e (B, E) to its own centre."""
     cosine = F.normalize(e) @ F.normalize(centres).T
     true = cosine.gather(1, label[:, None]).clamp(-1 + 1e-6, 1 - 1e-6)
     harder = (true.acos() + margin).clamp(max=torch.pi).cos()

@@ -1,10 +1,9 @@
-r"""Rendering: an identity and a scene become frames, with their true landmarks and boxes.
+"""Rendering: an identity and a scene become frames, with their true landmarks and boxes.
 
-        .-~~~-.      A head is a flat outline and an ellipsoid behind its features. When it turns by yaw and pitch
-       /  _ _  \     they slide over the ellipsoid and foreshorten, while the outline only sways; roll turns it all
-      ( | o o | )    about the neck. Every shape is a polygon: NumPy places the points of a whole clip at once, OpenCV
-       \   >   /     fills them at SAMPLES times the size, and averaging makes the edges smooth.
-        '._=_.'
+A head is a flat outline and an ellipsoid behind its features. When it turns by yaw and pitch they slide over the
+ellipsoid and foreshorten, while the outline only sways; roll turns it all about the neck. Every shape is a polygon:
+NumPy places the points of a whole clip at once, OpenCV fills them at SAMPLES times the size, and averaging makes the
+edges smooth.
 
 x points to the viewer's right, y down, z to the viewer. Left and right are always the viewer's; yaw, pitch and roll are
 positive to the right, up, and clockwise. Pixel centres are at integers, as in face.py. Head coordinates have their
@@ -43,19 +42,17 @@ def _oval(x: float, y: float, a: float, b: float, power: float = 2.0, count: int
 
 def _band(x: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     """The polygon between two curves over x (P,): (..., 2P, 2)."""
-    upper, lower = _points(x, top), _points(x, bottom)
-    shape = np.broadcast_shapes(upper.shape, lower.shape)
-    return np.concatenate([np.broadcast_to(upper, shape), np.broadcast_to(lower, shape)[..., ::-1, :]], -2)
+    upper, lower = np.broadcast_arrays(_points(x, top), _points(x, bottom))
+    return np.concatenate([upper, lower[..., ::-1, :]], -2)
 
 
 class Head:
     """Places of the parts of a head in the frames of a scene. Results are (F, P, 2), in parts of the frame."""
 
     def __init__(self, who: Identity, scene: Scene):
-        self.who, self.pose = who, {k: v[:, None] for k, v in scene.pose.items()}  # (F, 1)
-        self.w, self.h = who["head width"], who["head height"]
-        for k in ("yaw", "pitch", "roll"):
-            self.pose[k] = np.deg2rad(self.pose[k])
+        self.who, self.w, self.h = who, who["head width"], who["head height"]
+        self.pose = {k: v[:, None] for k, v in scene.pose.items()}  # (F, 1)
+        self.pose |= {k: np.deg2rad(self.pose[k]) for k in ("yaw", "pitch", "roll")}
         self.unit = UNIT * self.pose["scale"][..., None]  # (F, 1, 1)
         self.centre = _points(0.5 + self.pose["x"], 0.5 + self.pose["y"])  # (F, 1, 2)
         self.eye = who["eye spacing"] * self.w, EYE * self.h
@@ -87,9 +84,9 @@ class Head:
         power = 2 / np.where(s > 0, self.who["jaw"], 2.3)
         x = (self.w + grow) * np.sign(c) * abs(c) ** power
         y = (self.h + grow) * np.sign(s) * abs(s) ** power
-        chin = np.maximum(y / self.h, 0)
-        x = x + 0.16 * chin * np.sin(self.pose["yaw"])
-        return self.roll(_points(x, y + chin * (0.07 * self.pose["open"] - 0.3 * np.sin(self.pose["pitch"]))))
+        chin, yaw, pitch = np.maximum(y / self.h, 0), self.pose["yaw"], self.pose["pitch"]
+        y = y + chin * (0.07 * self.pose["open"] - 0.3 * np.sin(pitch))
+        return self.roll(_points(x + 0.16 * chin * np.sin(yaw), y))
 
     def lips(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x (F, P), y of the line between the lips, and the gap between them."""
@@ -108,27 +105,23 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
     pose, w, h = head.pose, head.w, head.h
     tone = who["skin"] * (len(SKIN) - 1.001)
     skin = _mix(SKIN[int(tone)], SKIN[int(tone) + 1], tone % 1) + who["undertone"] * np.array([9, -3, -11])
-    shade, edge, hair = skin * 0.86, skin * 0.6, HAIR[who["hair"]]
-    around = np.linspace(0, 360, 48, endpoint=False)
+    shade, edge, hair, shirt = skin * 0.86, skin * 0.6, HAIR[who["hair"]], COLORS[scene.shirt]
 
     def shape(points: np.ndarray, color: np.ndarray | tuple, lit: float = 1.0, when: np.ndarray | None = None) -> Shape:
         return [points], np.asarray(color, float), lit, when
 
     # Shoulders, hair behind, neck
-    shirt = COLORS[scene.shirt]
     right = [(0.5, 1.2), (1.3, 1.42), (1.95, 1.72), (2.25, 2.3), (2.4, 4)]
     body = np.array(right + [(-x, y) for x, y in right[::-1]])
     yield shape(head.stand(body * [1, h / 1.2]), shirt)
-    if style:
-        for x, y, a, b in style.back:
-            oval = _oval(x * w, y * h, a * w, b * h, count=32)
-            yield shape(head.roll(oval - _points(0.16 * np.sin(pose["yaw"]), 0)[:, None, 0]), hair * 0.84)
+    for x, y, a, b in style.back if style else ():
+        oval = _oval(x * w, y * h, a * w, b * h, count=32) - _points(0.16 * np.sin(pose["yaw"]), 0)
+        yield shape(head.roll(oval), hair * 0.84)
     yield shape(head.stand(_oval(0, 1.15 * h, 0.56, 0.4)), shirt * 0.75)
     yield shape(head.stand(_oval(0, 0.8 * h, 0.46, 0.68, 4)), shade)
 
     # Ears: the far one is behind the head, the near one before the hair
-    t = np.linspace(0, 2 * np.pi, 18, endpoint=False)
-    ears = []
+    t, ears = np.linspace(0, 2 * np.pi, 18, endpoint=False), []
     for side in (-1, 1) if not style or style.end < 30 else ():  # long hair covers them
         near = side * scene.pose["yaw"] <= 0
         for size, color in ((1.16, edge), (1.0, skin), (0.55, shade)):
@@ -136,20 +129,20 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
             x = side * (w + 0.12 * who["ears"] - 0.12 * e * np.cos(t))
             z = -0.2 * who["ears"] + 0.16 * e * np.cos(t)
             points = head.turn(_points(x, 0.1 * h + 0.26 * e * np.sin(t)), z=z)
-            ears.append((points, color, near))
+            ears.append(shape(points, color, when=near))
             yield shape(points, color, when=~near)
 
+    around = np.linspace(0, 360, 48, endpoint=False)
     yield shape(head.outline(around, 0.035), edge)
     yield shape(head.outline(around), skin)
     for side in (-1, 1):
         yield shape(head.turn(_oval(side * 0.56 * w, 0.34 * h, 0.2, 0.13)), _mix(skin, (235, 90, 90), 0.16))
     for x, y, r in MARKS[who["mark"]]:
-        dark = 0.62 if who["mark"] == "freckles" else 0.32
-        yield shape(head.turn(_oval(x * w, y * h, r, r, count=12)), skin * dark)
+        spot = _oval(x * w, y * h, r, r, count=12)
+        yield shape(head.turn(spot), skin * (0.62 if who["mark"] == "freckles" else 0.32))
 
     # Beard, mouth
-    x, meet, gap = head.lips(U)
-    thick = 0.085 * who["lips"]
+    (x, meet, gap), thick = head.lips(U), 0.085 * who["lips"]
     bow = 1 - U**2 - 0.25 * np.exp(-((U / 0.2) ** 2))  # the upper lip dips in the middle
     if who["beard"] in ("full", "stubble", "goatee"):
         goatee = who["beard"] == "goatee"
@@ -168,11 +161,10 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
     yield shape(head.turn(_band(0.86 * x, meet, meet + np.minimum(0.6 * gap, 0.1))), (250, 246, 238), 0.5)
 
     # Nose
-    out = np.array([0.04, 0.2, 0.2, 0.2, 0.2, 0.04])
     n, y = who["nose width"], head.nose
-    bridge = np.array([(0.05, 0.5 * y), (0.55 * n, 0.92 * y), (n, y + 0.02), (-n, y + 0.02), (-0.55 * n, 0.92 * y)])
-    bridge = np.concatenate([bridge, [(-0.05, 0.5 * y)]])
-    yield shape(head.turn(bridge, out), skin * 0.87)
+    right = [(0.05, 0.5 * y), (0.55 * n, 0.92 * y), (n, y + 0.02)]
+    bridge = np.array(right + [(-x, y) for x, y in right[::-1]])
+    yield shape(head.turn(bridge, np.array([0.04, 0.2, 0.2, 0.2, 0.2, 0.04])), skin * 0.87)
     yield shape(head.turn(_oval(0, y + 0.02, n, 0.11), 0.16), skin * 0.72)
     yield shape(head.turn(_oval(0, y - 0.02, 0.75 * n, 0.1), 0.22), np.minimum(skin * 1.05, 255))
     for side in (-1, 1):
@@ -180,18 +172,17 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
 
     # Eyes and brows
     size = who["eye size"]
-    opened = np.clip(1.08 + 0.15 * pose["brows"] - 1.15 * pose["closed"], 0, 1.2)
+    gape = np.clip(1.08 + 0.15 * pose["brows"] - 1.15 * pose["closed"], 0, 1.2)
 
     def lids(u: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
         hump = np.maximum(1 - u**2, 0) ** 0.6
         low = 0.15 * size * (1 - 0.4 * np.maximum(pose["smile"], 0)) * hump - side * who["eye slant"] * 0.25 * u
-        return cy + low - 0.36 * size * hump * opened, cy + low
+        return cy + low - 0.36 * size * hump * gape, cy + low
 
     for side in (-1, 1):
         cx, cy = side * head.eye[0], head.eye[1]
         top, low = lids(U, side)
-        x = cx + 0.26 * size * U
-        yield shape(head.turn(_band(x, top, low)), (250, 250, 248), 0.5)
+        yield shape(head.turn(_band(cx + 0.26 * size * U, top, low)), (250, 250, 248), 0.5)
         for radius, color in ((0.17, EYES[who["eyes"]]), (0.085, (16, 12, 14))):
             iris = _oval(cx, cy, radius * size**0.5, radius * size**0.5)
             y = np.clip(iris[:, 1], *lids((iris[:, 0] - cx) / (0.26 * size), side))
@@ -207,20 +198,19 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
     # Hair in front, near ear, glasses
     if style:
         nape = 45 * (style.end > 0 and not style.bumps[0])  # the arc ends lower on the side that turns to the viewer
-        near = nape * np.maximum(_points(-np.sin(pose["yaw"]), np.sin(pose["yaw"])), 0)
+        left, right = (nape * np.maximum(sign * np.sin(pose["yaw"]), 0) for sign in (1, -1))  # (F, 1)
         part = np.linspace(0, 1, 80)
-        degrees = (style.end + near[..., 0]) * (1 - part) + (-180 - style.end - near[..., 1]) * part
+        degrees = (style.end + right) * (1 - part) + (-180 - style.end - left) * part
         up = np.maximum(-np.sin(np.deg2rad(degrees)), 0) ** 1.5
         bumps = style.bumps[0] * np.cos(style.bumps[1] * np.deg2rad(degrees + 90))
         arc = head.outline(degrees, style.side + (style.top - style.side) * up + bumps)
         line = list(HAIRLINES[who["style"]])
         if line[-1][0] == 0:
             line += [(-x, y) for x, y in line[-2::-1]]
-        knots = np.linspace(0, 1, len(line))
-        line = np.stack([np.interp(np.linspace(0, 1, 40), knots, axis) for axis in np.array(line).T], 1) * [w, h]
+        places = np.linspace(0, len(line) - 1, 40)
+        line = np.stack([np.interp(places, range(len(line)), axis) for axis in np.array(line).T], 1) * [w, h]
         yield shape(np.concatenate([arc, head.turn(line[::-1])], 1), hair)
-    for points, color, near in ears:
-        yield shape(points, color, when=near)
+    yield from ears
     if not style or style.end > 0:  # a gloss
         arc, inside = np.linspace(-150, -75, len(U)), (style.top * 0.8 if style else 0) - 0.16
         arcs = [head.outline(arc, inside), head.outline(arc[::-1], inside - 0.1 * (1 - U**2))]
@@ -234,8 +224,8 @@ def _shapes(who: Identity, scene: Scene) -> Iterator[Shape]:
             yield ring, rim, 0.7, None
             arm = np.array([(x + side * r, y - 0.1), (side * w, y - 0.06), (side * w, y), (x + side * r, y - 0.03)])
             yield shape(head.turn(arm, 0.05), rim, 0.7)
-        gap = head.eye[0] - r
-        yield shape(head.turn(_band(gap * U, head.eye[1] - 0.12 + 0 * U, head.eye[1] - 0.04 + 0 * U), 0.14), rim, 0.7)
+        bridge = _band((head.eye[0] - r) * U, head.eye[1] - 0.12, head.eye[1] - 0.04)
+        yield shape(head.turn(bridge, 0.14), rim, 0.7)
 
 
 def _fixed(points: np.ndarray, side: int) -> np.ndarray:
@@ -245,16 +235,14 @@ def _fixed(points: np.ndarray, side: int) -> np.ndarray:
 
 def _background(scene: Scene, side: int) -> np.ndarray:
     """(side, side, 4): color and light, which is 0."""
+    first, second, (place, number) = COLORS[scene.color], COLORS[scene.second], scene.layout
     canvas = np.zeros((side, side, 4), np.uint8)
-    first, second = COLORS[scene.color], COLORS[scene.second]
     canvas[..., :3] = first
-    place, number = scene.layout
     if scene.background == "gradient":
         t = np.minimum(np.linspace(0, 1.3, side), 1)[:, None, None]  # complete above the shoulders
         canvas[..., :3] = _mix(first, second, t if place < 0.5 else t.transpose(1, 0, 2))
-    count = 3 + int(number * 3)
+    count, shapes = 3 + int(number * 3), []
     grid = (np.arange(-1, count + 1) + place) / count
-    shapes = []
     if scene.background == "circles":
         shapes = [_oval(x + k % 2 * 0.5 / count, y, *[0.24 / count] * 2) for k, y in enumerate(grid) for x in grid]
     elif scene.background == "stripes":
@@ -266,10 +254,9 @@ def _background(scene: Scene, side: int) -> np.ndarray:
 
 def render(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
     """(F, size, size, 3), bytes."""
-    side = size * SAMPLES
-    drawn = []
+    side, polygons = size * SAMPLES, []
     for contours, color, lit, when in _shapes(who, scene):
-        drawn.append(([_fixed(p, side) for p in contours], (*np.clip(color, 0, 255).tolist(), 255 * lit), when))
+        polygons.append(([_fixed(p, side) for p in contours], (*np.clip(color, 0, 255).tolist(), 255 * lit), when))
     behind, head = _background(scene, side), Head(who, scene)
     angle, strength, warmth = scene.light
     tint = 1 + warmth * np.array([0.07, 0.0, -0.09], np.float32)
@@ -277,15 +264,14 @@ def render(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
     frames = np.empty((len(scene), size, size, 3), np.uint8)
     for k in range(len(scene)):
         canvas = behind.copy()
-        for points, color, when in drawn:
+        for points, color, when in polygons:
             if when is None or when[k]:
                 cv2.fillPoly(canvas, [p[k] for p in points], color, cv2.LINE_8, SUBPIXEL)
         small = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)
         # shading as on a ball about the head: brighter towards the light, darker at the edges
         (x, y), r = head.centre[k, 0] * size - 0.5, 1.3 * float(head.unit[k, 0, 0]) * size
         nx, ny = np.clip((yx[1] - x) / r, -1, 1), np.clip((yx[0] - y) / r, -1, 1)
-        away = np.minimum(nx * nx + ny * ny, 1)
-        shade = 1.04 + strength * (np.cos(angle) * nx + np.sin(angle) * ny) - 0.12 * away
+        shade = strength * (np.cos(angle) * nx + np.sin(angle) * ny) - 0.12 * np.minimum(nx * nx + ny * ny, 1) + 1.04
         lit = small[..., 3:] / 255
         frames[k] = np.clip(small[..., :3] * (1 + lit * (shade[..., None] * tint - 1)), 0, 255) + 0.5
     return frames

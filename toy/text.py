@@ -3,12 +3,11 @@
 The DiT learns to follow a caption sooner if the context already separates motions and colors. So all three parts are
 trained together to name the facts of a caption of the drawn world, and Gemma also to predict the next word:
 
-    caption ──> Gemma ──┬─> hidden states ──> projection ──> connector ──> context ──> mean ──> motions, their order,
-                        └─> next word                                       │                   colors, background
-                                                                            └──> the DiT, later
+    caption ──> Gemma ──┬─> hidden states ──> projection ──> connector ──> context ──> mean ──> motions, colors, ...
+                        └─> next word
 
-The readout behind the mean is discarded. The rest is saved in the released layout: a Gemma folder that transformers
-loads, and a checkpoint's projection and connector.
+The readout behind the mean is discarded. The rest is saved in the released layout: a Gemma folder for transformers, and
+a checkpoint's projection and connector.
 
     python -m toy.text --gemma runs/toy/gemma --out runs/toy/text.safetensors
 """
@@ -16,6 +15,7 @@ loads, and a checkpoint's projection and connector.
 import argparse
 import json
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from checkpoint import write_modules
-from common.errors import Parser, one_line_errors
+from common.errors import ROOT, Parser, one_line_errors
 from text import TextConnector, pad_features
+from toy.descend import descend
 from toy.traits import COLORS, STYLES
-from toy.world import BACKGROUNDS, BEHIND, MOVES, PERSON, TEMPLATES, caption, draw_scene
+from toy.world import BACKGROUNDS, BEHIND, MOVES, PERSON, SPLITS, TEMPLATES, caption, draw_scene
 
 HIDDEN, LAYERS, TOKENS = 64, 4, 48  # Gemma's width and depth; the longest caption has about 40 tokens
-TRANSFORMER = {  # of the tiny checkpoint: its differences from configs/ltx-2.3.json
-    "num_attention_heads": 6,
-    "attention_head_dim": 32,
-    "num_layers": 7,
-    "in_channels": 128,
-    "out_channels": 128,
-    "cross_attention_dim": 192,
-    "caption_channels": HIDDEN,
-    "positional_embedding_max_pos": [4, 128, 128],  # seconds, pixels, pixels: twice the default video and a margin
-    "connector_num_attention_heads": 6,
-    "connector_attention_head_dim": 32,
-    "connector_num_layers": 1,
-    "connector_positional_embedding_max_pos": [64],
-    "connector_num_learnable_registers": 16,
-}
+# Differences of the tiny checkpoint from configs/ltx-2.3.json
+TRANSFORMER = {"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 7}
+TRANSFORMER |= {"in_channels": 128, "out_channels": 128, "cross_attention_dim": 192, "caption_channels": HIDDEN}
+# The largest positions in seconds, pixels, pixels: twice the default video and a margin
+TRANSFORMER |= {"positional_embedding_max_pos": [4, 128, 128], "connector_positional_embedding_max_pos": [64]}
+TRANSFORMER |= {"connector_num_attention_heads": 6, "connector_attention_head_dim": 32, "connector_num_layers": 1}
+TRANSFORMER |= {"connector_num_learnable_registers": 16}
+GEMMA = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": LAYERS}
+GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
+GEMMA |= {"max_position_embeddings": TOKENS, "sliding_window": 32}
+GEMMA |= {"layer_types": [*["sliding_attention"] * 3, "full_attention"]}
 JOINED = ("", "and", "then")
 SLOTS = {  # facts of a caption -> number of possible answers
     "first": len(MOVES),
@@ -62,20 +58,14 @@ def sentences(count: int, seed: int, split: str = "train") -> tuple[list[str], T
     """Captions and their facts, in the order of SLOTS: (count, 6)."""
     texts, answers = [], []
     for k in range(count):
-        rng = np.random.default_rng((seed, ("train", "test").index(split), k))
+        rng = np.random.default_rng((seed, SPLITS.index(split), k))
         scene = draw_scene(rng, 2, split=split)
         texts.append(caption(scene, rng, split))
         moves = [list(MOVES).index(motion) for motion in scene.motions] + [len(MOVES)]
-        plain = scene.background == "plain"
-        answers.append(
-            [
-                *moves[:2],
-                JOINED.index(scene.joined),
-                list(COLORS).index(scene.color),
-                len(COLORS) if plain else list(COLORS).index(scene.second),
-                list(BACKGROUNDS).index(scene.background),
-            ]
-        )
+        color, other = (list(COLORS).index(name) for name in (scene.color, scene.second))
+        other = len(COLORS) if scene.background == "plain" else other
+        background = list(BACKGROUNDS).index(scene.background)
+        answers.append([*moves[:2], JOINED.index(scene.joined), color, other, background])
     return texts, torch.tensor(answers)
 
 
@@ -84,54 +74,29 @@ def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import GemmaTokenizer
 
-    people = [caption(draw_scene(np.random.default_rng(k), 2), np.random.default_rng(k)) for k in range(3000)]
-    says = [text for move in MOVES.values() for text in move.says]
-    words = [
-        *PERSON,
-        *says,
-        *(t for kind in BEHIND.values() for t in kind),
-        *COLORS,
-        *STYLES,
-        *sum(TEMPLATES.values(), ()),
-    ]
+    captions = [caption(draw_scene(np.random.default_rng(k), 2), np.random.default_rng(k)) for k in range(3000)]
+    words = [*PERSON, *(text for move in MOVES.values() for text in move.says), *chain(*BEHIND.values())]
+    words += [*COLORS, *STYLES, *chain(*TEMPLATES.values())]
     letters = " ".join(chr(c) for c in range(33, 127))
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], show_progress=False
-    )
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=specials, show_progress=False)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.train_from_iterator([*people, *(word + " " for word in words), letters], trainer)
-    learned = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    return GemmaTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TOKENS, add_bos_token=True)
-
-
-def make_gemma(vocabulary: int) -> nn.Module:
-    from transformers import Gemma3TextConfig, Gemma3TextModel
-
-    config = Gemma3TextConfig(
-        vocab_size=vocabulary,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=32,
-        query_pre_attn_scalar=16,
-        max_position_embeddings=TOKENS,
-        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
-    )
-    return Gemma3TextModel(config)
+    tokenizer.train_from_iterator([*captions, *(word + " " for word in words), letters], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return GemmaTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TOKENS, add_bos_token=True)
 
 
 class Reader(nn.Module):
     """Gemma, connector, and the readout that is discarded."""
 
     def __init__(self, tokenizer: Any, config: dict[str, Any]):
+        from transformers import Gemma3TextConfig, Gemma3TextModel
+
         super().__init__()
         self.tokenizer = tokenizer
-        self.gemma = make_gemma(len(tokenizer))
+        self.gemma = Gemma3TextModel(Gemma3TextConfig(vocab_size=len(tokenizer), **GEMMA))
         self.connector = TextConnector(config, LAYERS + 1)
         nn.init.normal_(self.connector.connector.learnable_registers, std=0.5)
         self.readout = nn.Linear(self.connector.connector.dim, sum(SLOTS.values()))
@@ -142,8 +107,7 @@ class Reader(nn.Module):
         batch = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(device)
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         out = self.gemma(input_ids=ids, attention_mask=batch["attention_mask"], output_hidden_states=True)
-        hidden = torch.stack(out.hidden_states, -1)  # (B, S, hidden, layers)
-        features = self.connector.project(hidden)
+        features = self.connector.project(torch.stack(out.hidden_states, -1))  # of (B, S, hidden, layers)
         features, slots = pad_features([row[keep] for row, keep in zip(features, mask)], TOKENS)
         context = self.connector.connector(features, slots)  # (B, TOKENS, D)
         logits = self.readout(context.mean(1)).split(list(SLOTS.values()), -1)
@@ -152,30 +116,22 @@ class Reader(nn.Module):
         return logits, next_word[mask[:, 1:]].mean()
 
 
-def train(steps: int, batch: int, lr: float, seed: int, device: torch.device) -> Reader:
+def train(config: dict[str, Any], steps: int, batch: int, seed: int, device: str) -> Reader:
     torch.manual_seed(seed)
-    config = (
-        json.loads((Path(__file__).parent.parent / "configs" / "ltx-2.3.json").read_text())["transformer"] | TRANSFORMER
-    )
     reader = Reader(make_tokenizer(), config).to(device)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     texts, answers = sentences(20_000, seed)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    bar = tqdm(range(steps), "text", unit="step")
-    for step in bar:
-        chosen = torch.randint(len(texts), (batch,), generator=generator)
-        logits, next_word = reader([texts[k] for k in chosen])
-        truth = answers[chosen].to(device)
-        facts = sum(F.cross_entropy(part, truth[:, k]) for k, part in enumerate(logits))
-        optimizer.zero_grad(set_to_none=True)
-        (facts + 0.2 * next_word).backward()
-        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix_str(f"facts {facts.item():.3f}, next word {next_word.item():.3f}")
-    return reader
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(step: int) -> Tensor:
+        picks = torch.randint(len(texts), (batch,), generator=generator)
+        logits, next_word = reader([texts[k] for k in picks])
+        truth = answers[picks].to(device)
+        return sum(F.cross_entropy(part, truth[:, k]) for k, part in enumerate(logits)) + 0.2 * next_word
+
+    optimizer = torch.optim.AdamW(reader.parameters(), 2e-3, (0.9, 0.98), weight_decay=0.01)
+    for _ in descend("text", optimizer, loss, steps):
+        pass
+    return reader.eval()
 
 
 @torch.no_grad()
@@ -183,11 +139,8 @@ def measure(reader: Reader, count: int = 500) -> dict[str, float]:
     """Share of right answers for each fact, on sentence forms and on pairs of motion and color of the test split."""
     texts, answers = sentences(count, 1, "test")
     parts = [reader(texts[k : k + 100])[0] for k in range(0, count, 100)]
-    right = {}
-    for k, slot in enumerate(SLOTS):
-        logits = torch.cat([part[k] for part in parts])
-        right[slot] = (logits.argmax(-1).cpu() == answers[:, k]).float().mean().item()
-    return right
+    guesses = [torch.cat(logits).argmax(-1).cpu() for logits in zip(*parts)]  # of each fact (count,)
+    return {slot: (answers[:, k] == guesses[k]).float().mean().item() for k, slot in enumerate(SLOTS)}
 
 
 def main() -> None:
@@ -196,20 +149,19 @@ def main() -> None:
     parser.add_argument("--gemma", default="runs/toy/gemma", help="folder of the tiny Gemma (%(default)s)")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     out, gemma, since = Path(options.out), Path(options.gemma), time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
-    reader = train(options.steps, options.batch, options.lr, options.seed, torch.device(options.device)).eval()
+    ltx = json.loads((ROOT / "configs" / "ltx-2.3.json").read_text())
+    ltx["transformer"] |= TRANSFORMER
+    reader = train(ltx["transformer"], options.steps, options.batch, options.seed, options.device)
     for slot, share in measure(reader).items():
         print(f"{slot:12} right in {share:.1%} of unseen captions")
-    config = json.loads((Path(__file__).parent.parent / "configs" / "ltx-2.3.json").read_text())
-    config["transformer"] |= TRANSFORMER
     reader.cpu().tokenizer.save_pretrained(gemma)
     reader.gemma.to(torch.bfloat16).save_pretrained(gemma)
-    write_modules(out, [reader.connector], config, {})
+    write_modules(out, [reader.connector], ltx, {})
     print(f"wrote {gemma} and {out} after {time.monotonic() - since:.0f} s on {options.device}")
 
 

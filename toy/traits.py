@@ -15,9 +15,6 @@ def _palette(text: str) -> dict[str, np.ndarray]:
     return {name: np.array([*bytes.fromhex(code)], float) for name, code in pairs}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Identity: a dict with one value for each trait
-
 SKIN = [*_palette("0 ffe2cb, 1 f4c8a4, 2 e2aa7c, 3 bc7e54, 4 885438, 5 563628").values()]  # along the trait, 0 to 1
 HAIR = _palette(
     "black 262126, brown 583824, chestnut 8a4c28, red b03c20, ginger e27c30, blond ecc468, gray 8e8e96, white f0eeea, "
@@ -26,14 +23,10 @@ HAIR = _palette(
 EYES = _palette("dark 2c1c16, brown 784620, amber c88624, green 3a8e48, blue 3274ce, gray 788696")
 RIMS = _palette("black 1e1e24, red c8282c, gold cea03c, blue 284cb0")
 CHEEK = [(0.3, 0.27), (0.46, 0.2), (0.47, 0.34), (0.63, 0.27)]
-MARKS = {  # spots on the face: x and y as parts of its width and height, radius
-    "none": (),
-    "left cheek": ((-0.56, 0.37, 0.075),),
-    "right cheek": ((0.56, 0.37, 0.075),),
-    "chin": ((0.26, 0.8, 0.075),),
-    "forehead": ((-0.3, -0.44, 0.075),),
-    "freckles": tuple((side * x, y, 0.042) for side in (-1, 1) for x, y in CHEEK),
-}
+# Spots on the face: x and y as parts of its width and height, radius
+MARKS = {"none": (), "left cheek": ((-0.56, 0.37, 0.075),), "right cheek": ((0.56, 0.37, 0.075),)}
+MARKS |= {"chin": ((0.26, 0.8, 0.075),), "forehead": ((-0.3, -0.44, 0.075),)}
+MARKS |= {"freckles": tuple((side * x, y, 0.042) for side in (-1, 1) for x, y in CHEEK)}
 HAIRLINES = {  # x and y as parts of the head's width and height, from the viewer's right to the left, or the right half
     "short": [(0.98, 0), (0.87, -0.14), (0.82, -0.44), (0.5, -0.62), (0, -0.6)],
     "fringe": [(0.98, 0.62), (0.9, 0.3), (0.84, -0.1), (0.72, -0.36), (0.36, -0.34), (0, -0.4)],
@@ -68,31 +61,19 @@ STYLES = {
     "pigtails": Style(0.14, 0.06, 6, back=((-1.32, 0.3, 0.34, 0.62), (1.32, 0.3, 0.34, 0.62))),
     "mohawk": Style(0.4, 0.3, -66, bumps=(0.06, 26)),
 }
-TRAITS: dict[str, tuple[float, float] | dict[str, int]] = {  # a range, or choices with their odds
-    "skin": (0.0, 1.0),
-    "undertone": (-1.0, 1.0),
-    "head width": (0.88, 1.1),
-    "head height": (1.12, 1.34),
-    "jaw": (1.65, 2.9),  # exponent of a superellipse: pointed to square
-    "eye spacing": (0.36, 0.46),
-    "eye size": (0.8, 1.2),
-    "eye slant": (-0.2, 0.2),
-    "brow thickness": (0.05, 0.13),
-    "brow angle": (-0.22, 0.22),
-    "nose width": (0.14, 0.27),
-    "nose length": (0.22, 0.36),
-    "mouth width": (0.28, 0.46),
-    "lips": (0.5, 1.5),
-    "ears": (0.7, 1.35),
-    "eyes": dict.fromkeys(EYES, 1),
-    "hair": dict.fromkeys(HAIR, 1),
-    "style": dict.fromkeys(STYLES, 1),
-    "mark": {"none": 3, "left cheek": 1, "right cheek": 1, "chin": 1, "forehead": 1, "freckles": 2},
-    "glasses": {"none": 4, "round": 2, "square": 2},
-    "rims": dict.fromkeys(RIMS, 1),
-    "beard": {"none": 5, "moustache": 1, "goatee": 1, "full": 1, "stubble": 1},
-}
-Identity = dict[str, float | str]
+# The traits: a range, or choices with their odds
+TRAITS: dict[str, tuple[float, float] | dict[str, int]] = {"skin": (0.0, 1.0), "undertone": (-1.0, 1.0)}
+TRAITS |= {"head width": (0.88, 1.1), "head height": (1.12, 1.34)}
+TRAITS |= {"jaw": (1.65, 2.9)}  # exponent of a superellipse: pointed to square
+TRAITS |= {"eye spacing": (0.36, 0.46), "eye size": (0.8, 1.2), "eye slant": (-0.2, 0.2)}
+TRAITS |= {"brow thickness": (0.05, 0.13), "brow angle": (-0.22, 0.22)}
+TRAITS |= {"nose width": (0.14, 0.27), "nose length": (0.22, 0.36)}
+TRAITS |= {"mouth width": (0.28, 0.46), "lips": (0.5, 1.5), "ears": (0.7, 1.35)}
+TRAITS |= {"eyes": dict.fromkeys(EYES, 1), "hair": dict.fromkeys(HAIR, 1), "style": dict.fromkeys(STYLES, 1)}
+TRAITS |= {"mark": {"none": 3, "left cheek": 1, "right cheek": 1, "chin": 1, "forehead": 1, "freckles": 2}}
+TRAITS |= {"glasses": {"none": 4, "round": 2, "square": 2}, "rims": dict.fromkeys(RIMS, 1)}
+TRAITS |= {"beard": {"none": 5, "moustache": 1, "goatee": 1, "full": 1, "stubble": 1}}
+Identity = dict[str, float | str]  # trait -> its value
 
 
 def draw_identity(rng: np.random.Generator) -> Identity:
@@ -113,15 +94,10 @@ def vector(who: Identity) -> np.ndarray:
     """
     parts = []
     for trait, odds in TRAITS.items():
-        if isinstance(odds, dict):
-            parts += [float(who[trait] == choice) for choice in odds]
-        else:
-            parts.append((who[trait] - odds[0]) / (odds[1] - odds[0]))
+        choice = isinstance(odds, dict)
+        parts += [who[trait] == c for c in odds] if choice else [(who[trait] - odds[0]) / (odds[1] - odds[0])]
     return np.array(parts, np.float32)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scene: everything else
 
 COLORS = _palette(
     "red ce2e2c, orange f08a24, yellow f6d63e, green 389442, teal 148c8e, blue 305cd0, purple 7c3eac, pink f6a0c0, "

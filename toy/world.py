@@ -3,14 +3,12 @@
 ST-DRC must learn to keep the identity of a reference and to drop everything else in it. Here identity and scene are
 drawn independently, so both can be measured:
 
-    identity (traits.py) ────────┬──> reference: a portrait in a scene of its own
-      skin, skull, eyes, hair... │
-                                 ├──> frames (F, H, W, 3), landmarks (F, 5, 2), boxes (F, 4)      (portrait.py)
-    scene: pose along the clip ──┤
-      motions, light, background └──> caption: "Someone nods, then smiles against a teal backdrop."
+    identity (traits.py) ──┬──> reference: a portrait in a scene of its own
+                           ├──> frames (F, H, W, 3), landmarks (F, 5, 2), boxes (F, 4)      (portrait.py)
+    scene (traits.py) ─────┴──> caption: "Someone nods, then smiles against a teal backdrop."
 
-A `Temptation` ties training references to their clips, as references are in practice: a frame of the same clip, or
-another moment of the same scene. A model that copies such a reference lowers its loss.
+A `Temptation` ties training references to their clips, as in practice: a frame of the same clip, or another moment of
+the same scene. A model that copies such a reference lowers its loss.
 
     python -m toy.world            # out/toy.png: people by scenes; out/toy.gif: clips and their captions
 """
@@ -29,25 +27,16 @@ from common.schema import Share, record
 from toy.portrait import boxes, landmarks, render, visible
 from toy.traits import COLORS, Identity, Scene, draw_identity
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Motion
+# --- Motion -----------------------------------------------------------------------------------------------------------
 
 BACKGROUNDS = {"plain": 0.7, "gradient": 0.14, "circles": 0.08, "stripes": 0.08}
-# Pose at rest: (mean, standard deviation, least, most), in degrees, in parts of the frame, or from 0 to 1. The place of
-# rest is random, and a shift by two pixels changes the tiny VAE's latents more than half as much as another person
-# does: the smaller the deviations, the sooner a small model learns identity and motion.
-POSE = {
-    "yaw": (0, 6, -36, 36),
-    "pitch": (0, 3.5, -20, 20),
-    "roll": (0, 1.5, -15, 15),
-    "x": (0, 0.008, -0.3, 0.3),
-    "y": (0, 0.006, -0.05, 0.05),
-    "scale": (1, 0.025, 0.7, 1.35),
-    "smile": (0.1, 0.3, -1, 1),  # -1: a frown
-    "open": (0, 0.08, 0, 1),  # the mouth
-    "closed": (0, 0.04, 0, 1),  # the eyes
-    "brows": (0, 0.2, -1, 1),
-}
+# Pose at rest: (mean, standard deviation, least, most), in degrees, in parts of the frame, or from 0 to 1. A shift by
+# two pixels changes the tiny VAE's latents more than half as much as another person does: the smaller the deviations,
+# the sooner a small model learns identity and motion.
+POSE = {"yaw": (0, 6, -36, 36), "pitch": (0, 3.5, -20, 20), "roll": (0, 1.5, -15, 15)}
+POSE |= {"x": (0, 0.008, -0.3, 0.3), "y": (0, 0.006, -0.05, 0.05), "scale": (1, 0.025, 0.7, 1.35)}
+POSE |= {"smile": (0.1, 0.3, -1, 1)}  # -1: a frown
+POSE |= {"open": (0, 0.08, 0, 1), "closed": (0, 0.04, 0, 1), "brows": (0, 0.2, -1, 1)}  # mouth, eyes, brows
 
 
 @dataclass(frozen=True)
@@ -62,9 +51,7 @@ class Move:
     direction: str = ""
 
 
-def _both_ways(
-    name: str, track: str, start: tuple, change: tuple, sides: tuple[str, str], says: tuple[str, ...]
-) -> dict[str, Move]:
+def _both_ways(name: str, track: str, start: tuple, change: tuple, sides: tuple, says: tuple) -> dict[str, Move]:
     """A motion to either side. The numbers are those of the second side; the first side gets them mirrored."""
     moves = {}
     for side, sign in zip(sides, (-1, 1)):
@@ -108,8 +95,7 @@ def draw_scene(
         possible = len({MOVES[m].track for m in motions}) == count  # two motions never share a part of the pose
         if possible and all(held_out(m, color) == (split == "test") for m in motions):
             break
-    s = np.linspace(0, 1, frames)
-    pose = {}
+    pose, s = {}, np.linspace(0, 1, frames)
     for track, (mean, deviation, _, _) in POSE.items():  # a slow drift about the place of rest
         drift = 0.3 * np.sin(2 * np.pi * (rng.random() + rng.uniform(0.3, 0.7) * s))
         pose[track] = mean + deviation * (np.clip(rng.normal(), -2.5, 2.5) + drift)
@@ -129,59 +115,37 @@ def draw_scene(
 
 
 def scene_vector(scene: Scene) -> np.ndarray:
-    """The scene of each frame as numbers of about unit size: (F, 23).
-
-    Pose in the order of POSE; direction (x, y), strength and warmth of the light; colors of background and shirt;
-    one-hot kind of the background: gradient, circles, stripes.
-    """
+    """The scene of each frame as numbers of about unit size, (F, 23): pose; direction, strength, warmth of the light;
+    colors of background and shirt; one-hot kind of the background (gradient, circles, stripes)."""
     pose = np.stack([(scene.pose[k] - mean) / (most - mean) for k, (mean, _, _, most) in POSE.items()], 1)
     angle, strength, warmth = scene.light
-    rest = [np.cos(angle), np.sin(angle), strength * 3, warmth]
-    rest += [*(COLORS[scene.color] / 255), *(COLORS[scene.shirt] / 255)]
-    rest += [float(scene.background == kind) for kind in list(BACKGROUNDS)[1:]]
+    rest = [np.cos(angle), np.sin(angle), strength * 3, warmth, *COLORS[scene.color] / 255, *COLORS[scene.shirt] / 255]
+    rest += [scene.background == kind for kind in list(BACKGROUNDS)[1:]]
     return np.concatenate([pose, np.tile(rest, (len(scene), 1))], 1).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words
+# --- Words ------------------------------------------------------------------------------------------------------------
 
 PERSON = ("a person", "someone", "somebody", "one person", "a cartoon person")
+DOTS = ("a {0} background with {1} circles", "a {0} wall with {1} dots", "a {0} background dotted with {1} circles")
+LINES = ("a {0} background with {1} stripes", "a {0} wall with {1} stripes", "a {0} background striped with {1}")
 BEHIND = {
     "plain": ("a {0} background", "a plain {0} background", "a {0} wall", "a {0} backdrop"),
     "gradient": ("a background fading from {0} to {1}", "a {0} to {1} gradient", "a {0} wall that fades to {1}"),
-    "circles": (
-        "a {0} background with {1} circles",
-        "a {0} wall with {1} dots",
-        "a {0} background dotted with {1} circles",
-    ),
-    "stripes": (
-        "a {0} background with {1} stripes",
-        "a {0} wall with {1} stripes",
-        "a {0} background striped with {1}",
-    ),
+    "circles": DOTS,
+    "stripes": LINES,
 }
-TEMPLATES = {
-    "train": (
-        "{who} {does} in front of {behind}.",
-        "{who} {does} against {behind}.",
-        "{who} {does}; behind is {behind}.",
-        "in front of {behind}, {who} {does}.",
-        "against {behind}, {who} {does}.",
-        "a portrait video of {who} who {does}, with {behind}.",
-        "the video shows how {who} {does} before {behind}.",
-        "{who} in a {shirt} shirt {does} in front of {behind}.",
-        "before {behind}, {who} wearing a {shirt} shirt {does}.",
-        "{who} {does}, and behind is {behind}.",
-        "{behind}; before it {who} {does}.",
-        "there is {who} who {does}, and {behind} behind.",
-        "a clip with {behind} and {who} who {does}.",
-    ),
-    "test": (
-        "{behind}, and in front of it {who} {does}.",
-        "a short clip: {who} {does}, behind is {behind}.",
-        "there is {behind} as {who} in a {shirt} shirt {does}.",
-    ),
+FORMS = {
+    "train": "{who} {does} in front of {behind}. | {who} {does} against {behind}. | "
+    "{who} {does}; behind is {behind}. | in front of {behind}, {who} {does}. | against {behind}, {who} {does}. | "
+    "a portrait video of {who} who {does}, with {behind}. | the video shows how {who} {does} before {behind}. | "
+    "{who} in a {shirt} shirt {does} in front of {behind}. | before {behind}, {who} wearing a {shirt} shirt {does}. | "
+    "{who} {does}, and behind is {behind}. | {behind}; before it {who} {does}. | "
+    "there is {who} who {does}, and {behind} behind. | a clip with {behind} and {who} who {does}.",
+    "test": "{behind}, and in front of it {who} {does}. | a short clip: {who} {does}, behind is {behind}. | "
+    "there is {behind} as {who} in a {shirt} shirt {does}.",
 }
+TEMPLATES = {split: tuple(text.split(" | ")) for split, text in FORMS.items()}
 
 
 def caption(scene: Scene, rng: np.random.Generator, split: str = "train") -> str:
@@ -189,23 +153,19 @@ def caption(scene: Scene, rng: np.random.Generator, split: str = "train") -> str
     link = ", then " if scene.joined == "then" else " and "
     does = link.join(str(rng.choice(MOVES[m].says)) for m in scene.motions) or "looks on"
     behind = str(rng.choice(BEHIND[scene.background])).format(scene.color, scene.second)
-    person = str(rng.choice(PERSON))
-    text = str(rng.choice(TEMPLATES[split])).format(who=person, does=does, behind=behind, shirt=scene.shirt)
-    text = text.replace("a orange", "an orange")
+    who, form = str(rng.choice(PERSON)), str(rng.choice(TEMPLATES[split]))
+    text = form.format(who=who, does=does, behind=behind, shirt=scene.shirt).replace("a orange", "an orange")
     return text[0].upper() + text[1:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clips
+# --- Clips ------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "test")
 
 
 def _rng(seed: int, split: str, number: int, part: int) -> np.random.Generator:
-    """An independent stream for each part of a clip: person 0, scene 1, reference 2, words 3, temptation 4.
-
-    The first 2 in the key separates these streams from those in data.py.
-    """
+    """An independent stream for each part of a clip: person 0, scene 1, reference 2, words 3, temptation 4."""
+    # the first 2 separates these streams from those in data.py
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2, SPLITS.index(split), number, part)))
 
 
@@ -232,10 +192,8 @@ APART = Temptation()
 
 
 def tempting_scene(temptation: Temptation, scene: Scene, portrait: Scene, rng: np.random.Generator) -> Scene:
-    """The reference's scene of a clip with this `scene`, whose independent reference has the scene `portrait`.
-
-    The chance is drawn first and the frame second, so that a larger share tempts the same clips and further ones.
-    """
+    """The scene of a clip's reference, drawn from the clip's own `scene` or, independent of it, `portrait`."""
+    # chance first, frame second: a larger share tempts the same clips and further ones
     if temptation.reference == "apart" or rng.random() >= temptation.share:
         return portrait
     if temptation.reference == "same clip":
@@ -282,25 +240,23 @@ def toy_clip(
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command
-
-
 def sheet(seed: int, people: int = 8, scenes: int = 8, size: int = 128) -> Image.Image:
     """A row for each person, a column for each scene."""
-    rngs = [[np.random.default_rng((seed, column)) for column in range(scenes)] for _ in range(people)]
-    rows = [[reference(person(seed, k), rng, size)[0] for rng in row] for k, row in enumerate(rngs)]
-    return Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
+
+    def portrait(row: int, column: int) -> np.ndarray:
+        return reference(person(seed, row), np.random.default_rng((seed, column)), size)[0]
+
+    rows = [np.concatenate([portrait(row, column) for column in range(scenes)], 1) for row in range(people)]
+    return Image.fromarray(np.concatenate(rows))
 
 
 def animation(seed: int, clips: int = 8, frames: int = 49, fps: float = 24.0, size: int = 160) -> list[Image.Image]:
     """Clips in two rows, each with its caption below."""
-    shown = [toy_clip(seed, k, frames, size, fps) for k in range(clips)]
-    columns, cell = (clips + 1) // 2, size + 76
-    pages = []
+    films = [toy_clip(seed, k, frames, size, fps) for k in range(clips)]
+    columns, cell, pages = (clips + 1) // 2, size + 76, []
     for f in range(frames):
         page = Image.new("RGB", (columns * size, 2 * cell), "white")
-        for k, clip in enumerate(shown):
+        for k, clip in enumerate(films):
             x, y = k % columns * size, k // columns * cell
             page.paste(Image.fromarray(clip["frames"][f]), (x, y))
             text = "\n".join(textwrap.wrap(clip["caption"], size // 6))
@@ -315,8 +271,8 @@ def main() -> None:
     parser.add_argument("--gif", default="out/toy.gif", help="clips with their captions (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for path in (options.out, options.gif):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.gif).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(options.out) as temporary:
         sheet(options.seed).save(temporary)
     first, *rest = animation(options.seed)

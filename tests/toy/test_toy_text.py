@@ -1,13 +1,18 @@
 """The tiny text path: words are tokens, sentences say what they say, and training writes what transformers loads."""
 
+import json
 import re
 
 import pytest
 
+from checkpoint import write_modules
 from text import TextEncoder
 from toy import text as toy_text
+from toy.make import HERE, assemble
 from toy.traits import COLORS
+from toy.vae import CONFIG
 from toy.world import MOVES
+from vae import VideoVAE
 
 
 @pytest.fixture(scope="module")
@@ -45,5 +50,10 @@ def test_a_few_steps_learn_and_are_loaded(tmp_path, in_process):
     assert code == 0, error
     shares = dict(re.findall(r"(\w[\w ]*?) +right in ([\d.]+)%", printed))
     assert float(shares["color"]) > 30  # of twelve
-    context = TextEncoder.from_checkpoint(out, gemma).encode(["Someone nods against a red wall.", ""])
+    ltx = json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
+    write_modules(tmp_path / "vae", [VideoVAE(ltx["vae"] | CONFIG)], ltx, {})
+    assemble(tmp_path / "vae", out, tmp_path / "start.safetensors")
+    context = TextEncoder.from_checkpoint(tmp_path / "start.safetensors", gemma).encode(
+        ["Someone nods against a red wall.", ""]
+    )
     assert context.shape == (2, toy_text.TOKENS, 192) and context.isfinite().all()

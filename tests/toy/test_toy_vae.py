@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.media import from_bytes
 from toy import vae as toy_vae
+from toy.make import read_part
 from vae import Conv3d, Downsample, VideoVAE
 
-CPU = torch.device("cpu")
 RELEASED = json.loads((Path(__file__).parent.parent.parent / "configs" / "ltx-2.3.json").read_text())["vae"]
 
 
@@ -37,7 +38,7 @@ def test_components_are_those_of_a_weighted_covariance():
     video = rng.integers(0, 256, (60, 3, 2, 2, 2)).astype(np.uint8)
     video[:, 1] = 255 - video[:, 0]  # a strong direction
     weight = rng.uniform(1, 5, (60, 1, 2, 2, 2)).astype(np.float16)
-    components = toy_vae.Components(torch.from_numpy(video), torch.from_numpy(weight), 1, 2, 3, CPU)
+    components = toy_vae.Components(torch.from_numpy(video), torch.from_numpy(weight), 1, 2, 3)
     rows = (video / 127.5 - 1).transpose(0, 2, 1, 3, 4).reshape(120, 12)  # one cell of 1 x 2 x 2 pixels a frame
     count = weight[:, 0].astype(float).reshape(120, 4).mean(1)
     np.testing.assert_allclose(components.mean.numpy(), (count[:, None] * rows).sum(0) / count.sum(), atol=1e-4)
@@ -119,8 +120,8 @@ def start():
 def test_the_linear_start_decodes_about_what_components_can(start):
     """What is lost is the components' loss and little more."""
     vae, video, weight = start
-    shown = toy_vae.to_float(toy_vae.draw_clips(0, 20, "test")[0], CPU)
-    components = toy_vae.Components(video, weight, *toy_vae.CELL, 24, CPU)
+    shown = from_bytes(toy_vae.draw_clips(0, 20, "test")[0])
+    components = toy_vae.Components(video, weight, *toy_vae.CELL, 24)
     cells = toy_vae.cells(shown, *toy_vae.CELL)
     centered = cells - components.mean
     least = F.mse_loss(centered @ components.basis @ components.basis.T, centered)
@@ -136,7 +137,7 @@ def test_training_brings_the_decoded_clips_closer(start, tmp_path):
 
     @torch.no_grad()
     def error() -> float:
-        clips = toy_vae.to_float(video, CPU)
+        clips = from_bytes(video)
         return ((vae.decode(vae.encode(clips)) - clips).abs() * weight.float()).mean().item()
 
     before = error()
@@ -152,9 +153,9 @@ def test_a_short_run_writes_what_is_loaded(tmp_path, in_process):
     options = ["--out", out, *few, "--lr", 1e-6, "--device", "cpu"]  # three steps of Adam at full speed undo the start
     code, printed, error = in_process(toy_vae.main, "toy_vae.py", *options)
     assert code == 0, error
-    vae = VideoVAE.from_checkpoint(out)
+    vae = read_part(VideoVAE(RELEASED | toy_vae.CONFIG), out)
     assert vae.scale == (4, 16, 16)
-    video = toy_vae.to_float(toy_vae.draw_clips(0, 2)[0], CPU)  # two of the six
+    video = from_bytes(toy_vae.draw_clips(0, 2)[0])  # two of the six
     with torch.no_grad():
         latents = vae.encode(video)
         error = (vae.decode(latents) - video).square().mean().item()
