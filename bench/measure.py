@@ -7,8 +7,8 @@
     python -m bench --publish                           # replace the page in bench/ that README shows
 
 Writes out/bench/<device>-<how>.md. Two ceilings are measured in the same run: operations per second of a large matrix
-product, bytes per second of a copy. The operations of a row are counted by engine/plan.py. Its floor is the larger of
-operations over the first ceiling and bytes of weights over the second. A row beyond the memory says so.
+product, bytes per second of a copy. A row's floor is the larger of its operations (engine/plan.py) over the first and
+the bytes of its weights over the second. A row beyond the memory says so.
 """
 
 import argparse
@@ -46,8 +46,7 @@ from vae import VideoVAE, from_tokens, latent_scale
 
 ROOT = Path(__file__).parent.parent
 LTX = ROOT / "configs" / "ltx-2.3.json"
-# 720 is no multiple of 32: the nearest height is 704.
-SIZES = ("480x832x121", "512x768x121", "704x1280x121")
+SIZES = ("480x832x121", "512x768x121", "704x1280x121")  # 720 is no multiple of 32
 FPS = 24.0
 
 
@@ -148,11 +147,10 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
 
     if options.fp8 or options.offload:
         return
-    model.train().requires_grad_(True)
-    set_recompute(model, True)
-    window = min(4, grid[0])  # two latent frames, and one on either side as context
-    _, decode_window_flops = vae_flops(ltx["vae"], window, height, width)
-    start = min(1, grid[0] - 1)
+    set_recompute(model.train().requires_grad_(True), True)
+    window, start = min(4, grid[0]), min(1, grid[0] - 1)  # two latent frames, and one on either side as context
+    length = window - start - 1 if window > 2 else 1
+    _, decode = vae_flops(ltx["vae"], window, height, width)
 
     def training(faces: bool) -> None:
         model.zero_grad(set_to_none=False)
@@ -160,14 +158,15 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
         loss = flow_loss(v, torch.zeros_like(z), z).sum()
         if faces:
             z_0 = from_tokens(predict_x0(z, v, t), grid).to(dtype)
-            loss = loss + decode_window(vae, z_0, start, window - start - 1 if window > 2 else 1).square().mean()
+            loss = loss + decode_window(vae, z_0, start, length).square().mean()
         loss.backward()
 
-    yield Row("training, forward and backward", 3 * with_reference, 2 * weights, lambda: training(False))
-    flops = 3 * with_reference + 2 * decode_window_flops
-    yield Row("the same with the decoder of the identity losses", flops, 2 * weights, lambda: training(True))
-    optimizer = AdamWBF16(model.parameters(), lr=1e-6)
+    step = 3 * with_reference
+    yield Row("training, forward and backward", step, 2 * weights, lambda: training(False))
+    name = "the same with the decoder of the identity losses"
+    yield Row(name, step + 2 * decode, 2 * weights, lambda: training(True))
     if dtype == torch.bfloat16:
+        optimizer = AdamWBF16(model.parameters(), lr=1e-6)
         yield Row("optimizer step, adamw-bf16", 0, 7 * weights, optimizer.step)  # 4 read, 3 written
 
 
@@ -208,11 +207,8 @@ def diffusers_row(ltx: dict[str, Any], size: tuple[int, int, int], options: argp
 
 def table(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Namespace, limits: tuple) -> list[str]:
     """The lines of Markdown for one size. `limits` are the two ceilings."""
-    lines = [
-        f"\n## {size[0]}x{size[1]}, {size[2]} frames\n",
-        "| | ms | TFLOP | TFLOP/s | of the ceiling | floor, ms | peak GiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = "| | ms | TFLOP | TFLOP/s | of the ceiling | floor, ms | peak GiB |\n|---|---:|---:|---:|---:|---:|---:|"
+    lines = [f"\n## {size[0]}x{size[1]}, {size[2]} frames\n", head]
 
     def add(row: Row) -> None:
         floor = f"{1000 * max(row.flops / limits[0], row.weights / limits[1]):,.1f}"
@@ -244,8 +240,8 @@ def device_name(device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         return platform.processor() or platform.machine() or "cpu", "none"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or "unknown"
-    return torch.cuda.get_device_name(device), driver
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+    return torch.cuda.get_device_name(device), driver or "unknown"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -270,12 +266,10 @@ def parse_arguments() -> argparse.Namespace:
 def resolve_sizes(texts: list[str], scale: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     """(height, width, frames) of each --size. One that does not fill whole latent cells raises UserError."""
     rule = f"write HEIGHTxWIDTHxFRAMES, sides multiples of {scale[1]}, frames {scale[0]}k+1"
-    sizes = []
-    for text in texts:
-        height, width, frames = map(int, text.split("x")) if re.fullmatch(r"\d+x\d+x\d+", text) else (0, 0, 0)
+    sizes = [tuple(map(int, text.split("x"))) if re.fullmatch(r"\d+x\d+x\d+", text) else (0, 0, 0) for text in texts]
+    for text, (height, width, frames) in zip(texts, sizes):
         if not (height and width and frames) or height % scale[1] or width % scale[2] or (frames - 1) % scale[0]:
             raise UserError(f"--size {text}: {rule}")
-        sizes.append((height, width, frames))
     return sizes
 
 
@@ -296,13 +290,12 @@ def main() -> None:
     refuse_overwrite([out], [options.ckpt])
     out.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows here too
     limits = ceilings(options.device, options.dtype, options.repeat)
+    versions = f"driver {driver}, PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    dtype, file = str(options.dtype).removeprefix("torch."), Path(options.ckpt or LTX).name
     lines = [
-        f"# {name}\n",
-        f"{date.today()}, driver {driver}, PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, "
-        f"{str(options.dtype).removeprefix('torch.')}, {' '.join(how)}; random weights of "
-        f"{Path(options.ckpt or LTX).name}, {options.text_tokens:,} text tokens.\n",
-        f"Measured ceilings: {limits[0] / 1e12:,.2f} TFLOP/s (matrix product), {limits[1] / 1e9:,.0f} GB/s (copy). "
-        "Empty cells have not been measured.",
+        f"# {name}\n\n{date.today()}, {versions}, {dtype}, {' '.join(how)}; random weights of {file}, "
+        f"{options.text_tokens:,} text tokens.\n\nMeasured ceilings: {limits[0] / 1e12:,.2f} TFLOP/s (matrix product), "
+        f"{limits[1] / 1e9:,.0f} GB/s (copy). Empty cells have not been measured."
     ]
     for size in sizes:
         lines += table(ltx, size, options, limits)

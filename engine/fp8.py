@@ -71,16 +71,14 @@ def block_linears(model: nn.Module) -> list[str]:
 
 
 def store_in_fp8(model: nn.Module, device: str | torch.device | None = None) -> nn.Module:
-    """Replace the linear layers of a DiT's blocks, one at a time, and freeze the model.
-
-    With `device` the bytes go there from a model in host memory: the card never holds the model in bf16.
-    """
+    """Replace the linear layers of a DiT's blocks, one at a time, and freeze the model. With `device` the bytes go
+    there from a model in host memory: the card never holds the model in bf16."""
     model.requires_grad_(False)
     for name in block_linears(model):
         layer = model.get_submodule(name)
-        weight = layer.weight.to(device or layer.weight.device)
-        model.set_submodule(name, FP8Linear(*quantize(weight), layer.bias).train(layer.training))
-        del layer, weight
+        quantized, scale = quantize(layer.weight.to(device or layer.weight.device))
+        model.set_submodule(name, FP8Linear(quantized, scale, layer.bias).train(layer.training))
+        del layer  # one layer at a time is in memory twice
     return model
 
 
@@ -91,13 +89,11 @@ def load_fp8(
     dtype: torch.dtype,
     changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> nn.Module:
-    """Load a DiT that is on the meta device, frozen, with the linear layers of its blocks in fp8.
+    """Load a DiT that is on the meta device, frozen, with the linear layers of its blocks in fp8, one layer at a time.
 
-    Layers that the file stores in fp8 keep the file's bytes and scales. The file's maker left the others in bf16 for a
-    reason, and they stay so. Of a file without fp8 every layer is quantized as it is read, one layer at a time.
-    `changes` maps the released name of a tensor to a function from it to the changed tensor (LoRAs that are merged).
-    A changed fp8 layer is quantized again.
-    """
+    Layers that the file stores in fp8 keep the file's bytes and scales, and the others stay in bf16, as the file's
+    maker chose. Of a file without fp8 every layer is quantized. `changes` maps the released name of a tensor to a
+    function from it to the changed tensor (merged LoRAs); a changed fp8 layer is quantized again."""
     checkpoint.load(model, model.PREFIXES, "meta")  # every name and shape before anything slow
     sources = {name: file_name(f"{name}.weight", model.PREFIXES) for name in block_linears(model)}
     changes = changes or {}

@@ -69,11 +69,8 @@ def new_lora(
 
 
 def seed_dropout(seed: int, count: int) -> None:
-    """Seed the adapters' dropout for the micro-batch that begins with the run's sample number `count`.
-
-    A resumed run then drops what the undisturbed run drops, and many processes agree with one where a micro-batch is
-    one sample.
-    """
+    """Seed the adapters' dropout for the micro-batch that begins with the run's sample number `count`. A resumed run
+    then drops what the undisturbed run drops, and many processes agree with one where a micro-batch is one sample."""
     state = np.random.SeedSequence([seed, count], spawn_key=(0,)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) >> 1)
 
@@ -81,11 +78,9 @@ def seed_dropout(seed: int, count: int) -> None:
 def save_lora(
     path: str | Path, weights: dict[str, Tensor], scale: float, ours: dict, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write the adapters of `new_lora`, named as in the model, in the layout that ComfyUI and diffusers load.
-
-    `scale` = alpha / rank is multiplied into B, because some loaders refuse a file with an alpha of its own and others
-    read it as alpha = rank. `ours` goes into the metadata.
-    """
+    """Write the adapters of `new_lora`, named as in the model, in the layout that ComfyUI and diffusers load. `scale` =
+    alpha / rank is multiplied into B, because some loaders refuse a file with an alpha of its own and others read it as
+    alpha = rank. `ours` goes into the metadata."""
     entries = []
     for name, tensor in sorted(weights.items()):
         value = tensor.float() * scale if name.endswith(".lora_B") else tensor
@@ -96,10 +91,8 @@ def save_lora(
 def write_changed(
     out: str | Path, base: Checkpoint, names: Collection[str], change: Callable[[str], Tensor], ours: dict
 ) -> None:
-    """Write `base` with change(name) for each tensor in `names`; the others and the metadata stay byte for byte.
-
-    One tensor is in memory at a time. `ours` goes into the metadata under a key of our own.
-    """
+    """Write `base` with change(name) for each tensor in `names`; the others and the metadata stay byte for byte. One
+    tensor is in memory at a time. `ours` goes into the metadata under a key of our own."""
 
     def fetch(name: str) -> Tensor | bytearray:
         return change(name) if name in names else base.read_bytes(name)

@@ -126,36 +126,33 @@ class LoRA:
         if missing := [part for part in ("A", "B") if part not in parts]:
             half = next(iter(parts.values()))
             raise UserError(f"{self.path}: {half} is there and its other half, lora_{missing[0]} of {layer}, is not")
-        a, b = self._shape(parts["A"]), self._shape(parts["B"])
-        if not (len(a) == len(b) == 2 and [b[0], a[1]] == shape and a[0] == b[1] > 0):
-            pair = f"{parts['A']} {a} and {parts['B']} {b} do not fit the weight {shape} of {layer}"
-            raise UserError(f"{self.path}: {pair}: they should be [rank, in] and [out, rank]")
-        magnitude = parts.get("magnitude", "")
-        if magnitude and self._shape(magnitude) not in (forms := [shape[:1], [shape[0], 1], [1, shape[1]]]):
-            misfit = f"{magnitude} {self._shape(magnitude)} does not fit the weight {shape} of {layer}"
-            raise UserError(f"{self.path}: {misfit}: it should be {forms[0]}, {forms[1]} or {forms[2]}")
-        alpha = self.file.get_tensor(parts["alpha"]).double() if "alpha" in parts else torch.tensor(a[0])
+        shapes = {part: self._shape(name) for part, name in parts.items() if part != "alpha"}
+        rank, (out, *width) = next(iter(shapes["A"]), 0), shape
+        fitting = {"A": [[rank, *width]], "B": [[out, rank]], "magnitude": [[out], [out, 1], [1, *width]]}
+        if not (rank and width and all(shapes[part] in fitting[part] for part in shapes)):
+            sizes = " beside ".join(f"{parts[part]} {shapes[part]}" for part in shapes)
+            forms = "[rank, in] beside [out, rank], and a DoRA magnitude [out], [out, 1] or [1, in]"
+            raise UserError(f"{self.path}: {sizes} does not fit the weight {shape} of {layer}: it should be {forms}")
+        alpha = self.file.get_tensor(parts["alpha"]).double() if "alpha" in parts else torch.tensor(rank)
         if alpha.numel() != 1 or not math.isfinite(alpha):
             raise UserError(f"{self.path}: {parts['alpha']} is not one number")
-        self.rank = max(self.rank, a[0])
-        return Change("", parts["A"], parts["B"], alpha.item() / a[0], magnitude)
+        self.rank = max(self.rank, rank)
+        return Change("", parts["A"], parts["B"], alpha.item() / rank, parts.get("magnitude", ""))
 
     def _shape(self, name: str) -> list[int]:
         return self.tensors[name]["shape"]
 
     def require_finite(self) -> None:
         """Read the whole file once. UserError for NaN or infinity, and for changes too large for float32."""
-        largest = {}
+        largest = {"": 0.0}  # the name of a part that a change lacks
         for name in (name for name in self.tensors if name not in self.ignored):
             largest[name] = _largest(self.file.get_tensor(name))
             if not math.isfinite(largest[name]):
                 reason = f"{name} holds NaN or infinity, and every video made with it would be black"
                 raise UserError(f"{self.path}: {reason}: take another file, or an earlier one of the same training")
         for target, change in self.changes.items():
-            bound = max(largest.get(change.diff, 0.0), largest.get(change.magnitude, 0.0))
-            if change.A:
-                product = self._shape(change.A)[0] * largest[change.A] * largest[change.B]
-                bound = max(abs(change.scale) * product, bound)
+            product = largest[change.A] * largest[change.B] * (self._shape(change.A)[0] if change.A else 0)
+            bound = max(abs(change.scale) * product, largest[change.diff], largest[change.magnitude])
             if not bound * max(1.0, abs(self.strength)) < torch.finfo(torch.float32).max:
                 file = f"{self.path} at strength {self.strength:g}"
                 raise UserError(f"{file} changes {target} by more than float32 holds")

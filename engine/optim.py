@@ -42,11 +42,9 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 def adamw(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, seed: Tensor, factors: Tensor, betas: tuple[float, float], eps: float
 ) -> None:
-    """One step of AdamW for flat pieces of a weight, its gradient and its moments, in place.
-
-    seed (): int32, another one for each piece and step. factors (3,): 1 - lr decay, lr / (1 - beta_1^step),
-    1 / (1 - beta_2^step); a tensor, because a compiled function would be compiled again for other numbers.
-    """
+    """One step of AdamW for flat pieces of a weight, its gradient and its moments, in place. `seed` () is an int32, a
+    new one for each piece and step. `factors` (3,) are 1 - lr decay, lr / (1 - beta_1^step), 1 / (1 - beta_2^step),
+    in a tensor, because other numbers would compile the function again."""
     bits = hash_bits(torch.arange(w.numel(), dtype=torch.int32, device=w.device) + seed)
     keep, rate, correction = factors.unbind()
     g = g.float()
@@ -60,10 +58,8 @@ def adamw(
 
 class AdamWBF16(torch.optim.Optimizer):
     """torch.optim.AdamW's formula in float32, between bf16 weights and moments. Shards of FSDP2 are taken as they are.
-
     The bits follow from `seed` and the step, so that the replicas of DDP stay alike and a continued run is the same.
-    `compiled`: the step as one kernel for each weight; None for where that helps, on GPUs. `options` are AdamW's.
-    """
+    `compiled`: the step as one kernel for each weight; None for where that helps, on GPUs. `options` are AdamW's."""
 
     def __init__(self, params: Iterable[Tensor], seed: int = 0, compiled: bool | None = None, **options: Any):
         super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8} | options)

@@ -46,11 +46,9 @@ def join_processes() -> torch.device:
 
 
 def build_model(config: Config, source: Checkpoint, device: torch.device) -> nn.Module:
-    """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2).
-
-    For the optimizer "adamw-bf16" it is in bf16. With adapters (lora.rank above 0) it is whole, frozen, and in the
-    precision of the computation or in fp8; the adapters are float32.
-    """
+    """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2). For the
+    optimizer "adamw-bf16" it is in bf16. With adapters (lora.rank above 0) it is whole, frozen, and in the precision of
+    the computation or in fp8; the adapters are float32."""
     run, lora, seed = config.parallel, config.lora, config.run.seed
     in_bf16 = config.optim.kind == "adamw-bf16" or (lora.rank and run.precision == "bf16")
     held = torch.bfloat16 if in_bf16 else torch.float32
@@ -107,11 +105,9 @@ def fill(model: LTXVideo, source: Checkpoint, device: torch.device, seed: int | 
 
 
 def first_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """A weight of an untrained LTXVideo, the same wherever and in whatever order it is drawn.
-
-    Linear layers follow Glorot's rule, norms are 1. Biases, tables, and the layers behind modulation, head gates and
-    output start at zero, so each block starts as the identity and the velocity as 0.
-    """
+    """A weight of an untrained LTXVideo, the same wherever and in whatever order it is drawn. Linear layers follow
+    Glorot's rule, norms are 1. Biases, tables, and the layers behind modulation, head gates and output start at zero,
+    so each block starts as the identity and the velocity as 0."""
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     zeros = ("bias", "table", "to_gate_logits.weight", "single.linear.weight")

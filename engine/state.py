@@ -36,7 +36,7 @@ from common.errors import UserError, whole_file
 from common.outputs import refuse_overwrite
 from common.schema import Count, Text, foreign_record, parse_json
 from config import Config, as_dict, require_same_run
-from engine.average import Average
+from engine.average import Average, local_parts
 from engine.check import require_bf16
 from engine.lora import save_lora, write_changed
 from engine.recipe import encoder_metadata, export_guidance, reference_metadata
@@ -51,17 +51,14 @@ class Progress:
     skipped: list[Text] = ()  # damaged samples so far, named
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder of a run
+# --- The folder of a run ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Make the run's folder and lock it: two trainers in one folder would mix their checkpoints.
-
-    Called by every rank; rank 0 holds the lock, and the system releases it if the process is killed. A folder that is
-    still empty at the end is removed.
-    """
+    """Make the run's folder and lock it: two trainers in one folder would mix their checkpoints. Called by every rank;
+    rank 0 holds the lock, and the system releases it if the process is killed. A folder that is still empty at the end
+    is removed."""
     problems, folder = [""], None
     if dist.get_rank() == 0:
         try:
@@ -86,12 +83,15 @@ def locked(run: Path) -> Iterator[None]:
 
 def require_same(run: Path, config: Config, cache: dict[str, Any]) -> None:
     """UserError if the run was started with other options or another cache. `cache` is the settings of the cache."""
-    if not (record := run / "config.json").exists():
-        return
-    before = parse_json(dict[str, Any], record.read_bytes(), record)
-    require_same_run(before, config, run)
-    if before.get("cache", digest(cache)) != digest(cache):
-        raise UserError(f"{run} was started with another cache than {config.data.cache}: give another run.out")
+    if (run / "config.json").exists():
+        before = read_record(run)
+        require_same_run(before, config, run)
+        if before.get("cache", digest(cache)) != digest(cache):
+            raise UserError(f"{run} was started with another cache than {config.data.cache}: give another run.out")
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    return parse_json(dict[str, Any], (run / "config.json").read_bytes(), run / "config.json")
 
 
 def write_record(run: Path, config: Config, cache: dict[str, Any]) -> None:
@@ -109,8 +109,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving and resuming
+# --- Saving and resuming ----------------------------------------------------------------------------------------------
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer, average: Average | None) -> dict[str, Tensor]:
@@ -129,10 +128,8 @@ def state_tensors(model: nn.Module, optimizer: Optimizer, average: Average | Non
 def save(
     run: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int, average: Average | None, skipped: list[str]
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the last `keep`. Called by every rank.
-
-    UserError, with nothing written, where a weight, moment or average is not finite: the last good checkpoint stays.
-    """
+    """Write the checkpoint of `step` and remove all but the last `keep`. Called by every rank. UserError, with nothing
+    written, where a weight, moment or average is not finite: the last good checkpoint stays."""
     folder, part = run / f"step-{step:06d}", run / f".step-{step:06d}.part"
     tensors = state_tensors(model, optimizer, average)
     require_finite(tensors, step)
@@ -158,12 +155,12 @@ def save(
 
 def require_finite(tensors: dict[str, Tensor], step: int) -> None:
     """UserError, on every rank, that names a tensor with NaN or infinity on one of them."""
-    local = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
-    bad = next((name for name, tensor in local.items() if not tensor.isfinite().all()), "")
-    everyone: list[Any] = [None] * dist.get_world_size()
+    local = zip(tensors, local_parts(tensors.values()))
+    bad = next((name for name, tensor in local if not tensor.isfinite().all()), "")
+    everyone = [""] * dist.get_world_size()
     dist.all_gather_object(everyone, bad)
-    if name := next((name for name in everyone if name), ""):
-        raise UserError(f"step {step}: {name} is not finite; nothing was saved over the last checkpoint")
+    if any(everyone):
+        raise UserError(f"step {step}: {max(everyone)} is not finite; nothing was saved over the last checkpoint")
 
 
 def resume(
@@ -191,8 +188,7 @@ def resume(
 
 
 def last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:200]
 
 
 def report(text: str) -> None:
@@ -200,8 +196,7 @@ def report(text: str) -> None:
         print(text, flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Export
+# --- Export -----------------------------------------------------------------------------------------------------------
 
 
 def saved_weights(folder: Path) -> dict[str, tuple[str, torch.Size]]:
@@ -221,11 +216,9 @@ def read_weights(folder: Path, saved: dict[str, tuple[str, torch.Size]]) -> dict
 
 
 def export_run(config: Config, base: Checkpoint, out: Path) -> None:
-    """Write the newest checkpoint of the run in the released layout, or its adapters as a LoRA file.
-
-    In the released layout the trained tensors replace those of `base`, cast to the dtype that they have there.
-    ComfyUI, ltx-core and sample.py load the result as they load the base.
-    """
+    """Write the newest checkpoint of the run in the released layout, or its adapters as a LoRA file. In the released
+    layout the trained tensors replace those of `base`, cast to the dtype that they have there. ComfyUI, ltx-core and
+    sample.py load the result as they load the base."""
     run = Path(config.run.out)
     if not (folders := checkpoints(run)):
         raise UserError(f"{run} holds no complete checkpoint to export")
@@ -235,8 +228,7 @@ def export_run(config: Config, base: Checkpoint, out: Path) -> None:
     ours = reference_metadata(config.reference) | {"training": as_dict(config)} | encoder_metadata(base)
     defaults = export_guidance(config, base)
     # What was trained is up to the run, whatever this command's options are.
-    record = run / "config.json"
-    lora = parse_json(dict[str, Any], record.read_bytes(), record).get("lora", as_dict(config)["lora"])
+    lora = read_record(run).get("lora", as_dict(config)["lora"])
     weights = saved_weights(folder)
     if lora["rank"]:
         alpha = lora["alpha"] or lora["rank"]
