@@ -51,7 +51,7 @@ class Log:
         with_face = (columns["faces"] > 0) & intact
         intact = intact if intact.any() else ~intact
         figures = {"step": step} | {key: columns[key][intact].mean().item() for key in ("loss", "flow", "w_aux")}
-        # Over the samples in which a face was found: the others' zeros would make the figure look better than it is.
+        # Over the samples that show a face: the zeros of the others would make the figure look better than it is.
         figures |= {key: columns[key][with_face].mean().item() if with_face.any() else 0.0 for key in ("id", "tic")}
         faces, frames = (columns[key][intact].sum().item() for key in ("faces", "frames"))
         figures |= {"face_rate": faces / frames if frames else 0.0, "grad_norm": norm, "lr": lr, "seconds": seconds}

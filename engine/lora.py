@@ -78,9 +78,9 @@ def seed_dropout(seed: int, count: int) -> None:
 def save_lora(
     path: str | Path, weights: dict[str, Tensor], scale: float, ours: dict, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write the adapters of `new_lora`, named as in the model, in the layout that ComfyUI and diffusers load. `scale` =
-    alpha / rank is multiplied into B, because some loaders refuse a file with an alpha of its own and others read it as
-    alpha = rank. `ours` goes into the metadata."""
+    """Write the adapters of `new_lora`, named as in the model, in the layout that ComfyUI and diffusers load. B is
+    multiplied by `scale` = alpha / rank, because a file with an alpha of its own is refused by one loader and read as
+    alpha = rank by another. `ours` goes into the metadata."""
     entries = []
     for name, tensor in sorted(weights.items()):
         value = tensor.float() * scale if name.endswith(".lora_B") else tensor

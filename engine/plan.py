@@ -32,14 +32,8 @@ from vae import VideoVAE, latent_scale
 
 GIB = 2**30
 # Dense bf16 TFLOP/s and GB by the makers' data sheets.
-CARDS = {
-    "H20-96": (148, 96),
-    "H20-141": (148, 141),
-    "A100-80": (312, 80),
-    "H100-80": (989, 80),
-    "H200-141": (989, 141),
-    "L40S-48": (362, 48),
-}
+CARDS = {"H20-96": (148, 96), "H20-141": (148, 141), "A100-80": (312, 80), "H100-80": (989, 80),
+         "H200-141": (989, 141), "L40S-48": (362, 48)}  # fmt: skip
 
 
 def parameters(module: nn.Module) -> int:

@@ -4,7 +4,7 @@ options of the user  >  distilled models  >  --preset  >  LoRA metadata  >  chec
 """
 
 import argparse
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,12 @@ class Recipe:
 
     def for_generate(self) -> dict[str, Any]:
         """Keyword arguments of guidance.generate."""
-        names = ("height", "width", "frames", "fps", "steps", "reference", "sigmas")
-        return {name: getattr(self, name) for name in names} | {"s_y": self.s_text, "s_r": self.s_ref}
+        names = {"s_text": "s_y", "s_ref": "s_r"}
+        return {names.get(key, key): value for key, value in vars(self).items() if key != "prompt_prefix"}
 
     def for_metadata(self) -> dict[str, Any]:
-        """The same as plain values."""
-        flat = asdict(self) | reference_metadata(self.reference)
-        flat |= {"s_y": flat.pop("s_text"), "s_r": flat.pop("s_ref")}
+        """The same and the prefix of the prompt, as plain values."""
+        flat = self.for_generate() | reference_metadata(self.reference) | {"prompt_prefix": self.prompt_prefix}
         return {key: value for key, value in flat.items() if key != "reference" and value is not None}
 
     def line(self) -> str:
@@ -104,14 +103,11 @@ def lora_settings(loras: list[LoRA], decided: dict[str, Any]) -> dict[str, Any]:
 
 def merged_metadata(base: Checkpoint, loras: list[LoRA]) -> dict[str, Any]:
     """This project's metadata of `base` with LoRAs merged in. Settings of the LoRAs replace those of the base."""
-    settings = lora_settings(loras, {})
-    ours = base.ours | {key: value for key, value in settings.items() if key in REFERENCE}
-    defaults = {key: value for key, value in settings.items() if key in PAPER}
-    ours |= {"defaults": base.ours.get("defaults", {}) | defaults} | encoder_metadata(base)
+    settings, sign = lora_settings(loras, {}), distilled_sign(base.path, base.metadata)
+    defaults = base.ours.get("defaults", {}) | {key: settings.pop(key) for key in PAPER if key in settings}
+    ours = base.ours | settings | {"defaults": defaults} | encoder_metadata(base)
     ours["loras"] = [f"{lora.path.name}:{lora.strength:g}" for lora in loras]
-    if sign := distilled_sign(base.path, base.metadata):
-        ours["distilled"] = f"{base.path.name}, by {sign}"
-    return ours
+    return ours | ({"distilled": f"{base.path.name}, by {sign}"} if sign else {})
 
 
 def text_encoder(checkpoint: Checkpoint) -> str | None:
