@@ -152,7 +152,7 @@ def train(
         every = config.log.sample_every
         if samples and every and (done % every == 0 or done == end):
             with average.in_place() if average else nullcontext():
-                draw_samples(config, model, objective, samples, clips.settings, run / "samples", done)
+                draw_samples(config, model, objective, samples, clips.settings, done)
         if stop_now or done % config.log.save_every == 0 or done == end:
             folder = state.save(run, done, model, optimizer, config.log.keep, average, skipped)
             report(f"saved {folder}")

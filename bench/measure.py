@@ -7,8 +7,8 @@
     python -m bench --publish                           # replace the page in bench/ that README shows
 
 Writes out/bench/<device>-<how>.md. Two ceilings are measured in the same run: operations per second of a large matrix
-product, bytes per second of a copy. The operations of a row are counted by engine/plan.py. Its floor is the larger of
-operations over the first ceiling and bytes of weights over the second. A row beyond the memory says so.
+product, bytes per second of a copy. A row's floor is the larger of its operations (engine/plan.py) over the first and
+the bytes of its weights over the second. A row beyond the memory says so.
 """
 
 import argparse
@@ -46,8 +46,7 @@ from vae import VideoVAE, from_tokens, latent_scale
 
 ROOT = Path(__file__).parent.parent
 LTX = ROOT / "configs" / "ltx-2.3.json"
-# 720 is no multiple of 32: the nearest height is 704.
-SIZES = ("480x832x121", "512x768x121", "704x1280x121")
+SIZES = ("480x832x121", "512x768x121", "704x1280x121")  # 720 is no multiple of 32
 FPS = 24.0
 
 
@@ -61,10 +60,8 @@ class Row(NamedTuple):
 
 
 def measure(run: Callable[[], Any], device: torch.device, repeat: int, warm: bool = False) -> tuple[float, int | None]:
-    """Median seconds of `repeat` calls, and the peak memory in bytes, None on a CPU.
-
-    One call before them is not timed, unless everything is `warm` already.
-    """
+    """Median seconds of `repeat` calls, and the peak memory in bytes, None on a CPU. One call before them is not timed,
+    unless everything is `warm` already."""
     cuda, times = device.type == "cuda", []
     if not warm:
         run()
@@ -100,11 +97,10 @@ def draw_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Namespace) -> Iterator[Row]:
     """All measurements at one size (height, width, frames). Each part of the model is made when its rows begin."""
-    (height, width, frames), dit = size, ltx["transformer"]
-    device, dtype = options.device, options.dtype
-    scale = latent_scale(ltx["vae"])
-    grid = ((frames - 1) // scale[0] + 1, height // scale[1], width // scale[2])
-    n, r, s, channels = math.prod(grid), grid[1] * grid[2], options.text_tokens, dit["in_channels"]
+    (height, width, frames), dit, scale = size, ltx["transformer"], latent_scale(ltx["vae"])
+    device, dtype, s, channels = options.device, options.dtype, options.text_tokens, dit["in_channels"]
+    grid = latent_grid(size, scale)
+    n, r = math.prod(grid), grid[1] * grid[2]
     text_only, with_reference = dit_flops(dit, n, 0, s), dit_flops(dit, n, r, s)
     with torch.device("meta"):
         model, vae = LTXVideo(dit), VideoVAE(ltx["vae"])
@@ -137,27 +133,24 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
         yield Row("DiT forward, with reference", with_reference, weights, lambda: forward(True))
         step = 2 * text_only + with_reference
         yield Row("guided step, three streams", step, 2 * weights, lambda: guided(1))
-        name = f"{options.steps} guided steps, without VAE"
-        yield Row(name, options.steps * step, options.steps * 2 * weights, lambda: guided(options.steps))
+        name, count = f"{options.steps} guided steps, without VAE", options.steps
+        yield Row(name, count * step, count * 2 * weights, lambda: guided(count))
 
-    with torch.no_grad():
         vae = draw_weights(vae, device, dtype)
         video = torch.zeros(1, 3, frames, height, width, device=device, dtype=dtype)
         latents = torch.zeros(1, channels, *grid, device=device, dtype=dtype)
         encode, decode = vae_flops(ltx["vae"], grid[0], height, width, frames)
-        parts = [sum(p.nbytes for p in part.parameters()) for part in (vae.encoder, vae.decoder)]
-        chunk = DECODE_CHUNK
-        yield Row("VAE encode, in pieces", encode, parts[0], lambda: vae.encode(video, chunk))
-        yield Row("VAE decode, in pieces", decode, parts[1], lambda: vae.decode(latents, chunk))
-        yield Row("VAE decode, at once", decode, parts[1], lambda: vae.decode(latents))
+        encoder, decoder = (sum(p.nbytes for p in part.parameters()) for part in (vae.encoder, vae.decoder))
+        yield Row("VAE encode, in pieces", encode, encoder, lambda: vae.encode(video, DECODE_CHUNK))
+        yield Row("VAE decode, in pieces", decode, decoder, lambda: vae.decode(latents, DECODE_CHUNK))
+        yield Row("VAE decode, at once", decode, decoder, lambda: vae.decode(latents))
 
     if options.fp8 or options.offload:
         return
-    model.train().requires_grad_(True)
-    set_recompute(model, True)
-    window = min(4, grid[0])  # two latent frames, and one on either side as context
-    _, decode_window_flops = vae_flops(ltx["vae"], window, height, width)
-    start = min(1, grid[0] - 1)
+    set_recompute(model.train().requires_grad_(True), True)
+    window, start = min(4, grid[0]), min(1, grid[0] - 1)  # two latent frames, and one on either side as context
+    length = window - start - 1 if window > 2 else 1
+    _, decode = vae_flops(ltx["vae"], window, height, width)
 
     def training(faces: bool) -> None:
         model.zero_grad(set_to_none=False)
@@ -165,15 +158,21 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
         loss = flow_loss(v, torch.zeros_like(z), z).sum()
         if faces:
             z_0 = from_tokens(predict_x0(z, v, t), grid).to(dtype)
-            loss = loss + decode_window(vae, z_0, start, window - start - 1 if window > 2 else 1).square().mean()
+            loss = loss + decode_window(vae, z_0, start, length).square().mean()
         loss.backward()
 
-    yield Row("training, forward and backward", 3 * with_reference, 2 * weights, lambda: training(False))
-    flops = 3 * with_reference + 2 * decode_window_flops
-    yield Row("the same with the decoder of the identity losses", flops, 2 * weights, lambda: training(True))
-    optimizer = AdamWBF16(model.parameters(), lr=1e-6)
+    step = 3 * with_reference
+    yield Row("training, forward and backward", step, 2 * weights, lambda: training(False))
+    name = "the same with the decoder of the identity losses"
+    yield Row(name, step + 2 * decode, 2 * weights, lambda: training(True))
     if dtype == torch.bfloat16:
+        optimizer = AdamWBF16(model.parameters(), lr=1e-6)
         yield Row("optimizer step, adamw-bf16", 0, 7 * weights, optimizer.step)  # 4 read, 3 written
+
+
+def latent_grid(size: tuple[int, int, int], scale: tuple[int, int, int]) -> tuple[int, int, int]:
+    """T, h, w of a video of (height, width, frames)."""
+    return (size[2] - 1) // scale[0] + 1, size[0] // scale[1], size[1] // scale[2]
 
 
 def diffusers_row(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Namespace) -> Row:
@@ -182,73 +181,46 @@ def diffusers_row(ltx: dict[str, Any], size: tuple[int, int, int], options: argp
         from diffusers import LTX2VideoTransformer3DModel
     except ImportError:
         raise UserError("--against diffusers needs diffusers: pip install diffusers") from None
-    dit, scale, (height, width, frames) = ltx["transformer"], latent_scale(ltx["vae"]), size
-    grid = ((frames - 1) // scale[0] + 1, height // scale[1], width // scale[2])
-    device, dtype, s = options.device, options.dtype, options.text_tokens
-    heads, head_dim, layers = (dit[key] for key in ("num_attention_heads", "attention_head_dim", "num_layers"))
-    n, channels, dim = math.prod(grid), dit["in_channels"], heads * head_dim
+    dit, grid, s = ltx["transformer"], latent_grid(size, latent_scale(ltx["vae"])), options.text_tokens
+    n, channels, dim = math.prod(grid), dit["in_channels"], dit["num_attention_heads"] * dit["attention_head_dim"]
+    sizes = {key: dit[key] for key in ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels")}
+    sizes |= {"out_channels": channels, "cross_attention_dim": dim}
+    gates = dict.fromkeys(("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod"), True)
     with torch.device("meta"):
-        model = LTX2VideoTransformer3DModel(
-            in_channels=channels,
-            out_channels=channels,
-            num_attention_heads=heads,
-            attention_head_dim=head_dim,
-            cross_attention_dim=dim,
-            num_layers=layers,
-            gated_attn=True,
-            cross_attn_mod=True,
-            audio_gated_attn=True,
-            audio_cross_attn_mod=True,
-            rope_type="split",
-            use_prompt_embeddings=False,
-        )
-    model = draw_weights(model, device, dtype)
+        model = LTX2VideoTransformer3DModel(**sizes, **gates, rope_type="split", use_prompt_embeddings=False)
+    model = draw_weights(model, options.device, options.dtype)
     audio_dim = model.config.audio_num_attention_heads * model.config.audio_attention_head_dim
-    timestep = torch.full((1, n), 700.0, device=device)
-    inputs = {
-        "hidden_states": torch.randn(1, n, channels, device=device, dtype=dtype),
-        "audio_hidden_states": torch.randn(1, 1, 128, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, s, dim, device=device, dtype=dtype),
-        "audio_encoder_hidden_states": torch.randn(1, s, audio_dim, device=device, dtype=dtype),
-        "timestep": timestep,
-        "audio_timestep": timestep[:, :1],
-        "sigma": timestep[:, 0],
-        "num_frames": grid[0],
-        "height": grid[1],
-        "width": grid[2],
-        "audio_num_frames": 1,
-    }
+    shapes = {"hidden_states": (n, channels), "audio_hidden_states": (1, 128)}
+    shapes |= {"encoder_hidden_states": (s, dim), "audio_encoder_hidden_states": (s, audio_dim)}
+    tensors = {key: torch.randn(1, *shape, device=options.device, dtype=options.dtype) for key, shape in shapes.items()}
+    timestep = torch.full((1, n), 700.0, device=options.device)
+    tensors |= {"timestep": timestep, "audio_timestep": timestep[:, :1], "sigma": timestep[:, 0]}
+    video = {"num_frames": grid[0], "height": grid[1], "width": grid[2], "audio_num_frames": 1}
 
     @torch.no_grad()
     def run() -> Any:
-        return model(**inputs)
+        return model(**tensors, **video)
 
-    flops, weights = dit_flops(dit, n, 0, s), sum(p.nbytes for p in model.parameters())
-    return Row("diffusers' transformer, text only, one audio token", flops, weights, run)
+    weights = sum(p.nbytes for p in model.parameters())
+    return Row("diffusers' transformer, text only, one audio token", dit_flops(dit, n, 0, s), weights, run)
 
 
 def table(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Namespace, limits: tuple) -> list[str]:
     """The lines of Markdown for one size. `limits` are the two ceilings."""
-    lines = [
-        f"\n## {size[0]}x{size[1]}, {size[2]} frames\n",
-        "| | ms | TFLOP | TFLOP/s | of the ceiling | floor, ms | peak GiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = "| | ms | TFLOP | TFLOP/s | of the ceiling | floor, ms | peak GiB |\n|---|---:|---:|---:|---:|---:|---:|"
+    lines = [f"\n## {size[0]}x{size[1]}, {size[2]} frames\n", head]
 
     def add(row: Row) -> None:
-        floor = 1000 * max(row.flops / limits[0], row.weights / limits[1])
-        start = f"| {row.name} |"
+        floor = f"{1000 * max(row.flops / limits[0], row.weights / limits[1]):,.1f}"
+        long = "guided steps" in row.name  # the row before warmed up the same functions
         try:
-            long = "guided steps" in row.name  # the row before warmed up the same functions
             seconds, peak = measure(row.run, options.device, 1 if long else options.repeat, warm=long)
         except torch.OutOfMemoryError:
-            lines.append(f"{start} out of memory | {row.flops / 1e12:,.2f} | | | {floor:,.1f} | |")
+            lines.append(f"| {row.name} | out of memory | {row.flops / 1e12:,.2f} | | | {floor} | |")
             return
-        rate = row.flops / seconds
-        lines.append(
-            f"{start} {1000 * seconds:,.1f} | {row.flops / 1e12:,.2f} | {rate / 1e12:,.2f} | "
-            f"{rate / limits[0]:.0%} | {floor:,.1f} | {f'{peak / GIB:.1f}' if peak else ''} |"
-        )
+        cells = [row.name, f"{1000 * seconds:,.1f}", f"{row.flops / 1e12:,.2f}", f"{row.flops / seconds / 1e12:,.2f}"]
+        cells += [f"{row.flops / seconds / limits[0]:.0%}", floor, f"{peak / GIB:.1f}" if peak else ""]
+        lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
 
     try:
@@ -268,8 +240,8 @@ def device_name(device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         return platform.processor() or platform.machine() or "cpu", "none"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or "unknown"
-    return torch.cuda.get_device_name(device), driver
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+    return torch.cuda.get_device_name(device), driver or "unknown"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -293,13 +265,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def resolve_sizes(texts: list[str], scale: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     """(height, width, frames) of each --size. One that does not fill whole latent cells raises UserError."""
-    sizes = []
-    for text in texts:
-        height, width, frames = map(int, text.split("x")) if re.fullmatch(r"\d+x\d+x\d+", text) else (0, 0, 0)
+    rule = f"write HEIGHTxWIDTHxFRAMES, sides multiples of {scale[1]}, frames {scale[0]}k+1"
+    sizes = [tuple(map(int, text.split("x"))) if re.fullmatch(r"\d+x\d+x\d+", text) else (0, 0, 0) for text in texts]
+    for text, (height, width, frames) in zip(texts, sizes):
         if not (height and width and frames) or height % scale[1] or width % scale[2] or (frames - 1) % scale[0]:
-            rule = f"sides multiples of {scale[1]}, frames {scale[0]}k+1"
-            raise UserError(f"--size {text}: write HEIGHTxWIDTHxFRAMES, {rule}")
-        sizes.append((height, width, frames))
+            raise UserError(f"--size {text}: {rule}")
     return sizes
 
 
@@ -320,13 +290,12 @@ def main() -> None:
     refuse_overwrite([out], [options.ckpt])
     out.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows here too
     limits = ceilings(options.device, options.dtype, options.repeat)
+    versions = f"driver {driver}, PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    dtype, file = str(options.dtype).removeprefix("torch."), Path(options.ckpt or LTX).name
     lines = [
-        f"# {name}\n",
-        f"{date.today()}, driver {driver}, PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, "
-        f"{str(options.dtype).removeprefix('torch.')}, {' '.join(how)}; random weights of "
-        f"{Path(options.ckpt or LTX).name}, {options.text_tokens:,} text tokens.\n",
-        f"Measured ceilings: {limits[0] / 1e12:,.2f} TFLOP/s (matrix product), {limits[1] / 1e9:,.0f} GB/s (copy). "
-        "Empty cells have not been measured.",
+        f"# {name}\n\n{date.today()}, {versions}, {dtype}, {' '.join(how)}; random weights of {file}, "
+        f"{options.text_tokens:,} text tokens.\n\nMeasured ceilings: {limits[0] / 1e12:,.2f} TFLOP/s (matrix product), "
+        f"{limits[1] / 1e9:,.0f} GB/s (copy). Empty cells have not been measured."
     ]
     for size in sizes:
         lines += table(ltx, size, options, limits)

@@ -5,20 +5,20 @@
 It shares the sharding of the weights, is saved with them, and is what an export writes and samples are drawn from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
-def _here(tensors: list[Tensor]) -> list[Tensor]:
-    """This rank's part of each."""
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor."""
     return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
 class Average:
-    """Of what is trained in a model. `tensors` are in the order of its parameters."""
+    """The average of the trained weights of a model. `tensors` are in the order of its parameters."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.live = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
@@ -26,13 +26,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step number `step`, counted from 0: the mean over about the last 1 / (1 - d) steps, or half of all."""
+        """Take in the weights after `step`, counted from 0: a mean over the last 1 / (1 - d) steps, or half of all."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(_here(self.tensors), _here(self.live), 1 - decay)
+        torch._foreach_lerp_(local_parts(self.tensors), local_parts(self.live), 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average for its weights inside."""
+        """Inside, the model has the average for its weights."""
         self._swap()
         try:
             yield
@@ -41,7 +41,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for weight, mean in zip(_here(self.live), _here(self.tensors)):
+        for weight, mean in zip(local_parts(self.live), local_parts(self.tensors)):
             kept = weight.clone()
             weight.copy_(mean)
             mean.copy_(kept)

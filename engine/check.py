@@ -12,10 +12,8 @@ from vae import VideoVAE
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Print tensors, parameters, bytes and stored formats of each part. UserError if something is missing.
-
-    No weight is read.
-    """
+    """Print tensors, parameters, bytes and stored formats of each part; no weight is read. UserError for what is
+    missing."""
     with torch.device("meta"):
         vae = VideoVAE(checkpoint.config["vae"])
         parts = {
@@ -27,23 +25,23 @@ def check(checkpoint: Checkpoint) -> None:
         }
     print(f"{checkpoint.path}: LTX {checkpoint.metadata.get('model_version')}")
     print(f"{'part':32}{'tensors':>10}{'parameters':>16}{'bytes':>18}  stored as")
-    problems, total, ignored = [], [0, 0, 0], len(checkpoint.tensors)
+    problems, total, used = [], Counter(), set()
     for title, (module, prefixes) in parts.items():
-        row, forms = [0, 0, 0], Counter()
+        row, forms = Counter(), Counter()
         for name, slot in module.state_dict().items():
             source = file_name(name, prefixes)
             if problem := checkpoint.misfit(source, slot):
                 problems.append(problem)
                 continue
             start, end = checkpoint.tensors[source]["data_offsets"]
-            row = [row[0] + 1, row[1] + slot.numel(), row[2] + end - start]
+            row.update(tensors=1, parameters=slot.numel(), bytes=end - start)
             forms[stored_as(checkpoint, source)] += 1
-            ignored -= 1 + (checkpoint.scale_name(source) is not None)
-        total = [a + b for a, b in zip(total, row)]
+            used |= {source, checkpoint.scale_name(source)}
+        total += row
         words = ", ".join(f"{count:,} {form}" if len(forms) > 1 else form for form, count in forms.most_common())
-        print(f"{title:32}{row[0]:>10,}{row[1]:>16,}{row[2]:>18,}  {words}")
-    print(f"{'all that is needed':32}{total[0]:>10,}{total[1]:>16,}{total[2]:>18,}")
-    print(f"{'ignored (audio and others)':32}{ignored - len(problems):>10,}")
+        print(f"{title:32}{row['tensors']:>10,}{row['parameters']:>16,}{row['bytes']:>18,}  {words}")
+    print(f"{'all that is needed':32}{total['tensors']:>10,}{total['parameters']:>16,}{total['bytes']:>18,}")
+    print(f"{'ignored (audio and others)':32}{len(checkpoint.tensors.keys() - used) - len(problems):>10,}")
     if problems:
         rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{checkpoint.path} does not fit: {'; '.join(problems[:3])}{rest}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from checkpoint import FP8, Checkpoint, file_name
 
-LARGEST = 448.0  # of float8 e4m3
+E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,12 +26,10 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach()
     scale = (weight.abs().amax(dim=1, keepdim=True).float() / LARGEST).log2().ceil().exp2()
     scale = torch.where(scale > 0, scale, 1)  # a row of zeros
-    return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
+    return (weight / scale).to(E4M3).view(torch.uint8), scale
 
 
-def dequantize(
-    quantized: Tensor, scale: Tensor, dtype: torch.dtype, stored: torch.dtype = torch.float8_e4m3fn
-) -> Tensor:
+def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype, stored: torch.dtype = E4M3) -> Tensor:
     """Bytes of Q (out, in) and scale (out, 1) or (1, 1) -> W (out, in), the product rounded once."""
     return quantized.view(stored).to(dtype).mul_(scale)  # Q is exact in every dtype; in place: computed in float32
 
@@ -53,9 +51,7 @@ class Product(torch.autograd.Function):
 class FP8Linear(nn.Linear):
     """A frozen linear layer that holds its weight as bytes: a dtype that every backend of DDP can pass on."""
 
-    def __init__(
-        self, quantized: Tensor, scale: Tensor, bias: Tensor | None, stored: torch.dtype = torch.float8_e4m3fn
-    ):
+    def __init__(self, quantized: Tensor, scale: Tensor, bias: Tensor | None, stored: torch.dtype = E4M3):
         super().__init__(quantized.shape[1], quantized.shape[0], bias=False, device="meta")
         self.weight = nn.Parameter(quantized, requires_grad=False)  # (out, in), uint8
         self.scale = nn.Parameter(scale, requires_grad=False)  # (out, 1) or (1, 1), float32
@@ -75,16 +71,14 @@ def block_linears(model: nn.Module) -> list[str]:
 
 
 def store_in_fp8(model: nn.Module, device: str | torch.device | None = None) -> nn.Module:
-    """Replace the linear layers of a DiT's blocks, one at a time, and freeze the model.
-
-    With `device` the bytes go there from a model in host memory: the card never holds the model in bf16.
-    """
+    """Replace the linear layers of a DiT's blocks, one at a time, and freeze the model. With `device` the bytes go
+    there from a model in host memory: the card never holds the model in bf16."""
     model.requires_grad_(False)
     for name in block_linears(model):
         layer = model.get_submodule(name)
-        weight = layer.weight.to(device or layer.weight.device)
-        model.set_submodule(name, FP8Linear(*quantize(weight), layer.bias).train(layer.training))
-        del layer, weight
+        quantized, scale = quantize(layer.weight.to(device or layer.weight.device))
+        model.set_submodule(name, FP8Linear(quantized, scale, layer.bias).train(layer.training))
+        del layer  # one layer at a time is in memory twice
     return model
 
 
@@ -95,34 +89,29 @@ def load_fp8(
     dtype: torch.dtype,
     changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> nn.Module:
-    """Load a DiT that is on the meta device, frozen, with the linear layers of its blocks in fp8.
+    """Load a DiT that is on the meta device, frozen, with the linear layers of its blocks in fp8, one layer at a time.
 
-    Layers that the file stores in fp8 keep the file's bytes and scales; the file's maker has then left the others in
-    bf16 for a reason, and they stay so. Of a file without fp8 every layer is quantized as it is read. No layer is in
-    memory in another form than these for longer than its own turn.
-    `changes` maps the released name of a tensor to a function from it to the changed tensor (LoRAs that are merged).
-    A changed fp8 layer is quantized again.
-    """
+    Layers that the file stores in fp8 keep the file's bytes and scales, and the others stay in bf16, as the file's
+    maker chose. Of a file without fp8 every layer is quantized. `changes` maps the released name of a tensor to a
+    function from it to the changed tensor (merged LoRAs); a changed fp8 layer is quantized again."""
     checkpoint.load(model, model.PREFIXES, "meta")  # every name and shape before anything slow
     sources = {name: file_name(f"{name}.weight", model.PREFIXES) for name in block_linears(model)}
-    in_fp8 = [name for name, source in sources.items() if checkpoint.tensors[source]["dtype"] in FP8]
-    quantized_layers, changes = in_fp8 or list(sources), changes or {}
-    for name in quantized_layers:
-        source, change = sources[name], changes.get(sources[name])
-        if in_fp8 and not change:
+    changes = changes or {}
+    in_fp8 = {name: source for name, source in sources.items() if checkpoint.tensors[source]["dtype"] in FP8}
+    for name, source in (in_fp8 or sources).items():
+        if in_fp8 and source not in changes:
             weight = checkpoint.read(source, device)
             quantized, scale, stored = weight.view(torch.uint8), checkpoint.scale(source, device), weight.dtype
         else:
             weight = checkpoint.read(source, device, torch.float32 if in_fp8 else dtype)
-            quantized, scale = quantize(change(weight) if change else weight)
-            stored = torch.float8_e4m3fn
+            quantized, scale = quantize(changes[source](weight) if source in changes else weight)
+            stored = E4M3
         model.set_submodule(name, FP8Linear(quantized, scale, model.get_submodule(name).bias, stored))
         del weight
-    checkpoint.load(model, model.PREFIXES, device, dtype)
-    quantized = {sources[name] for name in quantized_layers}
+    checkpoint.load(model, model.PREFIXES, device, dtype)  # what is still on the meta device
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            target = file_name(name, model.PREFIXES)
-            if target in changes and target not in quantized:
-                parameter.copy_(changes[target](parameter))
+            source = file_name(name, model.PREFIXES)
+            if source in changes and parameter.dtype != torch.uint8:
+                parameter.copy_(changes[source](parameter))
     return model.requires_grad_(False)

@@ -12,7 +12,8 @@ merged into the weights (lora_files.py), which makes the model as fast as withou
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +28,9 @@ from engine.check import require_bf16
 from engine.lora_files import LoRA, describe, merged, open_loras
 from engine.recipe import merged_metadata
 
-# ----------------------------------------------------------------------------------------------------------------------
-# in the model
-
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer, which may be an FP8Linear, and its adapter: y = W x + b + scale * B A x.
-
-    B A x is computed in the dtype of x, whatever dtype A and B are kept and trained in.
-    """
+    """A frozen linear layer, which may be an FP8Linear, and its adapter, computed in the dtype of its input."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0):
         super().__init__()
@@ -49,18 +44,13 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))  # (..., out)
 
 
-def linear_layers(model: nn.Module) -> dict[str, Tensor]:
-    """The weights (out, in) that an adapter can change, by the name of their layer."""
-    return {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-
-
 def find_targets(model: nn.Module, targets: list[str]) -> dict[str, Tensor]:
-    """The weights of the layers whose names are or end in one of `targets` ("to_q", "attn1.to_q", ...)."""
-    layers = linear_layers(model)
+    """The weights (out, in) of the linear layers whose names are or end in one of `targets` ("attn1.to_q", ...)."""
+    layers = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             raise UserError(f'lora.targets: no linear layer is called {target!r}; there are "to_q", "ff.net.2", ...')
-    return {name: w for name, w in layers.items() if any(f".{name}".endswith(f".{target}") for target in targets)}
+    return {name: w for name, w in layers.items() if f".{name}".endswith(tuple(f".{target}" for target in targets))}
 
 
 def new_lora(
@@ -79,46 +69,42 @@ def new_lora(
 
 
 def seed_dropout(seed: int, count: int) -> None:
-    """Seed the adapters' dropout for the micro-batch that begins with the run's sample number `count`.
-
-    A resumed run then drops what the undisturbed run drops, and many processes agree with one where a micro-batch is
-    one sample.
-    """
+    """Seed the adapters' dropout for the micro-batch that begins with the run's sample number `count`. A resumed run
+    then drops what the undisturbed run drops, and many processes agree with one where a micro-batch is one sample."""
     state = np.random.SeedSequence([seed, count], spawn_key=(0,)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) >> 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# files to write
 
 
 def save_lora(
     path: str | Path, weights: dict[str, Tensor], scale: float, ours: dict, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write the adapters of `new_lora`, named as in the model, in the layout that ComfyUI and diffusers load.
-
-    `scale` = alpha / rank is multiplied into B, because some loaders refuse a file with an alpha of its own and others
-    read it as alpha = rank. `ours` goes into the metadata.
-    """
-    entries: list[tuple[str, str, list[int], Callable[[], Tensor]]] = []
+    """Write the adapters of `new_lora`, named as in the model, in the layout that ComfyUI and diffusers load. B is
+    multiplied by `scale` = alpha / rank, because a file with an alpha of its own is refused by one loader and read as
+    alpha = rank by another. `ours` goes into the metadata."""
+    entries = []
     for name, tensor in sorted(weights.items()):
         value = tensor.float() * scale if name.endswith(".lora_B") else tensor
-        name = f"diffusion_model.{name}.weight"
-        entries.append((name, NAMES[dtype], list(tensor.shape), lambda value=value: value))
+        entries.append((f"diffusion_model.{name}.weight", NAMES[dtype], list(tensor.shape), lambda value=value: value))
     write(path, entries, {OUR_METADATA: json.dumps(ours)})
 
 
-def merge_file(base: Checkpoint, loras: list[LoRA], out: str | Path) -> None:
-    """Write the checkpoint `base` with LoRAs merged in: one tensor in memory at a time, the rest byte for byte."""
-    changed = {target for lora in loras if lora.strength for target in lora.changes}
+def write_changed(
+    out: str | Path, base: Checkpoint, names: Collection[str], change: Callable[[str], Tensor], ours: dict
+) -> None:
+    """Write `base` with change(name) for each tensor in `names`; the others and the metadata stay byte for byte. One
+    tensor is in memory at a time. `ours` goes into the metadata under a key of our own."""
 
     def fetch(name: str) -> Tensor | bytearray:
-        return merged(base.read(name), name, loras) if name in changed else base.read_bytes(name)
+        return change(name) if name in names else base.read_bytes(name)
 
-    entries = [
-        (name, entry["dtype"], entry["shape"], lambda name=name: fetch(name)) for name, entry in base.tensors.items()
-    ]
-    write(out, entries, base.metadata | {OUR_METADATA: json.dumps(merged_metadata(base, loras))})
+    tensors = [(name, entry["dtype"], entry["shape"], partial(fetch, name)) for name, entry in base.tensors.items()]
+    write(out, tensors, base.metadata | {OUR_METADATA: json.dumps(ours)})
+
+
+def merge_file(base: Checkpoint, loras: list[LoRA], out: str | Path) -> None:
+    """Write the checkpoint `base` with LoRAs merged in."""
+    targets = {target for lora in loras if lora.strength for target in lora.changes}
+    write_changed(out, base, targets, lambda name: merged(base.read(name), name, loras), merged_metadata(base, loras))
 
 
 def main() -> None:

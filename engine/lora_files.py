@@ -13,7 +13,6 @@ connector and the projection, in memory and in a checkpoint.
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +26,13 @@ from common.ltx_file import read_header, read_ours
 from model import LTXVideo
 from text import TextConnector
 
-PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
-UNDERSCORED = re.compile(r"lora_unet_(?:model_)?(?:diffusion_model_)?")
+PREFIX = re.compile(r"^((base_model\.model|model\.diffusion_model|diffusion_model|transformer)\.)+")
+KOHYA, KOHYA_PREFIX = "lora_unet_", re.compile(r"^lora_unet_(model_)?(diffusion_model_)?")
 PART = re.compile(
     r"(?P<layer>.+)\.(?:"
-    r"(?P<A>lora_A(?:\.default)?\.weight|lora_down\.weight|lora\.down\.weight)"
-    r"|(?P<B>lora_B(?:\.default)?\.weight|lora_up\.weight|lora\.up\.weight)"
-    r"|(?P<alpha>alpha)"
-    r"|(?P<magnitude>dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
-    r"|(?P<diff>diff)|(?P<diff_b>diff_b))",
+    r"(?P<A>lora(?:_A|_A\.default|_down|\.down)\.weight)|(?P<B>lora(?:_B|_B\.default|_up|\.up)\.weight)|"
+    r"(?P<alpha>alpha)|(?P<magnitude>dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?)|"
+    r"(?P<diff>diff)|(?P<diff_b>diff_b))",
     re.DOTALL,
 )
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # some trainers store alpha as one
@@ -43,20 +40,14 @@ LARGEST_STRENGTH = 100.0
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """The change of one weight (out, in) by a pair of factors: their names in the file."""
+class Change:
+    """The change of a tensor by a full difference, or of a weight (out, in) by a pair: names in the file."""
 
-    A: str  # (rank, in)
-    B: str  # (out, rank)
-    scale: float  # alpha / rank
-    magnitude: str | None = None  # of DoRA: (out), (out, 1) or (1, in)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The change of one tensor by a difference of its shape: the difference's name in the file."""
-
-    diff: str
+    diff: str = ""  # of the changed tensor's shape
+    A: str = ""  # (rank, in)
+    B: str = ""  # (out, rank)
+    scale: float = 1.0  # alpha / rank
+    magnitude: str = ""  # of DoRA: (out), (out, 1) or (1, in)
 
 
 class LoRA:
@@ -76,11 +67,8 @@ class LoRA:
             raise UserError(f"no LoRA at {path}: give --lora FILE or FILE:STRENGTH")
         self.metadata, self.tensors, _ = read_header(self.path)
         self.ours = read_ours(self.metadata, self.path)
-        self.shapes = {
-            file_name(name, module.PREFIXES): list(parameter.shape)
-            for module in modules
-            for name, parameter in module.named_parameters()
-        }
+        named = [(file_name(name, m.PREFIXES), tensor) for m in modules for name, tensor in m.named_parameters()]
+        self.shapes = {name: list(tensor.shape) for name, tensor in named}
         try:
             self.file = safe_open(self.path, framework="pt")
         except SafetensorError as error:  # a format of numbers that this version of the library does not know
@@ -93,148 +81,113 @@ class LoRA:
     def _parts(self, ignore_unknown: bool) -> dict[str, dict[str, str]]:
         """The names in the file by the tensor they change and by part: {released name: {"A": name, "B": name}}."""
         if self.tensors and not any(map(PART.fullmatch, self.tensors)):
-            raise UserError(
-                f"{self.path} is no LoRA that can be read here: it has tensors like {next(iter(self.tensors))[:100]}, "
-                "and none like X.lora_A.weight; a checkpoint goes to --ckpt"
-            )
-        dotted, underscored = _layers(self.shapes)
+            names = f"it has tensors like {next(iter(self.tensors))[:100]}, and none like X.lora_A.weight"
+            raise UserError(f"{self.path} is no LoRA that can be read here: {names}; a checkpoint goes to --ckpt")
+        layers = _layers(self.shapes)
         parts: dict[str, dict[str, str]] = {}
         for name in self.tensors:
             match = PART.fullmatch(name)
-            target = self._target(match["layer"], match.lastgroup, dotted, underscored) if match else None
+            target = self._target(match["layer"], match.lastgroup, layers) if match else None
             if target is None and any(sign in name for sign in (*AUDIO, "vocoder")):
                 self.audio += 1
             elif target is None:
                 self.ignored.append(name)
-            elif match.lastgroup in parts.setdefault(target, {}):
-                raise UserError(
-                    f"{self.path}: the tensors {parts[target][match.lastgroup]} and {name} are for the same place"
-                )
-            else:
-                parts[target][match.lastgroup] = name
+            elif (first := parts.setdefault(target, {}).setdefault(match.lastgroup, name)) != name:
+                raise UserError(f"{self.path}: the tensors {first} and {name} are for the same place")
         if self.ignored and not ignore_unknown:
+            unknown = f"{len(self.ignored)} of {len(self.tensors)} tensors have no place in the LTX-2.3 video branch"
             raise UserError(
-                f"{self.path}: {len(self.ignored)} of {len(self.tensors)} tensors have no place in the LTX-2.3 video "
-                f"branch: {_shortened(self.ignored)}; --lora-ignore-unknown goes on without them"
+                f"{self.path}: {unknown}: {_shortened(self.ignored)}; --lora-ignore-unknown leaves them out"
             )
         return parts
 
-    def _target(self, layer: str, part: str, dotted: dict[str, str], underscored: dict[str, list[str]]) -> str | None:
+    def _target(self, layer: str, part: str, layers: dict[str, list[str]]) -> str | None:
         """The released name of the tensor that a part of a layer changes; None if the model has no such tensor."""
-        if prefix := UNDERSCORED.match(layer):
-            layers = underscored.get(layer[prefix.end() :], [])
-            if len(layers) > 1:
-                raise UserError(f"{self.path}: {layer} may be {' or '.join(layers)}: rename it in the file, with dots")
-            released = layers[0] if layers else None
-        else:
-            while prefix := next((prefix for prefix in PREFIXES if layer.startswith(prefix)), None):
-                layer = layer.removeprefix(prefix)
-            released = dotted.get(layer)
-        target = f"{released}.bias" if part == "diff_b" else f"{released}.weight"
+        released = layers.get(PREFIX.sub("", KOHYA_PREFIX.sub(KOHYA, layer)), [None])
+        if len(released) > 1:
+            raise UserError(f"{self.path}: {layer} may be {' or '.join(released)}: rename it in the file, with dots")
+        target = f"{released[0]}.{'bias' if part == 'diff_b' else 'weight'}"
         if part == "diff" and target not in self.shapes:
-            target = released  # a table or the registers: parameters of their own, not the weight of a layer
+            target = released[0]  # a table or the registers: parameters of their own, not the weight of a layer
         return target if target in self.shapes else None
 
-    def _change(self, target: str, parts: dict[str, str]) -> LowRank | Difference:
+    def _change(self, target: str, parts: dict[str, str]) -> Change:
         shape, layer = self.shapes[target], target.removesuffix(".weight").removeprefix(DIT)
         for part, name in parts.items():
             stored = self.tensors[name]["dtype"]
-            if stored not in (*FLOATS, *FP8) and not (part == "alpha" and stored in INTEGERS):
+            if stored not in (*FLOATS, *FP8, *(INTEGERS if part == "alpha" else ())):
                 raise UserError(f"{self.path}: {name} is stored as {stored}: a LoRA holds floating-point numbers")
         if name := parts.get("diff") or parts.get("diff_b"):
             if others := [other for other in parts.values() if other != name]:
                 raise UserError(f"{self.path}: the tensors {name} and {others[0]} are for the same place")
             if self._shape(name) != shape:
                 raise UserError(f"{self.path}: {name} {self._shape(name)} does not fit {target} {shape}")
-            return Difference(name)
+            return Change(name)
         if missing := [part for part in ("A", "B") if part not in parts]:
-            there = next(iter(parts.values()))
-            raise UserError(f"{self.path}: {there} is there and its other half, lora_{missing[0]} of {layer}, is not")
-        a, b = self._shape(parts["A"]), self._shape(parts["B"])
-        if not (len(a) == len(b) == 2 and [b[0], a[1]] == shape and a[0] == b[1] > 0):
-            raise UserError(
-                f"{self.path}: {parts['A']} {a} and {parts['B']} {b} do not fit the weight {shape} of {layer}: "
-                "they should be [rank, in] and [out, rank]"
-            )
-        magnitude = parts.get("magnitude")
-        if magnitude and self._shape(magnitude) not in ([shape[0]], [shape[0], 1], [1, shape[1]]):
-            raise UserError(
-                f"{self.path}: {magnitude} {self._shape(magnitude)} does not fit the weight {shape} of {layer}: "
-                f"it should be [{shape[0]}], [{shape[0]}, 1] or [1, {shape[1]}]"
-            )
-        self.rank = max(self.rank, a[0])
-        return LowRank(parts["A"], parts["B"], self._alpha(parts, a[0]) / a[0], magnitude)
-
-    def _alpha(self, parts: dict[str, str], rank: int) -> float:
-        if "alpha" not in parts:
-            return rank
-        alpha = self.file.get_tensor(parts["alpha"]).double()
+            half = next(iter(parts.values()))
+            raise UserError(f"{self.path}: {half} is there and its other half, lora_{missing[0]} of {layer}, is not")
+        shapes = {part: self._shape(name) for part, name in parts.items() if part != "alpha"}
+        rank, (out, *width) = next(iter(shapes["A"]), 0), shape
+        fitting = {"A": [[rank, *width]], "B": [[out, rank]], "magnitude": [[out], [out, 1], [1, *width]]}
+        if not (rank and width and all(shapes[part] in fitting[part] for part in shapes)):
+            sizes = " beside ".join(f"{parts[part]} {shapes[part]}" for part in shapes)
+            forms = "[rank, in] beside [out, rank], and a DoRA magnitude [out], [out, 1] or [1, in]"
+            raise UserError(f"{self.path}: {sizes} does not fit the weight {shape} of {layer}: it should be {forms}")
+        alpha = self.file.get_tensor(parts["alpha"]).double() if "alpha" in parts else torch.tensor(rank)
         if alpha.numel() != 1 or not math.isfinite(alpha):
             raise UserError(f"{self.path}: {parts['alpha']} is not one number")
-        return alpha.item()
+        self.rank = max(self.rank, rank)
+        return Change("", parts["A"], parts["B"], alpha.item() / rank, parts.get("magnitude", ""))
 
     def _shape(self, name: str) -> list[int]:
         return self.tensors[name]["shape"]
 
     def require_finite(self) -> None:
         """Read the whole file once. UserError for NaN or infinity, and for changes too large for float32."""
-        largest = {}
-        for name in self.tensors:
-            if name not in self.ignored:
-                largest[name] = _largest(self.file.get_tensor(name))
-                if not math.isfinite(largest[name]):
-                    raise UserError(
-                        f"{self.path}: {name} holds NaN or infinity, and every video made with it would be black: "
-                        "take another file, or an earlier one of the same training"
-                    )
+        largest = {"": 0.0}  # the name of a part that a change lacks
+        for name in (name for name in self.tensors if name not in self.ignored):
+            largest[name] = _largest(self.file.get_tensor(name))
+            if not math.isfinite(largest[name]):
+                reason = f"{name} holds NaN or infinity, and every video made with it would be black"
+                raise UserError(f"{self.path}: {reason}: take another file, or an earlier one of the same training")
         for target, change in self.changes.items():
-            if isinstance(change, LowRank):
-                bound = abs(change.scale) * self._shape(change.A)[0] * largest[change.A] * largest[change.B]
-                bound = max(bound, largest.get(change.magnitude, 0.0))
-            else:
-                bound = largest[change.diff]
+            product = largest[change.A] * largest[change.B] * (self._shape(change.A)[0] if change.A else 0)
+            bound = max(abs(change.scale) * product, largest[change.diff], largest[change.magnitude])
             if not bound * max(1.0, abs(self.strength)) < torch.finfo(torch.float32).max:
-                raise UserError(
-                    f"{self.path} at strength {self.strength:g} changes {target} by more than float32 holds"
-                )
-
-    def read(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of the file on the device and in the dtype of `like`."""
-        return self.file.get_tensor(name).to(like)
+                file = f"{self.path} at strength {self.strength:g}"
+                raise UserError(f"{file} changes {target} by more than float32 holds")
 
     def add_to(self, total: Tensor, target: str, weight: Tensor) -> None:
         """Add the change of the tensor `target` to `total`, in place. `weight` is the tensor without any LoRA, from
         which DoRA's change is computed, so that the order of several LoRAs does not matter."""
         change = self.changes[target]
-        if isinstance(change, Difference):
-            total.add_(self.read(change.diff, total), alpha=self.strength)
+        if change.diff:
+            total.add_(self.file.get_tensor(change.diff).to(total), alpha=self.strength)
             return
-        a, b = self.read(change.A, total), self.read(change.B, total)  # (rank, in), (out, rank)
-        if change.magnitude is None:
+        a, b = (self.file.get_tensor(name).to(total) for name in (change.A, change.B))  # (rank, in), (out, rank)
+        if not change.magnitude:
             total.addmm_(b, a, alpha=self.strength * change.scale)
             return
-        magnitude = self.read(change.magnitude, total)
+        magnitude = self.file.get_tensor(change.magnitude).to(total)
         if magnitude.dim() == 1:
             magnitude = magnitude[:, None]  # (out, 1)
         wide = weight.to(total.dtype)
         direction = torch.addmm(wide, b, a, alpha=change.scale)  # V (out, in)
-        across = 1 if magnitude.shape[1] == 1 and len(magnitude) == len(wide) else 0  # rows; (1, in): columns
+        across = 1 if magnitude.shape == (len(wide), 1) else 0  # rows; (1, in): columns
         norm = direction.norm(dim=across, keepdim=True).clamp_min(torch.finfo(total.dtype).tiny)
         total.add_(magnitude * direction / norm - wide, alpha=self.strength)
 
 
-def _layers(shapes: dict[str, list[int]]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The released names of layers by their names in LoRA files: with dots, and with underscores."""
-    dotted: dict[str, str] = {}
-    for tensor in shapes:
-        layer = tensor.removesuffix(".weight").removesuffix(".bias")
-        dotted[layer.removeprefix(DIT)] = layer
-    for name, layer in list(dotted.items()):  # LTX-2.0 has one projection, and some trainers keep its name
-        dotted.setdefault(name.replace(".video_aggregate_embed", ".aggregate_embed"), layer)
-    underscored: dict[str, list[str]] = {}
-    for name, layer in dotted.items():
-        underscored.setdefault(name.replace(".", "_"), []).append(layer)
-    return dotted, underscored
+def _layers(shapes: dict[str, list[int]]) -> dict[str, list[str]]:
+    """The released names of the layers that a name in a LoRA file may mean, a name with dots or one of kohya's."""
+    layers: dict[str, list[str]] = {}
+    for layer in dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in shapes):
+        name = layer.removeprefix(DIT)
+        # LTX-2.0 has one projection, and some trainers keep its name.
+        for dotted in {name, name.replace(".video_aggregate_embed", ".aggregate_embed")}:
+            for key in (dotted, KOHYA + dotted.replace(".", "_")):
+                layers.setdefault(key, []).append(layer)
+    return layers
 
 
 def _shortened(names: list[str], most: int = 12) -> str:
@@ -262,10 +215,8 @@ def parse_lora(text: str) -> tuple[str, float]:
     except ValueError:
         return text, 1.0
     if not path or not abs(strength) <= LARGEST_STRENGTH:
-        raise UserError(
-            f"--lora {text}: write FILE or FILE:STRENGTH, for instance face.safetensors:0.8, with a strength from "
-            f"-{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}"
-        )
+        example = f"face.safetensors:0.8, with a strength from -{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}"
+        raise UserError(f"--lora {text}: write FILE or FILE:STRENGTH, for instance {example}")
     return path, strength
 
 
@@ -283,18 +234,14 @@ def open_loras(texts: list[str], checkpoint: Checkpoint, ignore_unknown: bool = 
 
 def describe(lora: LoRA) -> str:
     """One line: strength, and the numbers of layers and tensors that are changed, set aside and ignored."""
-    kinds = Counter(type(change) for change in lora.changes.values())
-    counts = [f"{kinds[LowRank]} layers of rank up to {lora.rank}"] if kinds[LowRank] else []
-    counts += [f"{kinds[Difference]} full differences"] if kinds[Difference] else []
-    if text_path := sum(name.startswith(tuple(TextConnector.PREFIXES.values())) for name in lora.changes):
-        counts.append(f"{text_path} of these in the text path")
-    counts.append(f"{lora.audio} tensors of the audio branch set aside")
+    differences = sum(bool(change.diff) for change in lora.changes.values())
+    text_path = sum(name.startswith(tuple(TextConnector.PREFIXES.values())) for name in lora.changes)
+    counts = [f"{len(lora.changes) - differences} layers of rank up to {lora.rank}"] if lora.rank else []
+    counts += [f"{differences} full differences"] if differences else []
+    counts += [f"{text_path} of these in the text path"] if text_path else []
+    counts += [f"{lora.audio} tensors of the audio branch set aside"]
     counts += [f"{len(lora.ignored)} without a place ignored"] if lora.ignored else []
     return f"{lora.path} at strength {lora.strength:g}: {', '.join(counts)}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# merging
 
 
 @torch.no_grad()
@@ -306,8 +253,8 @@ def merged(weight: Tensor, target: str, loras: list[LoRA]) -> Tensor:
         lora.add_to(total, target, weight)
     result = total.to(weight.dtype)
     if not math.isfinite(_largest(result)):
-        culprits = ", ".join(f"{lora.path}:{lora.strength:g}" for lora in active)
-        raise UserError(f"with --lora {culprits}, {target} is beyond the range of {weight.dtype}: lower the strength")
+        files = ", ".join(f"{lora.path}:{lora.strength:g}" for lora in active)
+        raise UserError(f"with --lora {files}, {target} is beyond the range of {weight.dtype}: lower the strength")
     return result
 
 

@@ -4,7 +4,7 @@
                         |   |
         card    [ 2: running ] [ 3: being copied ]          two copies of a block, filled in turn
 
-A block of the released model is 0.55 GB in bf16 and a card over PCIe gets some 25 GB/s, so a copy takes about as long
+A block of the released model is 0.55 GB in bf16 and a card over PCIe gets about 25 GB/s, so a copy takes about as long
 as a block of the paper's video runs on a card of 150 TFLOP/s. Slower cards lose nothing, faster ones wait.
 A checkpoint in fp8 leaves some blocks in bf16: then there are two copies of each kind.
 """

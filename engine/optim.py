@@ -14,6 +14,7 @@ the bits for the rounding are a hash of the number's place rather than drawn int
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 PIECE = 2**24  # numbers of a weight that are in float32 at a time, where the step is not one kernel
+MOMENTS = ("exp_avg", "exp_avg_sq")
 MIX_1, MIX_2 = 0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32  # MurmurHash3's, as int32
 
 
@@ -32,21 +34,17 @@ def hash_bits(x: Tensor) -> Tensor:
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 to bf16 with mean x: the 16 bits that are cut off carry into the rest as often as they are large.
-
-    Of each int32 in `bits` the lower 16 are used.
-    """
+    """float32 to bf16 with mean x: the 16 bits that are cut off carry into the rest as often as they are large. Of each
+    int32 in `bits` the lower 16 are used."""
     return ((x.view(torch.int32) + (bits & 0xFFFF)) & -(2**16)).view(torch.float32).bfloat16()
 
 
 def adamw(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, seed: Tensor, factors: Tensor, betas: tuple[float, float], eps: float
 ) -> None:
-    """One step of AdamW for flat pieces of a weight, its gradient and its moments, in place.
-
-    seed (): int32, another one for each piece and step. factors (3,): 1 - lr decay, lr / (1 - beta_1^step),
-    1 / (1 - beta_2^step); a tensor, because a compiled function would be compiled again for other numbers.
-    """
+    """One step of AdamW for flat pieces of a weight, its gradient and its moments, in place. `seed` () is an int32, a
+    new one for each piece and step. `factors` (3,) are 1 - lr decay, lr / (1 - beta_1^step), 1 / (1 - beta_2^step),
+    in a tensor, because other numbers would compile the function again."""
     bits = hash_bits(torch.arange(w.numel(), dtype=torch.int32, device=w.device) + seed)
     keep, rate, correction = factors.unbind()
     g = g.float()
@@ -60,22 +58,11 @@ def adamw(
 
 class AdamWBF16(torch.optim.Optimizer):
     """torch.optim.AdamW's formula in float32, between bf16 weights and moments. Shards of FSDP2 are taken as they are.
-
     The bits follow from `seed` and the step, so that the replicas of DDP stay alike and a continued run is the same.
-    `compiled`: the step as one kernel for each weight; None for where that helps, on GPUs.
-    """
+    `compiled`: the step as one kernel for each weight; None for where that helps, on GPUs. `options` are AdamW's."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.01,
-        eps: float = 1e-8,
-        seed: int = 0,
-        compiled: bool | None = None,
-    ):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
+    def __init__(self, params: Iterable[Tensor], seed: int = 0, compiled: bool | None = None, **options: Any):
+        super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8} | options)
         self.seed = seed
         on_gpu = self.param_groups[0]["params"][0].device.type == "cuda"
         self.compiled = on_gpu if compiled is None else compiled
@@ -85,23 +72,20 @@ class AdamWBF16(torch.optim.Optimizer):
     def step(self, closure: Callable | None = None) -> None:
         for number, group in enumerate(self.param_groups):
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if not weights:
-                continue
             for weight in weights:
                 state = self.state[weight]
                 if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+                    state |= {"step": torch.zeros(()), **{key: torch.zeros_like(weight) for key in MOMENTS}}
                 state["step"] += 1
-            step = int(self.state[weights[0]]["step"].item())  # the same for all
+                step, device = int(state["step"].item()), weight.device  # the same for all
+            if not weights:
+                continue
             (beta_1, beta_2), lr = group["betas"], group["lr"]
             factors = [1 - lr * group["weight_decay"], lr / (1 - beta_1**step), 1 / (1 - beta_2**step)]
-            device = weights[0].device
             factors = torch.tensor(factors, device=device)
             seeds = np.random.SeedSequence([self.seed, step, number]).generate_state(len(weights)).astype(np.int32)
-            seeds = torch.from_numpy(seeds).to(device)
-            for weight, seed in zip(weights, seeds.unbind()):
-                whole = (weight, weight.grad, *(self.state[weight][key] for key in ("exp_avg", "exp_avg_sq")))
+            for weight, seed in zip(weights, torch.from_numpy(seeds).to(device).unbind()):
+                whole = (weight, weight.grad, *(self.state[weight][key] for key in MOMENTS))
                 flat = [(t.to_local() if isinstance(t, DTensor) else t).view(-1) for t in whole]
                 size = len(flat[0]) if self.compiled else PIECE
                 for k, pieces in enumerate(zip(*(t.split(max(1, size)) for t in flat))):

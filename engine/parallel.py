@@ -11,7 +11,6 @@ import os
 import signal
 import warnings
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Checkpoint, file_name, open_checkpoint
+from checkpoint import Checkpoint, file_name
 from common.errors import UserError
 from common.processes import own_place
-from config import Config
+from config import Config, Parallel
 from engine.fp8 import load_fp8
 from engine.lora import new_lora
 from model import LTXVideo
@@ -36,59 +35,44 @@ def join_processes() -> torch.device:
     """Join torchrun's ranks, or be a group of one without it. Returns this rank's device. UserError: no GPU for it."""
     gpu, local = torch.cuda.is_available(), own_place().local_rank
     if gpu and local >= (gpus := torch.cuda.device_count()):
-        raise UserError(
-            f"torchrun started a process number {local + 1} here, for {gpus} GPU(s): --nproc-per-node={gpus}"
-        )
+        raise UserError(f"torchrun started process number {local + 1} here, for {gpus} GPU(s): --nproc-per-node={gpus}")
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     how = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if gpu else {"backend": "gloo"}
-    if "RANK" in os.environ:
-        dist.init_process_group(**how)
-    else:
-        dist.init_process_group(**how, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**how, **alone)
     return device
 
 
-def build_model(config: Config, ckpt: str | Path | Checkpoint, device: torch.device) -> nn.Module:
-    """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2).
-
-    For the optimizer "adamw-bf16" it is in bf16.
-    With adapters (lora.rank above 0) it is whole, frozen, and in the precision of the computation or in fp8; they are
-    float32.
-    """
-    run, lora = config.parallel, config.lora
-    held = torch.float32
-    if config.optim.kind == "adamw-bf16" or (lora.rank and run.precision == "bf16"):
-        held = torch.bfloat16
-    if run.mode == "ddp":
-        if lora.fp8 and lora.rank:
-            source = open_checkpoint(ckpt)
-            with torch.device("meta"):
-                model = LTXVideo(source.config["transformer"])
-            load_fp8(model, source, device, held).train()
-        else:
-            model = LTXVideo.from_checkpoint(ckpt, device, held).train()
-        if config.model.scratch:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(first_weight(name, parameter.shape, config.run.seed))
-        if lora.rank:
-            alpha = lora.alpha or lora.rank
-            new_lora(model, lora.rank, alpha, lora.targets, lora.dropout, config.run.seed)
-        set_recompute(model, run.recompute)
-        if run.compile:
-            model.compile_blocks()
-        return DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
-
-    source = open_checkpoint(ckpt)
+def build_model(config: Config, source: Checkpoint, device: torch.device) -> nn.Module:
+    """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2). For the
+    optimizer "adamw-bf16" it is in bf16. With adapters (lora.rank above 0) it is whole, frozen, and in the precision of
+    the computation or in fp8; the adapters are float32."""
+    run, lora, seed = config.parallel, config.lora, config.run.seed
+    in_bf16 = config.optim.kind == "adamw-bf16" or (lora.rank and run.precision == "bf16")
+    held = torch.bfloat16 if in_bf16 else torch.float32
     with torch.device("meta"):
-        model = LTXVideo(source.config["transformer"]).to(held).train()
+        model = LTXVideo(source.config["transformer"]).to(held)
     set_recompute(model, run.recompute)
     if run.compile:
         model.compile_blocks()
+    if run.mode == "fsdp":
+        shard(model, run, device)
+    if lora.fp8 and lora.rank:
+        load_fp8(model, source, device, held)
+    else:
+        fill(model, source, device, seed if config.model.scratch else None)
+    model.train()
+    if lora.rank:
+        new_lora(model, lora.rank, lora.alpha or lora.rank, lora.targets, lora.dropout, seed)
+    if run.mode == "fsdp":
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def shard(model: LTXVideo, run: Parallel, device: torch.device) -> None:
     world, replicas = dist.get_world_size(), run.replicas
     if world % replicas:
         raise UserError(f"parallel.replicas = {replicas} does not divide {world} ranks")
@@ -97,39 +81,40 @@ def build_model(config: Config, ckpt: str | Path | Checkpoint, device: torch.dev
     # Inputs stay as they are: positions and timesteps must not be rounded to bf16.
     low = torch.bfloat16 if run.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.transformer_blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in (*model.transformer_blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     # The velocity is a view of a matrix product, which matters only to code that would change it in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
+
+
+@torch.no_grad()
+def fill(model: LTXVideo, source: Checkpoint, device: torch.device, seed: int | None) -> None:
+    """Read the weights of a model on the meta device, or draw them from a seed. One whole tensor at a time is in
+    memory, and each rank keeps its shard of it."""
     model.to_empty(device=device)
-    with torch.no_grad():
-        for own, parameter in model.named_parameters():
-            name = file_name(own, LTXVideo.PREFIXES)
-            if problem := source.misfit(name, parameter):
-                raise UserError(f"{source.path}: {problem}")
-            if config.model.scratch:
-                whole = first_weight(own, parameter.shape, config.run.seed).to(device)
-            else:
-                whole = source.read(name, device, torch.float32)  # one tensor at a time; each rank keeps its shard
-            shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(shard.to_local())
-    return model
+    for own, parameter in model.named_parameters():
+        name = file_name(own, LTXVideo.PREFIXES)
+        if problem := source.misfit(name, parameter):
+            raise UserError(f"{source.path}: {problem}")
+        whole = source.read(name, device, parameter.dtype) if seed is None else first_weight(own, parameter.shape, seed)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            whole = distribute_tensor(whole.to(device), mesh, placements, src_data_rank=None).to_local()
+            parameter = parameter.to_local()
+        parameter.copy_(whole)
 
 
 def first_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """A weight of an untrained LTXVideo, the same wherever and in whatever order it is drawn.
-
-    Linear layers follow Glorot's rule, norms are 1. Biases, tables, and the layers behind modulation, head gates and
-    output start at zero, so each block starts as the identity and the velocity as 0.
-    """
+    """A weight of an untrained LTXVideo, the same wherever and in whatever order it is drawn. Linear layers follow
+    Glorot's rule, norms are 1. Biases, tables, and the layers behind modulation, head gates and output start at zero,
+    so each block starts as the identity and the velocity as 0."""
     if name.endswith("norm.weight"):
         return torch.ones(shape)
-    ends_of_zeros = ("bias", "table", "to_gate_logits.weight", "single.linear.weight")
-    if name.endswith(ends_of_zeros) or name == "proj_out.weight":
+    zeros = ("bias", "table", "to_gate_logits.weight", "single.linear.weight")
+    if name.endswith(zeros) or name == "proj_out.weight":
         return torch.zeros(shape)
     state = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0]
-    generator = torch.Generator("cpu").manual_seed(int(state))  # of a seed it takes the lower 32 bits only
+    generator = torch.Generator("cpu").manual_seed(int(state))  # only the lower 32 bits of a seed count
     return torch.randn(shape, generator=generator) * (2 / sum(shape)) ** 0.5
 
 
@@ -139,10 +124,8 @@ def set_recompute(model: LTXVideo, on: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """After a forward pass without a backward pass, give back the weights that FSDP still holds together.
-
-    They are not the ones that the optimizer changes and a checkpoint saves.
-    """
+    """Free the weights that FSDP still holds together after a forward pass without a backward pass. The optimizer
+    changes the shards, and a checkpoint saves them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -151,10 +134,10 @@ def reshard(model: nn.Module) -> None:
 def gather_rows(rows: Tensor, stop_reason: str) -> tuple[Tensor, bool]:
     """Per-sample figures of all ranks, on the CPU, and whether any rank has a reason to stop."""
     flagged = torch.cat([rows, torch.full_like(rows[:1], float(bool(stop_reason)))])
-    everyone = [torch.empty_like(flagged) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, flagged)
-    everyone = [part.cpu() for part in everyone]
-    return torch.cat([part[:-1] for part in everyone]), any(part[-1, 0] > 0 for part in everyone)
+    everyone = flagged.new_empty(dist.get_world_size(), *flagged.shape)
+    dist.all_gather_into_tensor(everyone.flatten(0, 1), flagged)
+    everyone = everyone.cpu()
+    return everyone[:, :-1].flatten(0, 1), bool(everyone[:, -1, 0].any())
 
 
 class StopSignal:

@@ -11,8 +11,10 @@ is spent but not useful, so MFU does not count it. Frozen weights (LoRA) need no
 with D^2 above then cost twice their forward in all, not three times.
 """
 
+import math
 from copy import copy
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,15 +31,9 @@ from text import TextConnector
 from vae import VideoVAE, latent_scale
 
 GIB = 2**30
-# Dense bf16 TFLOP/s and GiB by the makers' data sheets.
-CARDS = {
-    "H20-96": (148, 96),
-    "H20-141": (148, 141),
-    "A100-80": (312, 80),
-    "H100-80": (989, 80),
-    "H200-141": (989, 141),
-    "L40S-48": (362, 48),
-}
+# Dense bf16 TFLOP/s and GB by the makers' data sheets.
+CARDS = {"H20-96": (148, 96), "H20-141": (148, 141), "A100-80": (312, 80), "H100-80": (989, 80),
+         "H200-141": (989, 141), "L40S-48": (362, 48)}  # fmt: skip
 
 
 def parameters(module: nn.Module) -> int:
@@ -86,7 +82,8 @@ class Plan:
         scale = latent_scale(ltx["vae"])
         self.config, self.ltx, self.text_tokens = config, ltx, text_tokens
         self.grid = ((frames - 1) // scale[0] + 1, self.height // scale[1], self.width // scale[2])
-        self.tokens = self.grid[0] * self.grid[1] * self.grid[2]
+        self.tokens = math.prod(self.grid)
+        self.window = min(config.faces.window + 2 * config.faces.context, self.grid[0])  # latent frames decoded
         self.reference_tokens = self.grid[1] * self.grid[2] if config.reference.use else 0
         with torch.device("meta"):
             self.dit = LTXVideo(ltx["transformer"])
@@ -98,8 +95,7 @@ class Plan:
 
     def flops_per_sample(self) -> float:
         """Useful operations of one training sample, all parts: what MFU is counted with."""
-        transformer, faces = self.ltx["transformer"], self.config.faces
-        keep = 1 - self.config.dropout.reference
+        transformer, keep = self.ltx["transformer"], 1 - self.config.dropout.reference
         with_reference = dit_flops(transformer, self.tokens, self.reference_tokens, self.text_tokens)
         without = dit_flops(transformer, self.tokens, 0, self.text_tokens)
         total = 3 * (keep * with_reference + (1 - keep) * without)
@@ -107,11 +103,9 @@ class Plan:
             tokens = self.tokens + keep * self.reference_tokens
             # No gradients of the frozen weights; the adapters' own operations, the text's k and v counted as the rest.
             total += 6 * self.trained * tokens - weight_flops(transformer, tokens, self.text_tokens)
-        total += connector_flops(transformer, self.text_tokens)
-        window = min(faces.window + 2 * faces.context, self.grid[0])
-        encode, decode = vae_flops(self.ltx["vae"], window, self.height, self.width)
-        total += keep * encode * (self.reference_tokens > 0)
-        # The decoder's weights are frozen: forward and the gradient of its input, for the share of samples looked at.
+        encode, decode = vae_flops(self.ltx["vae"], self.window, self.height, self.width)
+        total += connector_flops(transformer, self.text_tokens) + keep * encode * (self.reference_tokens > 0)
+        # The decoder's weights are frozen: forward, and the gradient of its input.
         return total + 2 * decode * self.decoded_share()
 
     def decoded_share(self) -> float:
@@ -128,29 +122,25 @@ class Plan:
         run = self.config.parallel
         if gpus < 1 or (run.mode == "fsdp" and gpus % run.replicas):
             raise UserError(f"parallel.replicas = {run.replicas} does not divide {gpus} GPUs")
-        weights = parameters(self.dit)
-        block = parameters(self.dit.transformer_blocks[0])
-        rest = weights - block * len(self.dit.transformer_blocks)
-        shards = gpus // run.replicas if run.mode == "fsdp" else 1
+        blocks, weights = self.dit.transformer_blocks, parameters(self.dit)
+        block = parameters(blocks[0])
+        rest = weights - block * len(blocks)
         low = 2 if run.precision == "bf16" else 4  # bytes of what is computed in
-        batch = run.micro_batch
         n, s, d = self.tokens + self.reference_tokens, self.text_tokens, self.dit.dim
 
-        own = "adapters" if self.rank else "DiT weights"
         parts = {"frozen: DiT": low * weights} if self.rank else {}
         if self.rank and self.config.lora.fp8:
-            layers = [m.weight for m in self.dit.transformer_blocks.modules() if isinstance(m, nn.Linear)]
+            layers = [m.weight for m in blocks.modules() if isinstance(m, nn.Linear)]
             rows, largest = sum(len(weight) for weight in layers), max(weight.numel() for weight in layers)
             bytes_saved = (low - 1) * sum(weight.numel() for weight in layers) - 4 * rows
             parts = {"frozen: DiT, in fp8": low * weights - bytes_saved, "the weight in use": low * largest}
         in_bf16 = self.config.optim.kind == "adamw-bf16"
         size, name = (2, "bf16") if in_bf16 else (4, "fp32")
-        parts |= {
-            f"{own}, {name}": size * self.trained / shards,
-            f"gradients, {name}": size * self.trained / shards,
-            f"AdamW moments, {name}": 2 * size * self.trained / shards,
-            **({"average of the weights, fp32": 4 * self.trained / shards} if self.config.optim.ema else {}),
-        }
+        trained = self.trained / (gpus // run.replicas if run.mode == "fsdp" else 1)  # numbers on one GPU
+        parts[f"{'adapters' if self.rank else 'DiT weights'}, {name}"] = size * trained
+        parts |= {f"gradients, {name}": size * trained, f"AdamW moments, {name}": 2 * size * trained}
+        if self.config.optim.ema:
+            parts["average of the weights, fp32"] = 4 * trained
         if run.mode == "fsdp":
             # The root's weights, and a block in use beside the one that is fetched; a block's gradient on its way out.
             parts["gathered weights and gradients"] = low * (rest + 2 * block) + (low + 4) * block
@@ -159,100 +149,87 @@ class Plan:
         # What autograd keeps of one block for its backward pass, counted (tests/test_plan.py) in rows of the model's
         # width. Autocast (bf16 under ddp) keeps all but the matrix products in float32, and their inputs twice.
         autocast = run.mode == "ddp" and low == 2 and not self.rank and not in_bf16
-        inside = batch * d * (2 * (62 * n + 8 * s) if autocast else low * (40 * n + 5 * s))
-        stored = (4 if autocast else low) * batch * n * d * len(self.dit.transformer_blocks)
-        if not run.recompute:
-            parts["activations"] = inside * len(self.dit.transformer_blocks)
+        row, wide = run.micro_batch * d, 4 if autocast else low
+        inside = row * (2 * (62 * n + 8 * s) if autocast else low * (40 * n + 5 * s))
+        if run.recompute:
+            parts["activations, blocks recomputed"] = wide * row * n * len(blocks) + inside
         else:
-            parts["activations, blocks recomputed"] = stored + inside
+            parts["activations"] = inside * len(blocks)
         # In the backward pass of a block, gradients of the feed-forward's width; counted as well.
-        parts["gradients in flight, rotary tables"] = (4 if autocast else low) * batch * d * 8 * n
-        frozen = parameters(self.connector) + parameters(self.vae)
-        parts["frozen: connector, VAE"] = low * frozen
+        parts["gradients in flight, rotary tables"] = wide * row * 8 * n
+        parts["frozen: connector, VAE"] = low * (parameters(self.connector) + parameters(self.vae))
         if self.config.faces.pack:
             parts["frozen: ArcFace, fp32"] = 4 * 65e6
             parts["decoder under the identity losses"] = low * self.decoder_activations()
         return parts
 
     def decoder_activations(self) -> float:
-        """Numbers kept by the recomputed decoder: what goes between blocks, of a window per sample of the micro-batch,
-        and the largest block, of as many windows as are decoded together."""
-        between, inside = [0], [0]
+        """Numbers kept by the recomputed decoder: the outputs of its blocks, of a window per sample of the micro-batch,
+        and the inside of the largest block, of all windows that are decoded together."""
+        between, inside, decoder = 0, [0], self.vae.decoder
 
-        def count(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            between[0] += output.numel()
+        def count(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            nonlocal between
+            if module is decoder.conv_out.conv:
+                between += 2 * inputs[0].numel()  # outside the blocks, hence not recomputed
+            elif isinstance(module, nn.Conv3d):
+                # A convolution of a residual block keeps its padded input; SiLU and PixelNorm before it keep theirs.
+                inside[-1] += inputs[0].numel() + 2 * output.numel()
+            else:  # the end of a block
+                between += output.numel()
+                inside.append(0)
 
-        def count_last(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            between[0] += 2 * inputs[0].numel()  # outside the blocks, hence not recomputed
-
-        def count_inside(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            # A convolution of a residual block keeps its padded input, SiLU and PixelNorm before it keep theirs.
-            inside[-1] += inputs[0].numel() + 2 * output.numel()
-
-        decoder = self.vae.decoder
-        hooks = [block.register_forward_hook(count) for block in decoder.up_blocks]
-        hooks.append(decoder.conv_out.conv.register_forward_hook(count_last))
-        for block in decoder.up_blocks:
-            hooks.append(block.register_forward_pre_hook(lambda *_: inside.append(0)))
-            for module in block.modules():
-                if isinstance(module, nn.Conv3d):
-                    hooks.append(module.register_forward_hook(count_inside))
-        faces = self.config.faces
-        window = min(faces.window + 2 * faces.context, self.grid[0])
+        convolutions = [module for module in decoder.up_blocks.modules() if isinstance(module, nn.Conv3d)]
+        counted = (*decoder.up_blocks, *convolutions, decoder.conv_out.conv)
+        hooks = [module.register_forward_hook(count) for module in counted]
         with torch.device("meta"), torch.no_grad():
-            self.vae.decode(torch.empty(1, self.ltx["vae"]["latent_channels"], window, *self.grid[1:]))
+            self.vae.decode(torch.empty(1, self.ltx["vae"]["latent_channels"], self.window, *self.grid[1:]))
         for hook in hooks:
             hook.remove()
         samples = self.config.parallel.micro_batch
-        together = min(samples, windows_at_once(self.vae.scale, self.grid, window))
-        return samples * between[0] + together * max(inside)
+        together = min(samples, windows_at_once(self.vae.scale, self.grid, self.window))
+        return samples * between + together * max(inside)
 
     def report(self, gpus: int, mfu: float) -> str:
         """The plan as Markdown: memory per GPU by part, which cards hold it, and days for the whole run."""
-        optim, run = self.config.optim, self.config.parallel
+        optim, run, parts = self.config.optim, self.config.parallel, self.memory(gpus)
         ways = f"{run.mode}, {gpus} GPUs" + (f", {run.replicas} replicas" if run.replicas > 1 else "")
         adapters = f", adapters of rank {self.rank} with {self.trained / 1e6:,.1f} M" if self.rank else ""
+        total = sum(parts.values())
+        per_step = self.flops_per_sample() * optim.batch
         lines = [
             f"{self.width}x{self.height}, latent grid {'x'.join(map(str, self.grid))}: {self.tokens:,} video and "
             f"{self.reference_tokens:,} reference tokens, {self.text_tokens:,} text tokens",
             f"DiT {parameters(self.dit) / 1e9:.2f} B parameters{adapters}; {ways}; micro-batch {run.micro_batch}, "
             f"global batch {optim.batch}, {optim.steps:,} steps",
-            "",
-            "| per GPU | GiB |",
-            "|---|---:|",
-        ]
-        parts = self.memory(gpus)
-        lines += [f"| {name} | {size / GIB:.1f} |" for name, size in parts.items()]
-        total = sum(parts.values()) / GIB
-        lines += [f"| **sum, without fragmentation** | **{total:.1f}** |", ""]
-        per_step = self.flops_per_sample() * optim.batch
-        lines += [
+            "\n| per GPU | GiB |\n|---|---:|",
+            *(f"| {name} | {size / GIB:.1f} |" for name, size in parts.items()),
+            f"| **sum, without fragmentation** | **{total / GIB:.1f}** |\n",
             f"{per_step / optim.batch / 1e12:,.1f} TFLOP a sample, {per_step / 1e15:,.2f} PFLOP a step "
             f"(identity losses on {self.decoded_share():.0%} of samples)",
-            "",
-            f"| card | memory | at {mfu:.0%} MFU, {optim.steps:,} steps |",
-            "|---|---|---:|",
+            f"\n| card | memory | at {mfu:.0%} MFU, {optim.steps:,} steps |\n|---|---|---:|",
         ]
-        for name, (tflops, gib) in CARDS.items():
-            # A GiB is more than the GB on the label, and the driver and the allocator take their share.
-            fits = "fits" if total < 0.9 * gib * 1e9 / GIB else f"needs {total:.0f} GiB"
+        holding = cards_that_hold(total)
+        for name, (tflops, _) in CARDS.items():
+            verdict = "fits" if name in holding else f"needs {total / GIB:.0f} GiB"
             seconds = per_step * optim.steps / (gpus * tflops * 1e12 * mfu)
-            lines.append(f"| {gpus} x {name} | {fits} | {seconds / 86400:,.1f} days |")
+            lines.append(f"| {gpus} x {name} | {verdict} | {seconds / 86400:,.1f} days |")
         return "\n".join(lines + self.ways(gpus))
 
     def ways(self, gpus: int) -> list[str]:
         """A table of the ways to hold the weights, gradients and moments of the whole model."""
         if self.rank:
             return []
-        lines = ["", "| all weights, as | per GPU | cards that hold it |", "|---|---:|---|"]
-        for mode, kind in (("ddp", "adamw"), ("ddp", "adamw-bf16"), ("fsdp", "adamw"), ("fsdp", "adamw-bf16")):
-            other = copy(self)
-            optim, parallel = (
-                replace(self.config.optim, kind=kind),
-                replace(self.config.parallel, mode=mode, precision="bf16"),
-            )
-            other.config = replace(self.config, optim=optim, parallel=parallel)
+        lines, other = ["\n| all weights, as | per GPU | cards that hold it |\n|---|---:|---|"], copy(self)
+        for mode, kind in product(("ddp", "fsdp"), ("adamw", "adamw-bf16")):
+            parallel = replace(self.config.parallel, mode=mode, precision="bf16")
+            other.config = replace(self.config, optim=replace(self.config.optim, kind=kind), parallel=parallel)
             total = sum(other.memory(gpus).values())
-            cards = [card for card, (_, gib) in CARDS.items() if total < 0.9 * gib * 1e9]
-            lines.append(f"| {mode}, {kind} | {total / GIB:.0f} GiB | {', '.join(cards) or 'none'} |")
+            cards = ", ".join(cards_that_hold(total)) or "none"
+            lines.append(f"| {mode}, {kind} | {total / GIB:.0f} GiB | {cards} |")
         return lines
+
+
+def cards_that_hold(size: float) -> list[str]:
+    """Cards with room for `size` bytes beside the driver's and the allocator's share."""
+    return [card for card, (_, gigabytes) in CARDS.items() if size < 0.9 * gigabytes * 1e9]

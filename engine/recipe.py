@@ -4,8 +4,7 @@ options of the user  >  distilled models  >  --preset  >  LoRA metadata  >  chec
 """
 
 import argparse
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,22 @@ from rope import ReferenceSettings
 from text import GEMMA
 from vae import latent_scale
 
-# How the reference is given, by the names that options and metadata have for it.
-REFERENCE = {f"ref_{key}" if key == "timestep" else key: value for key, value in asdict(ReferenceSettings()).items()}
+
+def reference_metadata(reference: ReferenceSettings) -> dict[str, Any]:
+    """How the reference is given, under the names of the options."""
+    names = [field.name for field in fields(ReferenceSettings)]
+    return {"ref_timestep" if name == "timestep" else name: getattr(reference, name) for name in names}
+
+
+REFERENCE = reference_metadata(ReferenceSettings())
 PRESETS = {  # for LoRAs without metadata of this project
     # LTX-Best-Face-ID. The guidance is our choice, since we know of none documented: equal scales, so two streams.
     "best-face-id": REFERENCE
     | {"placement": "phase", "fit": "cover", "prompt_prefix": "ref_t2v: ", "s_text": 3.0, "s_ref": 3.0}
 }
 DISTILLED = {"steps": len(DISTILLED_SIGMAS) - 1, "s_text": 1.0, "s_ref": 1.0}  # one stream, with the reference
-LARGEST = {
-    "height": 16384,
-    "width": 16384,
-    "frames": 100_000,
-    "steps": 10_000,
-    "fps": 1000,
-    "s_text": 1e4,
-    "s_ref": 1e4,
-}
-LARGEST |= {"source_id": 1000, "phase_scale": 1000}
+LARGEST = {"height": 16384, "width": 16384, "frames": 100_000, "steps": 10_000, "fps": 1000}
+LARGEST |= {"s_text": 1e4, "s_ref": 1e4, "source_id": 1000, "phase_scale": 1000}
 
 
 @dataclass(frozen=True)
@@ -56,18 +53,15 @@ class Recipe:
 
     def for_generate(self) -> dict[str, Any]:
         """Keyword arguments of guidance.generate."""
-        names = ("height", "width", "frames", "fps", "steps", "reference", "sigmas")
-        return {name: getattr(self, name) for name in names} | {"s_y": self.s_text, "s_r": self.s_ref}
+        names = {"s_text": "s_y", "s_ref": "s_r"}
+        return {names.get(key, key): value for key, value in vars(self).items() if key != "prompt_prefix"}
 
     def for_metadata(self) -> dict[str, Any]:
-        """The same as plain values."""
-        flat = asdict(self)
-        reference = flat.pop("reference")
-        flat |= reference | {"ref_timestep": reference["timestep"], "s_y": flat.pop("s_text"), "s_r": flat.pop("s_ref")}
-        return {key: value for key, value in flat.items() if key != "timestep" and value is not None}
+        """The same and the prefix of the prompt, as plain values."""
+        flat = self.for_generate() | reference_metadata(self.reference) | {"prompt_prefix": self.prompt_prefix}
+        return {key: value for key, value in flat.items() if key != "reference" and value is not None}
 
     def line(self) -> str:
-        """For the terminal."""
         return (
             f"{self.width}x{self.height}, {self.frames} frames at {self.fps:g} fps, {self.steps} steps, s_text "
             f"{self.s_text:g}, s_ref {self.s_ref:g}, placement {self.reference.placement}, fit {self.reference.fit}"
@@ -109,23 +103,22 @@ def lora_settings(loras: list[LoRA], decided: dict[str, Any]) -> dict[str, Any]:
 
 def merged_metadata(base: Checkpoint, loras: list[LoRA]) -> dict[str, Any]:
     """This project's metadata of `base` with LoRAs merged in. Settings of the LoRAs replace those of the base."""
-    settings = lora_settings(loras, {})
-    ours = base.ours | {key: value for key, value in settings.items() if key in REFERENCE}
-    defaults = {key: value for key, value in settings.items() if key in PAPER}
-    ours["defaults"] = base.ours.get("defaults", {}) | defaults
+    settings, sign = lora_settings(loras, {}), distilled_sign(base.path, base.metadata)
+    defaults = base.ours.get("defaults", {}) | {key: settings.pop(key) for key in PAPER if key in settings}
+    ours = base.ours | settings | {"defaults": defaults} | encoder_metadata(base)
     ours["loras"] = [f"{lora.path.name}:{lora.strength:g}" for lora in loras]
-    if encoder := text_encoder(base):
-        ours["gemma"] = encoder
-    if sign := distilled_sign(base.path, base.metadata):
-        ours["distilled"] = f"{base.path.name}, by {sign}"
-    return ours
+    return ours | ({"distilled": f"{base.path.name}, by {sign}"} if sign else {})
 
 
 def text_encoder(checkpoint: Checkpoint) -> str | None:
-    """The text encoder that a checkpoint needs: "embedded" for the model in assets/ and for everything made from it,
-    None for Gemma 3 12B. Exports and merged files carry it as `gemma` in their metadata."""
+    """ "embedded" for the model in assets/ and for everything made from it, None where Gemma 3 12B is needed."""
     embedded = checkpoint.path.resolve() == (ASSETS / "tiny.safetensors").resolve()
     return "embedded" if embedded else checkpoint.ours.get("gemma")
+
+
+def encoder_metadata(base: Checkpoint) -> dict[str, str]:
+    """The entry by which exports and merged files of `base` find their text encoder."""
+    return {"gemma": encoder} if (encoder := text_encoder(base)) else {}
 
 
 def default_gemma(checkpoint: Checkpoint) -> str | Path:
@@ -137,8 +130,8 @@ def export_guidance(config: Config, base: Checkpoint) -> dict[str, float]:
     """The guidance scales that an export carries as defaults: the run's, or, where those are the paper's, the ones of
     the base model (the tiny model's are lower)."""
     scales = {key: getattr(config.guidance, key) for key in ("s_text", "s_ref")}
-    defaults = base.ours.get("defaults", {})
-    return {k: defaults.get(k, PAPER[k]) for k in scales} if all(PAPER[k] == scales[k] for k in scales) else scales
+    of_base = PAPER | base.ours.get("defaults", {})
+    return {key: of_base[key] if scales.items() <= PAPER.items() else scales[key] for key in scales}
 
 
 def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> Recipe:
@@ -151,21 +144,19 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
         print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in from_loras.items())}")
     settings |= from_loras | preset
     signs = {file.path: distilled_sign(file.path, file.metadata) for file in (checkpoint, *loras)}
-    distilled = [f"{path} is distilled, says {sign}" for path, sign in signs.items() if sign]
+    distilled = next((f"{path} is distilled, says {sign}" for path, sign in signs.items() if sign), None)
     if distilled:
         settings |= DISTILLED
         steps = DISTILLED["steps"]
-        print(f"{distilled[0]}: {steps} steps of its own schedule, without guidance, unless options say otherwise")
+        print(f"{distilled}: {steps} steps of its own schedule, without guidance, unless options say otherwise")
     settings |= chosen
     if preset:
         used = [f"{key} {settings[key]!r}{' (yours)' if key in chosen else ''}" for key in preset]
         print(f"preset {options.preset}: {', '.join(used)}")
     check_numbers(settings, latent_scale(checkpoint.config["vae"]))
-    of_reference = {key.removeprefix("ref_"): settings[key] for key in REFERENCE}
     return Recipe(
-        **{key: settings[key] for key in PAPER},
-        reference=ReferenceSettings(**of_reference),
-        prompt_prefix=settings["prompt_prefix"],
+        **{key: settings[key] for key in (*PAPER, "prompt_prefix")},
+        reference=ReferenceSettings(**{key.removeprefix("ref_"): settings[key] for key in REFERENCE}),
         sigmas=DISTILLED_SIGMAS if distilled and settings["steps"] == DISTILLED["steps"] else None,
     )
 
@@ -173,7 +164,7 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
 def check_numbers(settings: dict[str, Any], scale: tuple[int, int, int]) -> None:
     """UserError for a size that the VAE cannot take, and for a number out of range."""
     for name, most in LARGEST.items():
-        if not (math.isfinite(settings[name]) and abs(settings[name]) <= most):
+        if not abs(settings[name]) <= most:  # NaN as well
             raise UserError(f"--{name.replace('_', '-')} {settings[name]} is not a number up to {most:g}")
     require_video_size(settings, scale)
     for name in ("fps", "steps"):

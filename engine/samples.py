@@ -48,34 +48,20 @@ def encode_samples(config: Config, ckpt: Any, size: dict[str, Any], run: Path, d
 
 
 def draw_samples(
-    config: Config,
-    model: nn.Module,
-    objective: Objective,
-    samples: list[Sample],
-    size: dict[str, Any],
-    folder: Path,
-    step: int,
+    config: Config, model: nn.Module, objective: Objective, samples: list[Sample], size: dict[str, Any], step: int
 ) -> None:
     """A contact sheet for each sample. Every rank takes part, since each may hold a shard; rank 0 writes."""
     *samples, (_, _, null_context) = samples
+    guidance, folder = config.guidance, Path(config.run.out) / "samples"
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     inner.eval()
+    settings = {key: size[key] for key in ("frames", "height", "width", "fps")}
+    settings |= {"steps": guidance.steps, "s_y": guidance.s_text, "s_r": guidance.s_ref}
+    settings |= {"reference": config.reference, "dtype": objective.dtype}
     for k, (image, prompt, context) in enumerate(samples):
+        ref_image = to_tensor(image) if config.reference.use else None
         with torch.autocast(context.device.type, torch.bfloat16, enabled=objective.autocast):
-            video = generate(
-                inner,
-                objective.vae,
-                context,
-                null_context,
-                to_tensor(image) if config.reference.use else None,
-                **{key: size[key] for key in ("frames", "height", "width", "fps")},
-                seed=k,
-                steps=config.guidance.steps,
-                s_y=config.guidance.s_text,
-                s_r=config.guidance.s_ref,
-                reference=config.reference,
-                dtype=objective.dtype,
-            )
+            video = generate(inner, objective.vae, context, null_context, ref_image, seed=k, **settings)
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             contact_sheet(folder / f"step-{step:06d}-{k}.png", image, to_uint8(video), title=prompt)

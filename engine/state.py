@@ -28,16 +28,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.optim import Optimizer
 
-from checkpoint import OUR_METADATA, Checkpoint, file_name, open_checkpoint, write
+from checkpoint import Checkpoint, file_name
 from common.cache import digest
 from common.errors import UserError, whole_file
+from common.outputs import refuse_overwrite
 from common.schema import Count, Text, foreign_record, parse_json
 from config import Config, as_dict, require_same_run
-from engine.average import Average
+from engine.average import Average, local_parts
 from engine.check import require_bf16
-from engine.lora import save_lora
-from engine.recipe import export_guidance, text_encoder
+from engine.lora import save_lora, write_changed
+from engine.recipe import encoder_metadata, export_guidance, reference_metadata
 from model import LTXVideo
 
 
@@ -49,17 +51,14 @@ class Progress:
     skipped: list[Text] = ()  # damaged samples so far, named
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder of a run
+# --- The folder of a run ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Make the run's folder and hold a lock on it: two trainers in one folder would mix their checkpoints.
-
-    Called by every rank; rank 0 holds the lock, which the system releases if the process is killed. A folder that is
-    still empty at the end goes again.
-    """
+    """Make the run's folder and lock it: two trainers in one folder would mix their checkpoints. Called by every rank;
+    rank 0 holds the lock, and the system releases it if the process is killed. A folder that is still empty at the end
+    is removed."""
     problems, folder = [""], None
     if dist.get_rank() == 0:
         try:
@@ -84,12 +83,15 @@ def locked(run: Path) -> Iterator[None]:
 
 def require_same(run: Path, config: Config, cache: dict[str, Any]) -> None:
     """UserError if the run was started with other options or another cache. `cache` is the settings of the cache."""
-    if not (record := run / "config.json").exists():
-        return
-    before = parse_json(dict[str, Any], record.read_bytes(), record)
-    require_same_run(before, config, run)
-    if before.get("cache", digest(cache)) != digest(cache):
-        raise UserError(f"{run} was started with another cache than {config.data.cache}: give another run.out")
+    if (run / "config.json").exists():
+        before = read_record(run)
+        require_same_run(before, config, run)
+        if before.get("cache", digest(cache)) != digest(cache):
+            raise UserError(f"{run} was started with another cache than {config.data.cache}: give another run.out")
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    return parse_json(dict[str, Any], (run / "config.json").read_bytes(), run / "config.json")
 
 
 def write_record(run: Path, config: Config, cache: dict[str, Any]) -> None:
@@ -107,25 +109,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
-def newest(run: Path) -> Path:
-    """The last complete checkpoint of a run."""
-    if not (folders := checkpoints(run)):
-        raise UserError(f"{run} holds no complete checkpoint to export")
-    return folders[-1]
+# --- Saving and resuming ----------------------------------------------------------------------------------------------
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving and resuming
-
-
-def state_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
-) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, optimizer: Optimizer, average: Average | None) -> dict[str, Tensor]:
     """Trained weights, their moments and average by name, sharded as they are and sharing memory with the live ones.
-
-    Frozen weights stay in the base checkpoint. The optimizer's step counters are left out: they are all the run's step
-    number.
-    """
+    The optimizer's step counters are left out, because all of them equal the run's step number."""
     trained = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
     moments = get_optimizer_state_dict(model, optimizer, options=trained)
     weights = get_model_state_dict(model, options=trained)
@@ -137,18 +126,10 @@ def state_tensors(
 
 
 def save(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-    average: Average | None = None,
-    skipped: list[str] = (),
+    run: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int, average: Average | None, skipped: list[str]
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the last `keep`. Called by every rank.
-
-    UserError, with nothing written, where a weight, moment or average is not finite: the last good checkpoint stays.
-    """
+    """Write the checkpoint of `step` and remove all but the last `keep`. Called by every rank. UserError, with nothing
+    written, where a weight, moment or average is not finite: the last good checkpoint stays."""
     folder, part = run / f"step-{step:06d}", run / f".step-{step:06d}.part"
     tensors = state_tensors(model, optimizer, average)
     require_finite(tensors, step)
@@ -158,13 +139,12 @@ def save(
         part.mkdir(parents=True)
     dist.barrier()
     try:
-        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
     except Exception as error:  # a full disk comes as one of several classes
-        raise UserError(f"{folder} cannot be saved ({first_line(error)}); the last checkpoint is intact") from None
+        raise UserError(f"{folder} cannot be saved ({last_line(error)}); the last checkpoint is intact") from None
     dist.barrier()
     if dist.get_rank() == 0:
-        (part / "progress.json").write_text(json.dumps({"step": step, "skipped": list(skipped)}))
+        (part / "progress.json").write_text(json.dumps({"step": step, "skipped": skipped}))
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
         for old in checkpoints(run)[:-keep]:
@@ -175,51 +155,40 @@ def save(
 
 def require_finite(tensors: dict[str, Tensor], step: int) -> None:
     """UserError, on every rank, that names a tensor with NaN or infinity on one of them."""
-    local = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
-    bad = next((name for name, tensor in local.items() if not tensor.isfinite().all()), "")
-    everyone: list[Any] = [None] * dist.get_world_size()
+    local = zip(tensors, local_parts(tensors.values()))
+    bad = next((name for name, tensor in local if not tensor.isfinite().all()), "")
+    everyone = [""] * dist.get_world_size()
     dist.all_gather_object(everyone, bad)
-    if name := next((name for name in everyone if name), ""):
-        raise UserError(f"step {step}: {name} is not finite; nothing was saved over the last checkpoint")
+    if any(everyone):
+        raise UserError(f"step {step}: {max(everyone)} is not finite; nothing was saved over the last checkpoint")
 
 
 def resume(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, from_previous: bool
+    run: Path, model: nn.Module, optimizer: Optimizer, average: Average | None, from_previous: bool
 ) -> tuple[int, list[str]]:
-    """Load the newest checkpoint of a run, if there is one: its step, and the damaged samples so far.
-
-    A damaged checkpoint is named. With `from_previous` the one before it is loaded instead.
-    """
+    """Load the newest checkpoint of a run, if there is one, on any number of ranks: its step, and the damaged samples
+    so far. A damaged checkpoint is named. With `from_previous` the one before it is loaded instead."""
     folders = checkpoints(run)[::-1]
     for folder, before in zip(folders, [*folders[1:], None]):
         try:
-            step, skipped = load(folder, model, optimizer, average)
+            progress = parse_json(Progress, (folder / "progress.json").read_bytes(), folder / "progress.json")
+            dcp.load(state_tensors(model, optimizer, average), storage_reader=HuggingFaceStorageReader(str(folder)))
         except Exception as error:  # safetensors, DCP and JSON each have classes of their own
-            advice = f"--from-previous continues from {before}" if before else "no checkpoint is before it"
-            message = f"{folder} is damaged ({first_line(error)})"
+            message = f"{folder} is damaged ({last_line(error)})"
             if not (from_previous and before):
+                advice = f"--from-previous continues from {before}" if before else "no checkpoint is before it"
                 raise UserError(f"{message}: {advice}") from None
             report(message)
             continue
-        report(f"continuing {run} after step {step}")
-        return step, skipped
+        for state in optimizer.state.values():
+            state["step"].fill_(progress.step)
+        report(f"continuing {run} after step {progress.step}")
+        return progress.step, list(progress.skipped)
     return 0, []
 
 
-def load(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
-) -> tuple[int, list[str]]:
-    """Bring model, optimizer and average to where a checkpoint left them, on any number of ranks."""
-    progress = parse_json(Progress, (folder / "progress.json").read_bytes(), folder / "progress.json")
-    dcp.load(state_tensors(model, optimizer, average), storage_reader=HuggingFaceStorageReader(str(folder)))
-    for state in optimizer.state.values():
-        state["step"].fill_(progress.step)
-    return progress.step, list(progress.skipped)
-
-
-def first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:200]
+def last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:200]
 
 
 def report(text: str) -> None:
@@ -227,89 +196,50 @@ def report(text: str) -> None:
         print(text, flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Export
+# --- Export -----------------------------------------------------------------------------------------------------------
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """A checkpoint's trained weights by name, put together from the shards, in float32 on the CPU; their average if
-    there is one."""
-    kind, sizes = _saved_weights(folder)
-    tensors = {kind + name: torch.empty(size) for name, size in sizes.items()}
-    _load_here(tensors, folder)
-    return {name.removeprefix(kind): tensor for name, tensor in tensors.items()}
-
-
-def _saved_weights(folder: Path) -> tuple[str, dict[str, torch.Size]]:
-    """Under which prefix the weights to export are, and their sizes by name."""
+def saved_weights(folder: Path) -> dict[str, tuple[str, torch.Size]]:
+    """The weights to export, or their average if there is one: {name in the model: (name in the checkpoint, size)}."""
     entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     kind = "ema." if any(name.startswith("ema.") for name in entries) else "model."
-    return kind, {name.removeprefix(kind): entry.size for name, entry in entries.items() if name.startswith(kind)}
+    return {name.removeprefix(kind): (name, entry.size) for name, entry in entries.items() if name.startswith(kind)}
 
 
-def _load_here(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Fill `tensors` from a checkpoint in this process alone."""
+def read_weights(folder: Path, saved: dict[str, tuple[str, torch.Size]]) -> dict[str, Tensor]:
+    """Weights out of `saved_weights`, put together from the shards by this process alone, in float32 on the CPU."""
+    tensors = {name: torch.empty(size) for name, size in saved.values()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it wonders whether a single process is meant, which no_dist says
+        warnings.simplefilter("ignore")  # DCP asks whether a single process is meant, although no_dist says so
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-
-
-def export(run: Path, base: str | Path | Checkpoint, out: Path, ours: dict[str, Any]) -> Path:
-    """The newest checkpoint in the released layout: `base` verbatim with the trained tensors replaced.
-
-    Tensors of the audio branch, VAE, connectors and all metadata are copied byte for byte, the trained ones are cast
-    to the dtype they have in the base file; `ours` goes into the metadata under a key of our own. One tensor is in
-    memory at a time. ComfyUI, ltx-core and sample.py load the result as they load the base.
-    """
-    folder, source = newest(run), open_checkpoint(base)
-    require_bf16(source)  # a cast to fp8 without a scale would be garbage
-    kind, _ = _saved_weights(folder)
-    with torch.device("meta"):
-        trained = {
-            file_name(name, LTXVideo.PREFIXES): name for name in LTXVideo(source.config["transformer"]).state_dict()
-        }
-
-    def fetch(name: str) -> Tensor | bytearray:
-        if name not in trained:
-            return source.read_bytes(name)
-        tensor = torch.empty(source.tensors[name]["shape"])
-        _load_here({kind + trained[name]: tensor}, folder)
-        return tensor
-
-    write(
-        out,
-        [
-            (name, entry["dtype"], entry["shape"], lambda name=name: fetch(name))
-            for name, entry in source.tensors.items()
-        ],
-        source.metadata | {OUR_METADATA: json.dumps(ours)},
-    )
-    return folder
+    return {own: tensors[name] for own, (name, _) in saved.items()}
 
 
 def export_run(config: Config, base: Checkpoint, out: Path) -> None:
-    """Write the newest checkpoint of the run in the released layout; of adapters, as a LoRA file."""
-    run, reference = Path(config.run.out), config.reference
-    folder = newest(run)
-    if out.exists() and any(out.samefile(path) for path in [base.path, *folder.iterdir()]):
-        raise UserError(f"--export {out} would replace a file that it is made from: name another")
-    scales, encoder = export_guidance(config, base), text_encoder(base)
-    defaults = base.ours.get("defaults", {})
-    ours = {key: getattr(reference, key) for key in ("placement", "source_id", "phase_scale", "fit")}
-    ours |= {"ref_timestep": reference.timestep, "training": as_dict(config)}
-    ours |= {"gemma": encoder} if encoder else {}
+    """Write the newest checkpoint of the run in the released layout, or its adapters as a LoRA file. In the released
+    layout the trained tensors replace those of `base`, cast to the dtype that they have there. ComfyUI, ltx-core and
+    sample.py load the result as they load the base."""
+    run = Path(config.run.out)
+    if not (folders := checkpoints(run)):
+        raise UserError(f"{run} holds no complete checkpoint to export")
+    folder = folders[-1]
+    refuse_overwrite([out], [base.path, *folder.iterdir()])
     out.parent.mkdir(parents=True, exist_ok=True)
+    ours = reference_metadata(config.reference) | {"training": as_dict(config)} | encoder_metadata(base)
+    defaults = export_guidance(config, base)
     # What was trained is up to the run, whatever this command's options are.
-    record = run / "config.json"
-    lora = parse_json(dict[str, Any], record.read_bytes(), record).get("lora", as_dict(config)["lora"])
+    lora = read_record(run).get("lora", as_dict(config)["lora"])
+    weights = saved_weights(folder)
     if lora["rank"]:
         alpha = lora["alpha"] or lora["rank"]
-        ours |= {"lora": lora | {"alpha": alpha}, "base": base.path.name, "defaults": scales}
-        save_lora(out, read_weights(folder), alpha / lora["rank"], ours)
+        ours |= {"lora": lora | {"alpha": alpha}, "base": base.path.name, "defaults": defaults}
+        save_lora(out, read_weights(folder, weights), alpha / lora["rank"], ours)
         options = f"--lora {out}" + (f" --ckpt {base.path}" if config.model.ckpt else "")
     else:
-        ours = base.ours | ours | {"defaults": defaults | scales}
+        require_bf16(base)  # a cast to fp8 without a scale would be garbage
+        ours = base.ours | ours | {"defaults": base.ours.get("defaults", {}) | defaults}
         ours.pop("weights", None)
-        export(run, base, out, ours)
+        trained = {file_name(name, LTXVideo.PREFIXES): saved for name, saved in weights.items()}
+        write_changed(out, base, trained, lambda name: read_weights(folder, {name: trained[name]})[name], ours)
         options = f"--ckpt {out}"
     print(f'wrote {out} from {folder}: sample with  python sample.py {options} --ref face.jpg --prompt "..."')

@@ -197,7 +197,8 @@ def test_a_file_for_both_branches_matches_every_video_layer_and_sets_audio_aside
     blocks = [f"model.diffusion_model.transformer_blocks.{block}" for block in range(48)]
     assert file.changes.keys() == {f"{block}.{layer}.weight" for block in blocks for layer in VIDEO}
     assert (len(file.changes), file.audio, file.rank) == (480, 1728, 128)
-    linear = {name for name in lora.linear_layers(model) if name.startswith("transformer_blocks.")}
+    layers = dict(model.transformer_blocks.named_modules(prefix="transformer_blocks"))
+    linear = {name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
     linear = {f"model.diffusion_model.{name}.weight" for name in linear if "to_gate_logits" not in name}
     assert linear == set(file.changes)
     assert {change.scale for change in file.changes.values()} == {1.0}

@@ -370,7 +370,7 @@ def share_below(limit: float, tokens: int) -> float:
 
 
 @pytest.mark.parametrize(("tokens", "least", "gamma"), [(6240, 1e-3, 1.0), (320, 1e-3, 1.0), (1024, 0.5, 2.0)])
-def test_looked_at(paper, tokens, least, gamma):
+def test_share_of_decoded_samples(paper, tokens, least, gamma):
     """Eq. 12 solved for t: SNR/(SNR+1) = w^(1/gamma) at t = 1 / (1 + sqrt(SNR))."""
     plan = changed(paper, faces__min_weight=least, faces__gamma=gamma)
     plan.tokens = tokens
