@@ -179,14 +179,14 @@ def require_supported(config: dict[str, dict[str, Any]], path: str | Path) -> No
 
 
 @foreign_record
-class Formats:
+class Quantization:
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
-def read_formats(metadata: dict[str, str], path: str | Path) -> dict[str, dict[str, Any]]:
-    """The stored format of each layer where a quantized file of ComfyUI names it in its metadata."""
+def read_layers(metadata: dict[str, str], path: str | Path) -> dict[str, dict[str, Any]]:
+    """The stored format of each layer in the metadata of a quantized file of ComfyUI."""
     key = "_quantization_metadata"
-    return parse_json(Formats, metadata.get(key, "{}"), f"{path}: {key} in its metadata").layers
+    return parse_json(Quantization, metadata.get(key, "{}"), f"{path}: {key} in its metadata").layers
 
 
 # --- Our own entry in the metadata ------------------------------------------------------------------------------------
