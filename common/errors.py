@@ -1,8 +1,8 @@
 """One clear line for the person who can mend the cause, exit code 2, no traceback.
 
-A function raises `UserError` when the cause lies outside the code (a file, an option, a machine). Its text names
-what is wrong, where, and what to do. Every command runs inside `one_line_errors`. Any other exception is a bug: one
-line too, with exit code 70; the traceback appears with ST_DRC_TRACEBACK=1 in the environment.
+A function raises `UserError` when the cause lies outside the code: a file, an option, a machine. Every command runs
+inside `one_line_errors`. Any other exception is a bug: one line too, with exit code 70; the traceback appears with
+ST_DRC_TRACEBACK=1 in the environment.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Command line options whose errors are one line too, without the usage in front."""
+    """Errors in command line options are one line too, without the usage in front."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
@@ -45,8 +45,8 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():  # `| head` has read enough
-            sys.exit(CLOSED_PIPE)
+        if isinstance(error, BrokenPipeError):
+            _exit_if_stdout_is_closed()
         code, message = 2, str(error)
         if isinstance(error, OSError):
             message = (error.strerror or message) + (f" ({error.filename})" if error.filename else "")
@@ -71,7 +71,7 @@ def printable(message: str) -> str:
 
 
 def _place(error: Exception) -> str:
-    """File and line of the innermost call in this project's own code."""
+    """File and line of the innermost call in this project."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename]
     frame = (own or frames)[-1]
@@ -91,14 +91,12 @@ def _usable_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a file name may not be UTF-8
 
 
-def _nobody_reads_stdout() -> bool:
-    """Try stdout. If its pipe is closed, discard what is left to print: Python would complain while it exits."""
+def _exit_if_stdout_is_closed() -> None:
     try:
         print(flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:  # `| head` has read enough; Python would complain about the rest while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        sys.exit(CLOSED_PIPE)
 
 
 # Errors of the operating system that concern an output and not the code that writes it.
@@ -112,9 +110,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
     The temporary file is new (O_EXCL) and its name cannot be guessed, so no planted link is followed. It is locked
     while the block runs: a file without a lock is the leftover of a killed run, which the next run with the same output
-    removes. The suffix stays last, because writers of images and videos choose the format by it.
-
-    Raises UserError with the name of `path` for a full disk, a read-only folder and the like.
+    removes. The suffix stays last: writers of images and videos choose the format by it. UserError with the name of
+    `path` for a full disk, a read-only folder and the like.
     """
     path = Path(path)
     try:

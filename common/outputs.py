@@ -10,13 +10,13 @@ Names = Iterable[str | Path | None]  # None: an option that was not given
 
 
 def refuse_overwrite(outputs: Names, inputs: Names) -> None:
-    """Raise UserError if an output would replace an input: the same name, a link to it, or a hard link of it.
+    """UserError if an output would replace an input, under the same name, through a link, or as a hard link.
 
     Every command calls it with all its inputs and all its outputs, before the first slow step.
     """
     reads = {key: name for name in inputs if name is not None for key in _keys(name)}
-    for output in (name for name in outputs if name is not None):
-        for key in _keys(output) & reads.keys():
+    for output in outputs:
+        for key in _keys(output) & reads.keys() if output is not None else ():
             raise UserError(f"{output} would replace {reads[key]}, which is an input: choose another output")
 
 

@@ -8,8 +8,6 @@ from pydantic import Field
 from common.errors import UserError
 from common.schema import record, validate
 
-NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-
 
 class Place(NamedTuple):
     rank: int
@@ -26,7 +24,8 @@ class _Environment:
 
 def own_place() -> Place:
     """Rank 0 of 1 without torchrun. UserError where the variables are no numbers or contradict each other."""
-    place = validate(_Environment, {name: os.environ[name] for name in NUMBERS if name in os.environ}, "environment")
+    variables = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+    place = validate(_Environment, variables, "environment")
     if place.RANK >= place.WORLD_SIZE:
         raise UserError(f"environment: RANK = {place.RANK} is not below WORLD_SIZE = {place.WORLD_SIZE}: use torchrun")
     return Place(place.RANK, place.WORLD_SIZE, place.LOCAL_RANK)

@@ -8,9 +8,9 @@ from common.errors import UserError
 
 
 def require_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str | Path, advice: str) -> None:
-    """Raise UserError that names the first setting in which `now` differs from `before`.
+    """UserError with the first setting that differs; None stands for a missing one.
 
-    A missing setting counts as None. `where` is the folder that the settings belong to, `advice` is what to do.
+    `where` is the folder that the settings belong to, `advice` the way out.
     """
     for key in {**before, **now}:
         old, new = before.get(key), now.get(key)
