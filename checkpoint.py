@@ -2,8 +2,8 @@
 
 The released file holds the transformer (video and audio), the video VAE, the text projection, an audio VAE and a
 vocoder, about 46 GB in bf16. This project needs the 1,758 tensors of the video branch. They are read one at a time,
-straight to the device and dtype of a module that was built on the meta device. Loading therefore takes the memory of
-the loaded tensors and no more, and nothing of the audio branch is read.
+straight to the device and dtype of a module on the meta device: loading takes the memory of the loaded tensors and no
+more. No file is mapped into memory: a map would count the whole file as resident.
 
 A weight may be stored in fp8, as q (out, in) with a scale in a tensor beside it; the weight is w = q * scale:
 
@@ -12,11 +12,10 @@ A weight may be stored in fp8, as q (out, in) with a scale in a tensor beside it
         none             a plain cast: scale 1
 
 A transformer alone is read together with a base, a second file that supplies the other tensors, and the config where
-the first file has none. No file is mapped into memory: a map would count the whole file as resident.
+the first file has none.
 """
 
 import json
-import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, whole_file
-from common.ltx_file import (
-    DTYPES,
-    OUR_METADATA,
-    kind,
-    read_config,
-    read_header,
-    read_layers,
-    read_ours,
-    require_supported,
-)
+from common.ltx_file import DTYPES, OUR_METADATA, Layers, kind, read_config, read_header, read_ours, require_supported
 from common.schema import parse_json
 
 Device = str | torch.device
@@ -42,6 +32,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("BF16", "F16", "F32", "F64")
 FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # safetensors' name of a format: ComfyUI's name
 LARGEST_BITS = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}  # of a finite number, without the sign
+QUANTIZATION = "_quantization_metadata"  # ComfyUI's entry in the metadata
 PIECE = 4 * 2**20  # elements that are converted at a time
 
 DIT = "model.diffusion_model."
@@ -62,7 +53,7 @@ class Checkpoint:
             raise UserError(f"no checkpoint at {path}: give --ckpt the path of ltx-2.3-22b-dev.safetensors")
         self.metadata, self.tensors, start = read_header(self.path)
         self.config, self.ours = read_config(self.metadata, path), read_ours(self.metadata, path)
-        self.layers = read_layers(self.metadata, path)  # formats, as ComfyUI notes them
+        self.layers = parse_json(Layers, self.metadata.get(QUANTIZATION, "{}"), f"{path}: {QUANTIZATION}").layers
         # file and offset of each tensor's first byte
         self.places = {name: (self.path, start + entry["data_offsets"][0]) for name, entry in self.tensors.items()}
         if base is not None:
@@ -126,12 +117,9 @@ class Checkpoint:
         """Why the file's tensor `name` cannot fill `slot`, or None if it can."""
         if name not in self.tensors:
             return f"tensor {name} is missing"
-        if problem := self.unreadable(name):
-            return problem
-        shape = self.tensors[name]["shape"]
-        if shape != list(slot.shape):
-            return f"tensor {name} has shape {shape} where the config says {list(slot.shape)}"
-        return None
+        shape, needed = self.tensors[name]["shape"], list(slot.shape)
+        wrong = f"tensor {name} has shape {shape} where the config says {needed}" if shape != needed else None
+        return self.unreadable(name) or wrong
 
     def read_bytes(self, name: str) -> bytearray:
         """The bytes of one tensor as they are in the file."""
@@ -153,10 +141,9 @@ class Checkpoint:
         The conversion goes piece by piece, so that the stored form is never in memory as a whole beside the result.
         UserError if a number is NaN or infinite, in the file or after the conversion.
         """
-        entry = self.tensors[name]
-        stored = DTYPES[entry["dtype"]]
+        stored = DTYPES[self.tensors[name]["dtype"]]
         target = dtype if dtype and stored.is_floating_point else stored
-        tensor = torch.empty(entry["shape"], dtype=target, device=device)
+        tensor = torch.empty(self.tensors[name]["shape"], dtype=target, device=device)
         offset = 0
         for piece in tensor.view(-1).split(PIECE) if tensor.numel() else ():
             data = self._read(name, offset, piece.numel() * stored.itemsize)
@@ -217,12 +204,10 @@ def distilled_sign(path: str | Path, metadata: dict[str, str]) -> str | None:
 
     No tensor tells: a distilled model has the names and shapes of the full one.
     """
-    if "distilled" in Path(path).name.lower():
-        return "its file name"
-    for key in ("model_version", "modelspec.title", "modelspec.architecture"):
-        if "distilled" in metadata.get(key, "").lower():
-            return f"{key} in its metadata"
-    return read_ours(metadata, path).get("distilled")
+    keys = ("model_version", "modelspec.title", "modelspec.architecture")
+    texts = {"its file name": Path(path).name} | {f"{key} in its metadata": metadata.get(key, "") for key in keys}
+    sign = next((place for place, text in texts.items() if "distilled" in text.lower()), None)
+    return sign or read_ours(metadata, path).get("distilled")
 
 
 def file_name(name: str, prefixes: dict[str, str]) -> str:
@@ -237,17 +222,16 @@ Entry = tuple[str, str, list[int], Callable[[], Tensor | bytearray]]  # name, dt
 def write(path: str | Path, tensors: list[Entry], metadata: dict[str, str]) -> None:
     """Write a safetensors file; each entry's function returns the data of its tensor.
 
-    Only one tensor is held at a time, so a 46 GB file needs no 46 GB of memory. The file appears when complete.
+    Only one tensor is held at a time. The file appears when complete.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
+    header, end = {"__metadata__": metadata}, 0
     for name, dtype, shape, _ in tensors:
         start, end = end, end + torch.Size(shape).numel() * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # data starts on a multiple of 8
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape, fetch in tensors:
             data = fetch()
             if isinstance(data, Tensor):

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.images import to_bytes
 from common.onnx_reader import RELEASES, OnnxGraph, input_shapes, pack_files, read_onnx, refuse_not_finite
 
@@ -189,11 +189,8 @@ class ArcFace(nn.Module):
         names = [node.name for node in model.graph.node[:8]]
         raw_pixels = all(any(name.startswith(kind) for name in names) for kind in (("Sub", "_minus"), ("Mul", "_mul")))
         arcface = cls(OnnxGraph(model, path), raw_pixels)
-        try:
-            with torch.no_grad():
-                arcface(torch.zeros(1, 3, CROP, CROP))
-        except Exception as error:  # two weights whose sizes do not fit together, for instance
-            raise UserError(f"{path} is damaged: {error}; take it anew from {RELEASES}") from error
+        with blame(f"{path} is damaged", f"; take it anew from {RELEASES}"), torch.no_grad():
+            arcface(torch.zeros(1, 3, CROP, CROP))  # two weights whose sizes do not fit together, for instance
         return arcface
 
     def __init__(self, network: OnnxGraph, raw_pixels: bool):  # raw_pixels: the graph takes 0..255

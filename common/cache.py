@@ -27,7 +27,7 @@ M = TypeVar("M")
 
 @foreign_record
 class CacheSettings:
-    """cache.json, as far as reading needs it."""
+    """The fields of cache.json that reading needs."""
 
     height: Positive
     width: Positive
@@ -140,7 +140,7 @@ class CachedClips(Dataset):
             self.null_features = file.get_tensor("features")  # (tokens, D)
         if not self.null_features.abs().max() < LARGEST_NUMBER:
             raise UserError(f"{self.folder / NULL} holds numbers that are not finite: make the cache anew")
-        shard = self._open(int(self.places[0, 0]))
+        shard = self._open(self.places[0, 0])
         self.e_ref_shape = _usual_shape(shard, "e_ref")  # (E,)
         if self.latent_shape != (shape := _usual_shape(shard, "latents")):
             raise UserError(f"{folder}: cache.json has latent_shape = {self.latent_shape}, and the clips have {shape}")
@@ -191,8 +191,8 @@ class CachedClips(Dataset):
 
 def _usual_shape(file: Any, part: str) -> tuple[int, ...]:
     """The shape of most clips in a shard: one damaged clip does not decide it."""
-    names = [name for name in list(file.keys()) if name.endswith(f".{part}")]
-    return Counter(tuple(file.get_slice(name).get_shape()) for name in names).most_common(1)[0][0]
+    shapes = [tuple(file.get_slice(name).get_shape()) for name in list(file.keys()) if name.endswith(f".{part}")]
+    return Counter(shapes).most_common(1)[0][0]
 
 
 def _photo(png: bytes) -> Image.Image:

@@ -36,6 +36,24 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
+def blame(what: str, advice: str = "") -> Iterator[None]:
+    """Turn any exception of a block that reads a foreign file into UserError "`what`: reason`advice`"."""
+    try:
+        yield
+    except Exception as error:  # libraries raise every kind of exception on a damaged file
+        if isinstance(error, UserError) or _out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or f"{error} ({type(error).__name__})"
+        raise UserError(f"{what}: {' '.join(reason.split())}{advice}") from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's sign of it or one of torch's two; torch's by name, so that --help need not import it."""
+    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return torchs or isinstance(error, MemoryError)
+
+
+@contextmanager
 def one_line_errors() -> Iterator[None]:
     """Run a command. Any exception becomes one line on stderr and an exit code: 2 for the user, 70 for a bug."""
     _usable_streams()
@@ -50,10 +68,9 @@ def one_line_errors() -> Iterator[None]:
         code, message = 2, str(error)
         if isinstance(error, OSError):
             message = (error.strerror or message) + (f" ({error.filename})" if error.filename else "")
-        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in message:  # torch raises a RuntimeError
-            message = "out of memory: take a smaller size or fewer frames"
-        elif type(error).__name__ == "OutOfMemoryError":  # torch's; by name, so that --help need not import torch
-            message = f"out of GPU memory: {message.split('. ')[0]}; take a smaller size or fewer frames"
+        elif _out_of_memory(error):
+            kind = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
+            message = f"out of {kind}: take a smaller size or fewer frames"
         elif not isinstance(error, UserError):
             if os.environ.get(TRACEBACK, "0") not in ("", "0"):
                 raise

@@ -11,7 +11,7 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import nn
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.schema import foreign_record, parse_json
 
 GEMMA = "google/gemma-3-12b-it-qat-q4_0-unquantized"
@@ -46,17 +46,13 @@ def load_gemma(
             f"the Gemma in {folder} has {sizes.num_hidden_layers} layers of width {sizes.hidden_size} and the "
             f"checkpoint was trained with {fits[1]} of {fits[0]}: give --gemma its own ({GEMMA} for LTX-2.3)"
         )
-    try:
-        return _load(folder, kind.model_type, device, dtype)
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers and tokenizers raise every kind of exception on a damaged file
-        if "DefaultCPUAllocator" in str(error):  # the CPU is out of memory
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if "ignore_mismatched_sizes" in reason:
-            reason = "its weights do not have the shapes that its config.json says"
-        raise UserError(f"the Gemma in {folder} cannot be used ({reason}): download it again") from None
+    with blame(f"the Gemma in {folder} cannot be used", ": download it again"):
+        try:
+            return _load(folder, kind.model_type, device, dtype)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise UserError(f"{folder}: its weights lack the shapes of its config.json: download it again") from None
 
 
 def find_gemma(name: str | Path) -> Path:

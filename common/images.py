@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms, ImageDraw, UnidentifiedImageError
 from PIL.Image import Transpose
 from torch import Tensor
 
-from common.errors import UserError, whole_file
+from common.errors import UserError, blame, whole_file
 
 # Formats that people have photos in. Pillow knows forty more, and some of those start other programs (EPS).
 FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF"]
@@ -56,6 +56,8 @@ def require_file(path: str | Path, kind: str) -> None:
     """Raise UserError unless `path` is an ordinary file. Opening a pipe or a device could wait forever."""
     try:
         mode = os.stat(path).st_mode
+        if not os.access(path, os.R_OK):
+            raise PermissionError
     except PermissionError:
         raise UserError(f"{path} may not be read by this user") from None
     except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -72,21 +74,17 @@ def read_image(path: str | Path) -> Image.Image:
     file that is missing, empty, damaged, of another format than FORMATS, or no ordinary file.
     """
     require_file(path, "image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # decoders warn about EXIF, colour tables, large pictures
+    with blame(f"{path} is a damaged image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # decoders warn about EXIF, colour tables, large pictures
+        try:
             with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 return _upright_rgb(image)
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image that can be read ({', '.join(FORMATS)})") from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise UserError(f"{path} has more than {limit} million pixels: scale it down") from None
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:  # a decoder may raise anything on damaged data
-        raise UserError(f"{path} is a damaged image: {str(error) or type(error).__name__}") from None
+        except UnidentifiedImageError:
+            raise UserError(f"{path} is not an image that can be read ({', '.join(FORMATS)})") from None
+        except Image.DecompressionBombError:
+            limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+            raise UserError(f"{path} has more than {limit} million pixels: scale it down") from None
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -28,8 +28,6 @@ OUR_METADATA = "nano_st_drc"  # what only this project needs to know, as JSON, b
 RELEASED = "take ltx-2.3-22b-dev.safetensors from https://huggingface.co/Lightricks/LTX-2.3"
 LARGEST_HEADER = 100 * 10**6  # bytes, the format's own limit
 
-# --- Header -----------------------------------------------------------------------------------------------------------
-
 FIRST_BYTES = {  # of files that are not safetensors
     b"GGUF": "a GGUF file, whose quantization is not read here: take the bf16 or fp8 safetensors file",
     b"PK\x03\x04": "a pickled PyTorch file, which could run code: take the safetensors file",
@@ -92,21 +90,22 @@ SUPPORTED = {
         "use_middle_indices_grid": True,
     },
     "vae": {
-        "_class_name": "CausalVideoAutoencoder", "causal_decoder": False, "dims": 3, "latent_log_var": "uniform",
-        "norm_layer": "pixel_norm", "spatial_padding_mode": "zeros", "timestep_conditioning": False,
+        "_class_name": "CausalVideoAutoencoder", "causal_decoder": False, "dims": 3, "in_channels": 3,
+        "latent_log_var": "uniform", "norm_layer": "pixel_norm", "out_channels": 3, "spatial_padding_mode": "zeros",
+        "timestep_conditioning": False,
     },
 }  # fmt: skip
 
 Size = Annotated[int, Field(gt=0, le=2**16)]
 Few = Annotated[int, Field(gt=0, le=1024)]  # layers, heads, channels
-HeadDim = Annotated[int, Field(gt=0, le=1024, multiple_of=2)]
+Even = Annotated[int, Field(gt=0, le=1024, multiple_of=2)]
 
 
 @foreign_record
 class Transformer:
     num_layers: Few
     num_attention_heads: Few
-    attention_head_dim: HeadDim
+    attention_head_dim: Even
     in_channels: Few
     out_channels: Few
     caption_channels: Size
@@ -114,7 +113,7 @@ class Transformer:
     positional_embedding_max_pos: tuple[Size, Size, Size]
     connector_num_layers: Few
     connector_num_attention_heads: Few
-    connector_attention_head_dim: HeadDim
+    connector_attention_head_dim: Even
     connector_positional_embedding_max_pos: tuple[Size]
     connector_num_learnable_registers: Size
 
@@ -130,8 +129,6 @@ Stages = Annotated[list[tuple[str, Stage]], Field(max_length=32)]
 
 @foreign_record
 class VAE:
-    in_channels: Literal[3]
-    out_channels: Literal[3]
     latent_channels: Few
     patch_size: Annotated[int, Field(gt=0, le=64)]
     encoder_base_channels: Few
@@ -179,14 +176,10 @@ def require_supported(config: dict[str, dict[str, Any]], path: str | Path) -> No
 
 
 @foreign_record
-class Quantization:
+class Layers:
+    """ComfyUI's entry in the metadata of a quantized file: the stored format of each layer."""
+
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-
-def read_layers(metadata: dict[str, str], path: str | Path) -> dict[str, dict[str, Any]]:
-    """The stored format of each layer in the metadata of a quantized file of ComfyUI."""
-    key = "_quantization_metadata"
-    return parse_json(Quantization, metadata.get(key, "{}"), f"{path}: {key} in its metadata").layers
 
 
 # --- Our own entry in the metadata ------------------------------------------------------------------------------------
@@ -194,7 +187,7 @@ def read_layers(metadata: dict[str, str], path: str | Path) -> dict[str, dict[st
 
 @foreign_record
 class Defaults:
-    """The sampling settings of a checkpoint. A missing field stays missing: the values here are never used."""
+    """Sampling settings. A missing field stays missing in `read_ours`: the values here are never used."""
 
     height: Size = 480
     width: Size = 832

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.images import require_file
 
 RELEASES = "https://github.com/deepinsight/insightface/releases/tag/model-zoo"
@@ -27,12 +27,8 @@ def read_onnx(path: str | Path, weights: bool = True):
     import onnx
 
     require_file(path, "ONNX model")
-    try:
+    with blame(f"{path} cannot be read as an ONNX model", "; fetch it again"):
         model = onnx.load(str(path), format="protobuf", load_external_data=weights)
-    except MemoryError:
-        raise
-    except Exception as error:  # protobuf, onnx and the file system have classes of their own
-        raise UserError(f"{path} cannot be read as an ONNX model: {error}; fetch it again") from error
     if not model.graph.node:  # an empty file is a valid, empty message
         raise UserError(f"{path} holds no ONNX graph (cut short?): fetch it again")
     return model
@@ -55,10 +51,8 @@ def _tensor(proto, path: str) -> Tensor:
     """A weight as a tensor, floating point numbers as float32. UserError where it is damaged or not finite."""
     from onnx import numpy_helper
 
-    try:
+    with blame(f"{path} is damaged: weight {proto.name}", "; fetch it again"):
         value = torch.from_numpy(numpy_helper.to_array(proto).copy())
-    except (ValueError, TypeError) as error:  # its bytes do not match its shape or type
-        raise UserError(f"{path} is damaged: weight {proto.name}: {error}; fetch it again") from error
     if not value.is_floating_point():
         return value
     if value.isnan().any() or (value.numel() > 1 and value.isinf().any()):  # one infinity may be the bound of a Clip
@@ -121,10 +115,8 @@ class OnnxGraph(nn.Module):
             if missing := [name for name in node.input if name not in constants and name not in computed]:
                 raise UserError(f"{where} reads {missing[0]}, which nothing before it computes; export it again")
             if computed.isdisjoint(node.input):  # weights reshaped, shapes concatenated: computed once, here
-                try:
+                with blame(f"{where} cannot be computed", "; fetch the file again"):
                     constants[node.output[0]] = OPERATORS[node.op_type](a, *[constants[name] for name in node.input])
-                except Exception as error:
-                    raise UserError(f"{where} cannot be computed: {error}; fetch the file again") from error
             else:
                 a["batch"] = shape[0] or 1  # the batch size of the export, which constants of the graph may repeat
                 self.nodes.append((node.op_type, a, list(node.input), node.output[0]))
@@ -211,10 +203,9 @@ def _axes(a: dict, axes: Tensor | None) -> list[int] | None:
 
 
 def _squeeze(a: dict, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    ones = [i for i, size in enumerate(x.shape) if size == 1 and not (i == 0 and "batch" in a)]  # a batch may be one
     dims = _axes(a, axes)
-    if dims is None:  # every axis of size one, except a batch that happens to be one
-        dims = [i for i, size in enumerate(x.shape) if size == 1 and not (i == 0 and "batch" in a)]
-    return x.squeeze(dims)
+    return x.squeeze(ones if dims is None else dims)
 
 
 def _unsqueeze(a: dict, x: Tensor, axes: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError, whole_file
+from common.errors import UserError, blame, whole_file
 from common.images import cover, require_file
 
 # x264 looks ahead in a thread of its own; with its macroblock tree, the speed of that thread changes the bits.
@@ -43,8 +43,6 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, comment: str =
         container.mux(stream.encode())
 
 
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
 SAME_TIME = 1e-3  # seconds; WebM and MKV count in milliseconds, so a frame's stamp may be half of one too late
 SEEK_AHEAD = 1.0  # seconds before the needed time to aim at: some containers seek by decoding order, not by display
 
@@ -58,12 +56,10 @@ def read_video(
 ) -> np.ndarray:
     """A video's picture at the times start, start + 1/fps, ... -> (frames, height, width, 3) bytes, RGB.
 
-    The picture at time t is the last frame stamped at or before t, whatever the file's own rate is and whether it is
-    constant or not; times count from the first frame. Each picture is turned upright, scaled until it covers
-    height x width, and cut around its centre: a video has no bars (`losses.flow_loss` averages over all of it).
-    `end` (seconds) is where the clip ends, if that is before the end of the file.
-
-    Raises TooShort, and UserError for a file that is missing, damaged, or holds no video.
+    The picture at time t is the last frame stamped at or before t, at any rate, constant or not; times count from the
+    first frame. Each picture is turned upright, scaled until it covers height x width, and cut around its centre: a
+    video has no bars (`losses.flow_loss` averages over all of it). `end` (seconds) is where the clip ends, if that is
+    before the end of the file. Raises TooShort, and UserError for a file that is missing or damaged.
     """
     times = start + np.arange(frames) / fps
     pixels = np.empty((frames, height, width, 3), np.uint8)
@@ -143,22 +139,15 @@ def _opened(path: str | Path) -> Iterator[tuple]:
 
     require_file(path, "video")
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
-    try:
-        with av.open(f"file:{path}", options=options, metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise UserError(f"{path} holds no video")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # FFmpeg's own, and what PyAV says about numbers out of range
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: str | Path, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return UserError(f"{path} cannot be read as a video: {reason}")
+    with (
+        blame(f"{path} cannot be read as a video"),
+        av.open(f"file:{path}", options=options, metadata_errors="ignore") as container,
+    ):
+        if not container.streams.video:
+            raise UserError(f"{path} holds no video")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        yield container, stream
 
 
 def _decode(path: str | Path, start: float) -> Iterator[tuple]:
@@ -191,8 +180,6 @@ def _upright_frame(frame, path: str | Path) -> Image.Image:
     """A decoded frame as RGB, turned as the file says a player should turn it (phones film on their side)."""
     if frame.is_corrupt:
         raise UserError(f"{path} is damaged {float(frame.time):.2f} seconds in: fetch it again")
-    try:
+    with blame(f"{path} cannot be read as a video"):  # not every pixel format can be converted
         pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-    except (ValueError, RuntimeError, OSError) as error:  # a pixel format that cannot be converted
-        raise _unreadable(path, error) from None
     return Image.fromarray(np.ascontiguousarray(pixels))
