@@ -1,8 +1,9 @@
-"""Where a command may write: never over a file that it reads."""
+"""Where a command may write: never over a file that it reads, nor into a folder that has other settings."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 
@@ -30,3 +31,14 @@ def _keys(name: str | Path) -> set[str | tuple[int, int]]:
     except (OSError, ValueError):  # a name that no file can have
         return {os.path.abspath(name)}
     return {path, (status.st_dev, status.st_ino)}
+
+
+def require_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str | Path, advice: str) -> None:
+    """UserError with the first setting that differs; None stands for a missing one.
+
+    `where` is the folder that the settings belong to, `advice` the way out.
+    """
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            raise UserError(f"{where} was begun with {key} = {old} and this run has {new}: {advice}")

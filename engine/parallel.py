@@ -24,8 +24,8 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Checkpoint, file_name, open_checkpoint
+from common.device import own_place
 from common.errors import UserError
-from common.processes import own_place
 from config import Config
 from engine.fp8 import load_fp8
 from engine.lora import new_lora

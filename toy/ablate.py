@@ -35,8 +35,8 @@ import torch
 
 from common.device import resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.outputs import require_same
 from common.schema import parse_json
-from common.settings import require_same
 from config import ASSETS, as_dict, read_config
 from evaluation.metrics import FaceReader
 from toy.cache import add_temptation, read_temptation
