@@ -61,14 +61,13 @@ def find_gemma(name: str | Path) -> Path:
     if not folder.exists():
         from huggingface_hub import snapshot_download
 
+        files = ["*.json", "*.safetensors", "tokenizer.model"]
+        licence = f"Its weights need a licence: accept it on https://huggingface.co/{GEMMA}, then run `hf auth login`"
         try:
-            folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+            folder = Path(snapshot_download(str(name), allow_patterns=files))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"there is no folder {name}, and the hub gives no such Gemma ({str(error).strip().splitlines()[0]}). "
-                f"Its weights need a licence: accept it on https://huggingface.co/{GEMMA}, then run `hf auth login` "
-                f"and `hf download {GEMMA}`"
-            ) from None
+            reason = f"the hub gives no such Gemma ({str(error).strip().splitlines()[0]})"
+            raise UserError(f"no folder {name}, and {reason}. {licence} and `hf download {GEMMA}`") from None
     if not (folder / "config.json").is_file():
         raise UserError(f"{name} holds no Gemma model: it has no config.json. Give --gemma the folder of {GEMMA}")
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):

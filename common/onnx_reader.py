@@ -19,8 +19,6 @@ from common.images import require_file
 
 RELEASES = "https://github.com/deepinsight/insightface/releases/tag/model-zoo"
 
-# --- The file ---------------------------------------------------------------------------------------------------------
-
 
 def read_onnx(path: str | Path, weights: bool = True):
     """An ONNX file as onnx.ModelProto; `weights` False leaves those in companion files unread. UserError if damaged."""
@@ -48,16 +46,14 @@ def refuse_not_finite(path: str | Path) -> None:
 
 
 def _tensor(proto, path: str) -> Tensor:
-    """A weight as a tensor, floating point numbers as float32. UserError where it is damaged or not finite."""
+    """A weight as a tensor, floating point numbers as float32. UserError if it is damaged or not finite."""
     from onnx import numpy_helper
 
     with blame(f"{path} is damaged: weight {proto.name}", "; fetch it again"):
         value = torch.from_numpy(numpy_helper.to_array(proto).copy())
-    if not value.is_floating_point():
-        return value
     if value.isnan().any() or (value.numel() > 1 and value.isinf().any()):  # one infinity may be the bound of a Clip
         raise UserError(f"{path}: weight {proto.name} holds NaN or infinity; fetch the file again")
-    return value.float()
+    return value.float() if value.is_floating_point() else value
 
 
 def _onnx_files(folder: Path) -> list[Path]:
@@ -82,9 +78,6 @@ def pack_files(pack: str | Path, root: str | Path) -> list[Path]:
     if files := _onnx_files(folder):
         return files
     raise UserError(f"face model pack {pack}: {reason}; unpack one from {RELEASES} into {folder}")
-
-
-# --- The graph --------------------------------------------------------------------------------------------------------
 
 
 class OnnxGraph(nn.Module):
@@ -151,9 +144,6 @@ def _attribute(proto, path: str):
     value = helper.get_attribute_value(proto)
     value = value.decode() if isinstance(value, bytes) else value
     return _tensor(value, path) if isinstance(value, TensorProto) else value
-
-
-# --- The operators ----------------------------------------------------------------------------------------------------
 
 
 def _window(a: dict, x: Tensor, kernel: list[int], fill: float = 0.0) -> tuple[Tensor, list[int], list[int]]:
