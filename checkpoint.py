@@ -2,22 +2,20 @@
 
 The released file holds the transformer (video and audio), the video VAE, the text projection, an audio VAE and a
 vocoder, about 46 GB in bf16. This project needs the 1,758 tensors of the video branch. They are read one at a time,
-straight to the device and dtype of a module that was built on the meta device. Loading therefore takes the memory of
-the loaded tensors and no more, and nothing of the audio branch is read.
+straight to the device and dtype of a module on the meta device: loading takes the memory of the loaded tensors and no
+more. No file is mapped into memory: a map would count the whole file as resident.
 
-A weight may be stored in fp8, as q (out, in) with a scale in a tensor beside it; its value is w = q * scale:
+A weight may be stored in fp8, as q (out, in) with a scale in a tensor beside it; the weight is w = q * scale:
 
         X.weight_scale   in the released fp8 files and those of ComfyUI: one number, or one for each row
         X.scale_weight   in older files of ComfyUI
         none             a plain cast: scale 1
 
-A transformer alone is read together with a base, a second file that supplies the rest: the other tensors, and the
-config where the first file has none.
-Files are read with plain reads rather than mapped: a map would count the whole file as resident memory.
+A transformer alone is read together with a base, a second file that supplies the other tensors, and the config where
+the first file has none.
 """
 
 import json
-import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -26,23 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, whole_file
-from common.ltx_file import (
-    DTYPES,
-    OUR_METADATA,
-    kind,
-    read_config,
-    read_formats,
-    read_header,
-    read_ours,
-    require_supported,
-)
+from common.ltx_file import DTYPES, OUR_METADATA, Layers, kind, read_config, read_header, read_ours, require_supported
 from common.schema import parse_json
 
+Device = str | torch.device
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("BF16", "F16", "F32", "F64")
-FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # the same format in ComfyUI's words
+FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # safetensors' name of a format: ComfyUI's name
 LARGEST_BITS = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}  # of a finite number, without the sign
-
+QUANTIZATION = "_quantization_metadata"  # ComfyUI's entry in the metadata
 PIECE = 4 * 2**20  # elements that are converted at a time
 
 DIT = "model.diffusion_model."
@@ -54,24 +44,22 @@ class Checkpoint:
     """An open LTX-2.3 checkpoint: `config`, `metadata`, `ours` (this project's own entry) and `tensors` by name."""
 
     def __init__(self, path: str | Path, base: str | Path | None = None):
-        """Read and check the headers. UserError if a file is missing, damaged, or not LTX-2.3.
+        """Read and check the headers; `base` has the rest where `path` holds a transformer alone.
 
-        `base` is the file with everything that `path` lacks where `path` holds a transformer alone.
+        UserError if a file is missing, damaged, or not LTX-2.3.
         """
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"no checkpoint at {path}: give --ckpt the path of ltx-2.3-22b-dev.safetensors")
         self.metadata, self.tensors, start = read_header(self.path)
         self.config, self.ours = read_config(self.metadata, path), read_ours(self.metadata, path)
-        self.layer_formats = read_formats(self.metadata, path)
-        # where a tensor's first byte is: file, offset
+        self.layers = parse_json(Layers, self.metadata.get(QUANTIZATION, "{}"), f"{path}: {QUANTIZATION}").layers
+        # file and offset of each tensor's first byte
         self.places = {name: (self.path, start + entry["data_offsets"][0]) for name, entry in self.tensors.items()}
         if base is not None:
             self._add_base(Checkpoint(base))
-        other = kind(self.tensors, self.config, self.metadata.get("model_version", ""))
-        if other:
-            what, instead = other
-            raise UserError(f"{path} is not an LTX-2.3 checkpoint: it looks like {what}: {instead}")
+        if other := kind(self.tensors, self.config, self.metadata.get("model_version", "")):
+            raise UserError(f"{path} is not an LTX-2.3 checkpoint: it looks like {': '.join(other)}")
         require_supported(self.config, path)
         for name in self.tensors:
             needed = name.endswith(".weight") and not any(sign in name for sign in AUDIO)
@@ -85,18 +73,13 @@ class Checkpoint:
             what, _ = kind(self.tensors, {}, "")
             raise UserError(f"{self.path} holds no transformer to complete from --base: it looks like {what}")
         own = {f"{DIT}{name.removeprefix(prefix)}" if name.startswith(prefix) else name: name for name in self.tensors}
-        rest = [
-            name
-            for name in base.tensors
-            if not name.startswith(DIT) or "connector." in name or any(sign in name for sign in AUDIO)
-        ]
+        signs = ("connector.", *AUDIO)
+        rest = [name for name in base.tensors if not name.startswith(DIT) or any(sign in name for sign in signs)]
         self.tensors = {name: base.tensors[name] for name in rest} | {n: self.tensors[o] for n, o in own.items()}
         self.places = {name: base.places[name] for name in rest} | {n: self.places[o] for n, o in own.items()}
         self.config, self.ours = base.config | self.config, base.ours | self.ours
         self.metadata = base.metadata | self.metadata
-        self.layer_formats = base.layer_formats | self.layer_formats
-
-    # ---- what is stored how
+        self.layers = base.layers | self.layers
 
     def scale_name(self, name: str) -> str | None:
         """The tensor with the scale of an fp8 weight; None for other tensors and for a plain cast."""
@@ -128,55 +111,42 @@ class Checkpoint:
         name = f"{layer}.comfy_quant"
         if name in self.tensors:
             return parse_json(dict[str, Any], bytes(self.read_bytes(name)), f"{self.path}: {name}")
-        return self.layer_formats.get(layer) or self.layer_formats.get(layer.removeprefix(DIT), {})
+        return self.layers.get(layer) or self.layers.get(layer.removeprefix(DIT), {})
 
     def misfit(self, name: str, slot: Tensor) -> str | None:
         """Why the file's tensor `name` cannot fill `slot`, or None if it can."""
         if name not in self.tensors:
             return f"tensor {name} is missing"
-        if problem := self.unreadable(name):
-            return problem
-        shape = self.tensors[name]["shape"]
-        if shape != list(slot.shape):
-            return f"tensor {name} has shape {shape} where the config says {list(slot.shape)}"
-        return None
-
-    # ---- reading
+        shape, needed = self.tensors[name]["shape"], list(slot.shape)
+        wrong = f"tensor {name} has shape {shape} where the config says {needed}" if shape != needed else None
+        return self.unreadable(name) or wrong
 
     def read_bytes(self, name: str) -> bytearray:
         """The bytes of one tensor as they are in the file."""
         start, end = self.tensors[name]["data_offsets"]
-        data = bytearray(end - start)
-        self._fill(name, 0, data)
+        return self._read(name, 0, end - start)
+
+    def _read(self, name: str, offset: int, length: int) -> bytearray:
+        """`length` bytes of a tensor, from its byte `offset` on."""
+        (path, start), data = self.places[name], bytearray(length)
+        with open(path, "rb") as file:
+            file.seek(start + offset)
+            if file.readinto(data) < length:
+                raise UserError(f"{path} ends inside the tensor {name}: download it again")
         return data
 
-    def _fill(self, name: str, offset: int, data: bytearray) -> None:
-        """Fill `data` with the tensor's bytes from `offset` on."""
-        path, start = self.places[name]
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start + offset)
-            view, filled = memoryview(data), 0
-            while filled < len(data):  # one read returns at most 2 GiB
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise UserError(f"{path} ends inside the tensor {name}: download it again")
-                filled += count
-
-    def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on `device`. Floating-point tensors are converted to `dtype`, an fp8 weight times its scale;
-        without `dtype` every tensor comes as it is stored.
+    def read(self, name: str, device: Device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on `device`, in `dtype` if it is floating point, an fp8 weight times its scale; else as stored.
 
         The conversion goes piece by piece, so that the stored form is never in memory as a whole beside the result.
         UserError if a number is NaN or infinite, in the file or after the conversion.
         """
-        entry = self.tensors[name]
-        stored = DTYPES[entry["dtype"]]
+        stored = DTYPES[self.tensors[name]["dtype"]]
         target = dtype if dtype and stored.is_floating_point else stored
-        tensor = torch.empty(entry["shape"], dtype=target, device=device)
+        tensor = torch.empty(self.tensors[name]["shape"], dtype=target, device=device)
         offset = 0
         for piece in tensor.view(-1).split(PIECE) if tensor.numel() else ():
-            data = bytearray(piece.numel() * stored.itemsize)
-            self._fill(name, offset, data)
+            data = self._read(name, offset, piece.numel() * stored.itemsize)
             piece.copy_(torch.frombuffer(data, dtype=stored).to(device))
             offset += len(data)
             self._require_finite(name, piece)
@@ -187,13 +157,13 @@ class Checkpoint:
                 self._require_finite(name, rows.mul_(factors))  # computed in float32, rounded once to `dtype`
         return tensor
 
-    def scale(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+    def scale(self, name: str, device: Device = "cpu") -> Tensor:
         """The scale of an fp8 weight in float32, (1, 1) or (out, 1); ones for a plain cast."""
         scale = self.scale_name(name)
         return self.read(scale, device, torch.float32).view(-1, 1) if scale else torch.ones(1, 1, device=device)
 
     def _require_finite(self, name: str, numbers: Tensor) -> None:
-        """Look at the least and the largest number: one pass, less time than the reading; NaN is both."""
+        """By the least and the largest number, in one pass that takes less time than the reading; NaN is both."""
         if numbers.dtype in LARGEST_BITS:
             finite = (numbers.view(torch.uint8) & 0x7F).amax() <= LARGEST_BITS[numbers.dtype]
         elif numbers.is_floating_point():
@@ -204,17 +174,14 @@ class Checkpoint:
             raise UserError(f"{self.path}: the tensor {name} holds NaN or infinity: the file is of no use")
 
     def load(
-        self,
-        module: nn.Module,
-        prefixes: dict[str, str],
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, module: nn.Module, prefixes: dict[str, str], device: Device = "cpu", dtype: torch.dtype = torch.float32
     ) -> nn.Module:
         """Read every tensor of a module that is on the meta device from the file.
 
-        `prefixes` maps the beginning of the module's names to the beginning of the file's. With device "meta" names
-        and shapes are checked and no data is read. UserError with the first tensor that is missing or does not fit.
+        `prefixes` maps the beginning of the module's names to the beginning of the file's. The device "meta" checks
+        names and shapes and reads no data. UserError with the first tensor that is missing or does not fit.
         """
+        loaded = {}
         for name, slot in module.state_dict().items():
             if not slot.is_meta:  # filled before, by load_fp8
                 continue
@@ -222,7 +189,8 @@ class Checkpoint:
             if problem := self.misfit(source, slot):
                 raise UserError(f"{self.path}: {problem}")
             if torch.device(device).type != "meta":
-                _assign(module, name, self.read(source, device, dtype))
+                loaded[name] = self.read(source, device, dtype)
+        module.load_state_dict(loaded, strict=False, assign=True)
         return module.eval()
 
 
@@ -236,12 +204,10 @@ def distilled_sign(path: str | Path, metadata: dict[str, str]) -> str | None:
 
     No tensor tells: a distilled model has the names and shapes of the full one.
     """
-    if "distilled" in Path(path).name.lower():
-        return "its file name"
-    for key in ("model_version", "modelspec.title", "modelspec.architecture"):
-        if "distilled" in metadata.get(key, "").lower():
-            return f"{key} in its metadata"
-    return read_ours(metadata, path).get("distilled")
+    keys = ("model_version", "modelspec.title", "modelspec.architecture")
+    texts = {"its file name": Path(path).name} | {f"{key} in its metadata": metadata.get(key, "") for key in keys}
+    sign = next((place for place, text in texts.items() if "distilled" in text.lower()), None)
+    return sign or read_ours(metadata, path).get("distilled")
 
 
 def file_name(name: str, prefixes: dict[str, str]) -> str:
@@ -250,22 +216,22 @@ def file_name(name: str, prefixes: dict[str, str]) -> str:
     return theirs + name.removeprefix(ours)
 
 
-def write(
-    path: str | Path, tensors: list[tuple[str, str, list[int], Callable[[], Tensor | bytearray]]], metadata: dict
-) -> None:
-    """Write a safetensors file from (name, dtype in the format's words, shape, function that returns the data).
+Entry = tuple[str, str, list[int], Callable[[], Tensor | bytearray]]  # name, dtype in the format's words, shape, data
 
-    Only one tensor is held at a time, so a 46 GB file needs no 46 GB of memory. The file appears when complete.
+
+def write(path: str | Path, tensors: list[Entry], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; each entry's function returns the data of its tensor.
+
+    Only one tensor is held at a time. The file appears when complete.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
+    header, end = {"__metadata__": metadata}, 0
     for name, dtype, shape, _ in tensors:
         start, end = end, end + torch.Size(shape).numel() * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # data starts on a multiple of 8
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape, fetch in tensors:
             data = fetch()
             if isinstance(data, Tensor):
@@ -278,21 +244,10 @@ def write_modules(
     path: str | Path, modules: Iterable[nn.Module], config: dict, ours: dict, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Write modules as a checkpoint in the released layout, each tensor under the prefix in the module's `PREFIXES`."""
-    entries = []
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            entries.append(
-                (file_name(name, module.PREFIXES), NAMES[dtype], list(tensor.shape), lambda tensor=tensor: tensor)
-            )
+    entries = [
+        (file_name(name, module.PREFIXES), NAMES[dtype], list(tensor.shape), lambda tensor=tensor: tensor)
+        for module in modules
+        for name, tensor in module.state_dict().items()
+    ]
     metadata = {"config": json.dumps(config), "model_version": "2.3.0", OUR_METADATA: json.dumps(ours)}
     write(path, entries, metadata)
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put `tensor` in the place of a module's parameter or buffer, keeping which of the two it is."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=owner._parameters[leaf].requires_grad)
-    else:
-        owner._buffers[leaf] = tensor

@@ -31,7 +31,7 @@ from checkpoint import Checkpoint
 from common.cache import CachedClips, fingerprint_files
 from common.errors import UserError
 from common.media import cover, to_tensor
-from common.settings import require_same
+from common.outputs import require_same
 from config import Augment, Config
 from face import recognition_file
 from losses import shifted_logit_normal

@@ -1,8 +1,8 @@
 """Faces: find, straighten, embed. Eq. 8, e_f = Phi(Align(x_f)), differentiable in x_f.
 
-A flow-matching loss knows nothing about identity: two pixels of eyelid weigh as much as two of wall. The paper
-decodes a few frames of the clean estimate (Eq. 7) and embeds their faces with a frozen recognizer; Eq. 9 and 10
-compare the embeddings. So the gradient must run from the embedding back to the pixels:
+A flow-matching loss is blind to identity: two pixels of eyelid weigh as much as two of wall. The paper decodes a few
+frames of the clean estimate (Eq. 7) and embeds their faces with a frozen recognizer; Eq. 9 and 10 compare the
+embeddings. So the gradient must run from the embedding back to the pixels:
 
     pixels (n, 3, H, W) ──┬────────────────────────> similarity warp ──> 112x112 ──> ArcFace Phi ──> e (n, E)
     RGB in [-1, 1]        │                               ^              crop        frozen
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.images import to_bytes
 from common.onnx_reader import RELEASES, OnnxGraph, input_shapes, pack_files, read_onnx, refuse_not_finite
 
@@ -42,15 +42,13 @@ ARCFACE_TEMPLATE = torch.tensor(  # left eye, right eye, nose, left and right co
 
 
 class FaceDetector:
-    """InsightFace's detector (SCRFD or RetinaFace).
+    """InsightFace's detector (SCRFD or RetinaFace) in a model pack, on onnxruntime's CUDA provider if there is one.
 
-    pack        name or folder of a model pack
-    device      a CUDA device: onnxruntime's CUDA provider on that GPU, if onnxruntime has it; else the CPU
     det_size    (width, height) in pixels of the detector's input, or a list of sizes; None: insightface's own choice
                 (128x128 and 640x640 together, for faces that fill the frame and for small ones)
     det_thresh  least score of a face
 
-    Raises UserError when the pack is missing, or holds no detector with landmarks, or a damaged one.
+    UserError if the pack is missing, or holds no detector with landmarks, or a damaged one.
     """
 
     def __init__(
@@ -90,13 +88,12 @@ class FaceDetector:
         0 at the centre of the first pixel; a box may reach beyond the frame. valid is m_f of Eq. 9; rows without a
         face are zeros. The paper leaves open which of several faces counts: here the one with the largest box.
         """
-        n, device = len(frames), frames.device
+        n = len(frames)
         landmarks, boxes, valid = torch.zeros(n, 5, 2), torch.zeros(n, 4), torch.zeros(n, dtype=torch.bool)
-        for i, frame in enumerate(frames):
-            points, corners = self.faces(frame)
+        for i, (points, corners) in enumerate(map(self.faces, frames)):
             if len(corners):
                 landmarks[i], boxes[i], valid[i] = points[0], corners[0], True
-        return landmarks.to(device), boxes.to(device), valid.to(device)
+        return landmarks.to(frames.device), boxes.to(frames.device), valid.to(frames.device)
 
     @torch.no_grad()
     def faces(self, frame: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,9 +136,8 @@ def align(frames: Tensor, landmarks: Tensor, size: int = CROP) -> Tensor:
 
     Equals insightface's `norm_crop` within interpolation error (OpenCV may round coordinates to 1/32 pixel). Like
     `norm_crop` it does not smooth: a face much larger than 112 pixels is subsampled with aliasing, as in ArcFace's
-    training. Outside the frame is black, -1, blended in at the border. The gradient reaches the frames; the landmarks
-    are constants. At least float32, under autocast too: bfloat16 cannot tell one pixel from the next.
-    A row whose landmarks are no face (see `similarity_matrix`) gives a black crop and a gradient of zero.
+    training. Outside the frame is black, -1, blended in at the border. The landmarks are constants; those of no face
+    give a black crop and a gradient of zero. At least float32: bfloat16 cannot tell one pixel from the next.
     """
     n, _, height, width = frames.shape
     dtype = torch.promote_types(frames.dtype, torch.float32)
@@ -169,8 +165,7 @@ def _is_recognition(graph) -> bool:
 
 def recognition_file(pack: str | Path, root: str | Path = "~/.insightface") -> Path:
     """The recognition model of a pack: the first .onnx by name with one 3x112x112 input and one output."""
-    files = pack_files(pack, root)
-    for file in files:
+    for file in (files := pack_files(pack, root)):
         if _is_recognition(read_onnx(file, weights=False).graph):
             return file
     raise UserError(f"no face recognition model (3x112x112 input) in {files[0].parent}; take a pack from {RELEASES}")
@@ -185,11 +180,7 @@ class ArcFace(nn.Module):
 
     @classmethod
     def from_onnx(cls, path: str | Path) -> "ArcFace":
-        """Read a recognition ONNX (w600k_r50, glint360k_r100, any IResNet-like export).
-
-        Raises UserError, with file and cause: not ONNX, not a recognition model, older than opset 7, an unknown
-        operator, weights that are damaged or not finite.
-        """
+        """Read a recognition ONNX (w600k_r50, glint360k_r100, any IResNet-like export). UserError if it is none."""
         model = read_onnx(path)
         if not _is_recognition(model.graph):
             shapes = ", ".join(str(shape) for shape in input_shapes(model.graph).values())
@@ -198,11 +189,8 @@ class ArcFace(nn.Module):
         names = [node.name for node in model.graph.node[:8]]
         raw_pixels = all(any(name.startswith(kind) for name in names) for kind in (("Sub", "_minus"), ("Mul", "_mul")))
         arcface = cls(OnnxGraph(model, path), raw_pixels)
-        try:
-            with torch.no_grad():
-                arcface(torch.zeros(1, 3, CROP, CROP))
-        except Exception as error:  # two weights whose sizes do not fit together, for instance
-            raise UserError(f"{path} is damaged: {error}; take it anew from {RELEASES}") from error
+        with blame(f"{path} is damaged", f"; take it anew from {RELEASES}"), torch.no_grad():
+            arcface(torch.zeros(1, 3, CROP, CROP))  # two weights whose sizes do not fit together, for instance
         return arcface
 
     def __init__(self, network: OnnxGraph, raw_pixels: bool):  # raw_pixels: the graph takes 0..255
@@ -224,7 +212,7 @@ def embed(frames: Tensor, landmarks: Tensor, arcface: ArcFace) -> Tensor:
     arcface    Phi                frozen
     returns    e_f  (n, E)        raw; E is 512 in InsightFace's packs
 
-    A row without a face (landmarks zero) gives the embedding of a black crop, finite and without gradient, and no
-    error: mask it with `valid`, m_f of Eq. 9.
+    A row without a face (landmarks zero) gives the embedding of a black crop, finite and without gradient: mask it
+    with `valid`, m_f of Eq. 9.
     """
     return arcface(align(frames, landmarks))

@@ -21,10 +21,9 @@ from pydantic import Field
 
 from clips.cache import prepare
 from clips.vip200k import vip200k
-from common.device import resolve_device
+from common.device import own_place, resolve_device
 from common.errors import Parser, one_line_errors, whole_file
 from common.outputs import refuse_overwrite
-from common.processes import own_place
 from common.schema import Count, Positive, PositiveFloat, record, validate
 from common.sizes import amount
 from config import ASSETS

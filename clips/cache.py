@@ -56,9 +56,8 @@ from common.cache import (
 from common.device import free
 from common.errors import UserError, whole_file
 from common.media import from_bytes
-from common.outputs import refuse_overwrite
+from common.outputs import refuse_overwrite, require_same
 from common.schema import record, validate
-from common.settings import require_same
 from common.sizes import amount, duration, require_memory, require_video_size
 from data import fingerprint, fingerprint_faces, fingerprint_gemma, latent_shape
 from face import ArcFace, FaceDetector, embed, recognition_file

@@ -1,8 +1,7 @@
-"""What everything rests on: errors in one line, typed checks, devices, files to pixels and back, ONNX operators.
+"""Errors in one line, typed checks, devices, files to pixels and back, ONNX operators.
 
-Importing this package before torch sets OMP_WAIT_POLICY. The threads of OpenMP spin while they wait for each other,
-which costs little on idle cores but keeps other programs, and each other, from cores that are busy. PASSIVE lets them
-sleep. OpenMP reads the variable once, when torch loads it; so commands and folders import this package first.
+This package is imported before torch, because OpenMP reads OMP_WAIT_POLICY once, when torch loads it. OpenMP's threads
+spin while they wait, which keeps busy cores from other programs and from each other; PASSIVE lets them sleep.
 """
 
 import os

@@ -13,21 +13,21 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.errors import UserError
+from common.images import require_file
 from common.schema import Count, Positive, PositiveFloat, Text, foreign_record, parse_json, record
 
 PARTS = ("latents", "features", "image", "e_ref", "caption")  # of each clip in a shard: tensors ROW.latents, ...
 NULL = "null.safetensors"
-LARGEST_NUMBER = 1e6  # of latents, features and embeddings; real ones stay below a thousand
+LARGEST_NUMBER = 1e6  # in latents, features and embeddings; real ones stay below a thousand
 M = TypeVar("M")
 
 
 @foreign_record
 class CacheSettings:
-    """cache.json, as far as reading needs it."""
+    """The fields of cache.json that reading needs."""
 
     height: Positive
     width: Positive
@@ -69,10 +69,9 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / "cache.json"
     if not path.exists():
         return None
-    if not path.is_file():
-        raise UserError(f"{path} is no file: give another folder")
-    text = path.read_bytes()
+    require_file(path, "file")
     try:
+        text = path.read_bytes()
         parse_json(CacheSettings, text, path)
         return json.loads(text)
     except (UserError, ValueError) as error:
@@ -115,49 +114,42 @@ class CachedClips(Dataset):
 
     settings: its cache.json, and max_tokens, the slots of the text context. latent_shape: (C, T, h, w) of every clip.
     null_features: (tokens, D) of the empty prompt. names: of all clips. report: rows that were left out, and remarks.
-    It holds names and places only, and each process opens a shard once, when needed: so it can be pickled freely.
+    Shards are opened once in each process, when needed, and are left out of pickles.
     """
 
     def __init__(self, folder: str | Path):
-        """Raises UserError, saying which command to run, where the cache is missing, incomplete or damaged."""
+        """UserError with the command that makes the cache where it is missing, incomplete or damaged."""
         self.folder = Path(folder)
         settings = read_settings(self.folder)
-        if settings is None and (self.folder / "report.jsonl").is_file():
-            raise UserError(f"the cache in {folder} holds no clip: {self.folder / 'report.jsonl'} says why")
         if settings is None:
+            if (report := self.folder / "report.jsonl").is_file():
+                raise UserError(f"the cache in {folder} holds no clip: {report} says why")
             raise UserError(f"no cache in {folder} (it has no cache.json): make it with python prepare.py")
-        self.names: list[str] = []
-        self.report: list[dict[str, Any]] = []
-        places = []  # (shard, row) of each clip
-        for k in range(settings["shards"]):
-            metadata = self._metadata(shard_file(k), settings, ShardMetadata)
-            self.names += [clip.name for clip in metadata.clips]
-            self.report += metadata.report
-            places += [(k, clip.row) for clip in metadata.clips]
+        shards = [self._metadata(shard_file(k), settings, ShardMetadata) for k in range(settings["shards"])]
+        self.names = [clip.name for shard in shards for clip in shard.clips]
+        self.report = [line for shard in shards for line in shard.report]
+        # Shard and row of each clip (n, 2): an array, because a list would be copied into every worker bit by bit.
+        self.places = np.array([(k, clip.row) for k, shard in enumerate(shards) for clip in shard.clips])
         max_tokens = self._metadata(NULL, settings, NullMetadata).max_tokens
-        if not places:
+        if not self.names:
             raise UserError(f"the cache in {folder} holds no clip")
         self.settings: dict[str, Any] = settings | {"max_tokens": max_tokens}
         self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
-        self.places = np.array(places)  # (n, 2); an array, because a list would be copied into every worker bit by bit
         self.opened: dict[int, Any] = {}  # shard -> its file; opening one takes longer than reading a small clip
         with safe_open(self.folder / NULL, framework="pt") as file:
             self.null_features = file.get_tensor("features")  # (tokens, D)
         if not self.null_features.abs().max() < LARGEST_NUMBER:
             raise UserError(f"{self.folder / NULL} holds numbers that are not finite: make the cache anew")
-        shard = self._open(int(places[0][0]))
+        shard = self._open(self.places[0, 0])
         self.e_ref_shape = _usual_shape(shard, "e_ref")  # (E,)
         if self.latent_shape != (shape := _usual_shape(shard, "latents")):
             raise UserError(f"{folder}: cache.json has latent_shape = {self.latent_shape}, and the clips have {shape}")
 
-    def _metadata(self, name: str, settings: dict[str, Any], kind: type) -> Any:
-        metadata = read_metadata(self.folder / name, settings, kind)
-        if metadata is None:
-            raise UserError(
-                f"the cache in {self.folder} is not complete: {name} is missing or damaged; "
-                "run the same python prepare.py command again, it makes what is missing"
-            )
-        return metadata
+    def _metadata(self, name: str, settings: dict[str, Any], kind: type[M]) -> M:
+        if metadata := read_metadata(self.folder / name, settings, kind):
+            return metadata
+        advice = "run the same python prepare.py command again, it makes what is missing"
+        raise UserError(f"the cache in {self.folder} is not complete: {name} is missing or damaged; {advice}")
 
     def _open(self, shard: int) -> Any:
         if shard not in self.opened:
@@ -173,10 +165,8 @@ class CachedClips(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         """name, latents (C, T, h, w) bf16, features (tokens, D) bf16, image (PIL, unaugmented), e_ref (E,), caption.
 
-        Raises UserError that names clip and part where one of them is damaged or holds numbers that are not finite.
+        UserError with clip and part where a part is damaged or holds numbers that are not finite.
         """
-        if not 0 <= i < len(self):
-            raise IndexError(f"clip {i} of {len(self)}")
         shard, row = self.places[i]
         part = "file"
         try:
@@ -185,34 +175,30 @@ class CachedClips(Dataset):
             features_shape = min(max(1, tokens), self.settings["max_tokens"]), self.null_features.shape[1]
             shapes = {"latents": self.latent_shape, "features": features_shape, "e_ref": self.e_ref_shape}
             for part, shape in shapes.items():
-                _require_numbers(item[part], shape)
+                dtype, actual = item[part].dtype, tuple(item[part].shape)
+                if not dtype.is_floating_point or actual != shape:
+                    raise ValueError(f"{dtype} of shape {actual}, not floating point of shape {shape}")
+                if not item[part].abs().max() < LARGEST_NUMBER:  # false for NaN too
+                    raise ValueError("not all of its numbers are finite")
             part = "image"
-            item[part] = _photo(item[part])
+            item[part] = _photo(item[part].numpy().tobytes())
             part = "caption"
             item[part] = item[part].numpy().tobytes().decode()
-        except Exception as error:  # whatever a damaged file makes a library throw
+        except Exception as error:  # a damaged file makes a library throw anything
             raise UserError(f"clip {self.names[i]} in {self.folder}: its {part} is damaged ({error})") from None
         return item | {"name": self.names[i]}
 
 
 def _usual_shape(file: Any, part: str) -> tuple[int, ...]:
-    """The shape that most clips of a shard have: one damaged clip does not decide it."""
-    names = [name for name in list(file.keys()) if name.endswith(f".{part}")]
-    return Counter(tuple(file.get_slice(name).get_shape()) for name in names).most_common(1)[0][0]
+    """The shape of most clips in a shard: one damaged clip does not decide it."""
+    shapes = [tuple(file.get_slice(name).get_shape()) for name in list(file.keys()) if name.endswith(f".{part}")]
+    return Counter(shapes).most_common(1)[0][0]
 
 
-def _require_numbers(tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if not tensor.is_floating_point() or tuple(tensor.shape) != shape:
-        raise ValueError(f"{tensor.dtype} of shape {tuple(tensor.shape)}, not floating point of shape {shape}")
-    if not tensor.abs().max() < LARGEST_NUMBER:  # nor is NaN
-        raise ValueError("not all of its numbers are finite")
-
-
-def _photo(data: Tensor) -> Image.Image:
-    """Bytes of a PNG as an RGB image."""
+def _photo(png: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(io.BytesIO(data.numpy().tobytes()), formats=["PNG"]).convert("RGB")
+            return Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB")
         except UnidentifiedImageError:
             raise ValueError("no PNG") from None

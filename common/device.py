@@ -1,11 +1,15 @@
-"""Where and in which precision a command computes."""
+"""Where a process computes: device, precision, and its place among the processes of torchrun."""
 
 import argparse
 import gc
+import os
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 
 from common.errors import UserError
+from common.schema import record, validate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -26,3 +30,25 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+class Place(NamedTuple):
+    rank: int
+    world: int  # number of processes
+    local_rank: int  # among those of this machine
+
+
+@record
+class _Environment:
+    RANK: Annotated[int, Field(strict=False, ge=0, lt=2**20)] = 0
+    WORLD_SIZE: Annotated[int, Field(strict=False, ge=1, le=2**20)] = 1
+    LOCAL_RANK: Annotated[int, Field(strict=False, ge=0, lt=2**20)] = 0
+
+
+def own_place() -> Place:
+    """Rank 0 of 1 without torchrun. UserError where the variables are no numbers or contradict each other."""
+    variables = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+    place = validate(_Environment, variables, "environment")
+    if place.RANK >= place.WORLD_SIZE:
+        raise UserError(f"environment: RANK = {place.RANK} is not below WORLD_SIZE = {place.WORLD_SIZE}: use torchrun")
+    return Place(place.RANK, place.WORLD_SIZE, place.LOCAL_RANK)

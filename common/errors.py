@@ -1,8 +1,8 @@
 """One clear line for the person who can mend the cause, exit code 2, no traceback.
 
-A function raises `UserError` when the cause lies outside the code (a file, an option, a machine). Its text names
-what is wrong, where, and what to do. Every command runs inside `one_line_errors`. Any other exception is a bug: one
-line too, with exit code 70; the traceback appears with ST_DRC_TRACEBACK=1 in the environment.
+A function raises `UserError` when the cause lies outside the code: a file, an option, a machine. Every command runs
+inside `one_line_errors`. Any other exception is a bug: one line too, with exit code 70; the traceback appears with
+ST_DRC_TRACEBACK=1 in the environment.
 """
 
 import argparse
@@ -29,10 +29,28 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Command line options whose errors are one line too, without the usage in front."""
+    """Errors in command line options are one line too, without the usage in front."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
+
+
+@contextmanager
+def blame(what: str, advice: str = "") -> Iterator[None]:
+    """Turn any exception of a block that reads a foreign file into UserError "`what`: reason`advice`"."""
+    try:
+        yield
+    except Exception as error:  # libraries raise every kind of exception on a damaged file
+        if isinstance(error, UserError) or _out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or f"{error} ({type(error).__name__})"
+        raise UserError(f"{what}: {' '.join(reason.split())}{advice}") from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's sign of it or one of torch's two; torch's by name, so that --help need not import it."""
+    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return torchs or isinstance(error, MemoryError)
 
 
 @contextmanager
@@ -42,30 +60,25 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()  # a closed pipe shows here and not while Python exits
-    except UserError as error:
-        _leave(str(error))
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():  # `| head` has read enough
-            sys.exit(CLOSED_PIPE)
-        where = f" ({error.filename})" if error.filename else ""
-        _leave(f"{error.strerror or error}{where}")
-    except MemoryError:
-        _leave("out of memory: take a smaller size or fewer frames")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, so that --help need not import torch
-            reason = str(error).split(". ")[0]
-            _leave(f"out of GPU memory: {reason}; take a smaller size or fewer frames")
-        if "DefaultCPUAllocator" in str(error):  # torch has no class of its own for a CPU that is out of memory
-            _leave("out of memory: take a smaller size or fewer frames")
-        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
-            raise
-        _leave(
-            f"{type(error).__name__}: {error} at {_place(error)}: this is a bug; "
-            f"{TRACEBACK}=1 in the environment shows the traceback",
-            BUG,
-        )
+        if isinstance(error, BrokenPipeError):
+            _exit_if_stdout_is_closed()
+        code, message = 2, str(error)
+        if isinstance(error, OSError):
+            message = (error.strerror or message) + (f" ({error.filename})" if error.filename else "")
+        elif _out_of_memory(error):
+            kind = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
+            message = f"out of {kind}: take a smaller size or fewer frames"
+        elif not isinstance(error, UserError):
+            if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+                raise
+            hint = f"this is a bug; {TRACEBACK}=1 in the environment shows the traceback"
+            code, message = BUG, f"{type(error).__name__}: {error} at {_place(error)}: {hint}"
+        with suppress(OSError):  # a closed pipe or a full disk: only the exit code is left
+            print("error: " + printable(message), file=sys.stderr)
+        sys.exit(code)
 
 
 def printable(message: str) -> str:
@@ -74,27 +87,16 @@ def printable(message: str) -> str:
     return line if len(line) <= 1500 else f"{line[:700]} ... {line[-700:]}"
 
 
-def _leave(message: str, code: int = 2) -> NoReturn:
-    with suppress(OSError):  # a closed pipe, a full disk: the exit code is what is left to say
-        print("error: " + printable(message), file=sys.stderr)
-    sys.exit(code)
-
-
 def _place(error: Exception) -> str:
-    """File and line of the innermost call that is this project's own."""
+    """File and line of the innermost call in this project."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename]
     frame = (own or frames)[-1]
-    path = Path(frame.filename)
-    return f"{path.relative_to(ROOT) if own else path}:{frame.lineno}"
+    return f"{os.path.relpath(frame.filename, ROOT) if own else frame.filename}:{frame.lineno}"
 
 
 def _usable_streams() -> None:
-    """Standard streams that exist and that take every file name.
-
-    Where a stream is closed, the next opened file would get its number, and a library's warning would be written
-    into that file.
-    """
+    """Open standard streams that are closed: the next file would get their number, and with it a library's warnings."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -103,22 +105,18 @@ def _usable_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a name may not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a file name may not be UTF-8
 
 
-def _nobody_reads_stdout() -> bool:
-    """Try stdout. If its pipe is closed, discard what is left to print: Python would complain while it exits."""
+def _exit_if_stdout_is_closed() -> None:
     try:
         print(flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:  # `| head` has read enough; Python would complain about the rest while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        sys.exit(CLOSED_PIPE)
 
 
-# --- Files that are there whole or not at all -------------------------------------------------------------------------
-
-# Errors of the operating system that concern the output and not the code that writes it.
+# Errors of the operating system that concern an output and not the code that writes it.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
          errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # fmt: skip
 
@@ -127,32 +125,30 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved onto it when the block ends well and removed when it does not.
 
-    So an output is there complete or not at all, whatever happens in between. The temporary file is new (O_EXCL) and
-    its name cannot be guessed, so no link planted there is followed. It is locked while the block runs: leftovers of
-    killed runs are those without a lock, and the next run that writes the same file removes them. The suffix stays
-    last, because writers of images and videos choose the format by it.
-
-    Raises UserError with the name of `path` for a full disk, a read-only folder and the like.
+    The temporary file is new (O_EXCL) and its name cannot be guessed, so no planted link is followed. It is locked
+    while the block runs: a file without a lock is the leftover of a killed run, which the next run with the same output
+    removes. The suffix stays last: writers of images and videos choose the format by it. UserError with the name of
+    `path` for a full disk, a read-only folder and the like.
     """
-    path, temporary, lock = Path(path), None, None
+    path = Path(path)
     try:
         remove_leftovers(path)
-        temporary, lock = _new_file(path)
-        os.utime(temporary, ns=(0, 0))  # every write moves this date, so an untouched file is recognized below
-        yield temporary
-        if os.stat(temporary).st_mtime_ns == 0:
-            raise FileNotFoundError(f"no byte of {path} was written")
-        os.replace(temporary, path)
+        temporary, file = _new_file(path)
+        try:
+            os.utime(temporary, ns=(0, 0))  # every write moves this date, so an untouched file is recognized below
+            yield temporary
+            if os.stat(temporary).st_mtime_ns == 0:
+                raise FileNotFoundError(f"no byte of {path} was written")
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # moved, or the folder is gone
+                temporary.unlink()
+            os.close(file)
     except OSError as error:
         name = Path(str(error.filename or path)).name
         if error.errno not in _DISK or not (name == path.name or f".{path.stem}." in name):
             raise  # of another file, one that the block reads
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):  # the folder may be gone
-                temporary.unlink(missing_ok=True)
-            os.close(lock)
 
 
 def _new_file(path: Path) -> tuple[Path, int]:
@@ -160,7 +156,8 @@ def _new_file(path: Path) -> tuple[Path, int]:
     while True:
         temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.part{path.suffix}")
         file = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        _lock(file, wait=True)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file).st_nlink:
             return temporary, file
         os.close(file)  # another process took it for a leftover in the moment before it was locked
@@ -170,21 +167,10 @@ def remove_leftovers(path: str | Path) -> None:
     """Remove the temporary files of killed runs of `whole_file(path)`, and none that a living process writes."""
     path = Path(path)
     name = re.compile(rf"\.{re.escape(path.stem)}\.\w+\.part{re.escape(path.suffix)}")
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     with suppress(FileNotFoundError):  # no such folder yet
         for leftover in [path.with_name(entry) for entry in os.listdir(path.parent) if name.fullmatch(entry)]:
-            with suppress(OSError):  # another process was faster, or the file is another user's
-                file = os.open(leftover, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    if _lock(file):
-                        leftover.unlink()
-                finally:
-                    os.close(file)
-
-
-def _lock(file: int, wait: bool = False) -> bool:
-    """Lock an open file until it is closed. False if a process holds it, or if the file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
+            # An error means: a link, a lock of a living process, another user's file, or a faster process.
+            with suppress(OSError), open(os.open(leftover, flags), "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()

@@ -1,7 +1,6 @@
 """Gemma 3, which reads the prompts: a folder or hub repository in, tokenizer and language model out.
 
-The files come from elsewhere, so everything about them is checked here: only safetensors are read, no code of the
-repository runs, and whatever is wrong with a file ends in one line.
+Only safetensors are read, no code of the repository runs, and each fault of a file ends in one line.
 """
 
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import nn
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.schema import foreign_record, parse_json
 
 GEMMA = "google/gemma-3-12b-it-qat-q4_0-unquantized"
@@ -20,19 +19,15 @@ MAX_TOKENS = 1024  # slots of LTX-2.3; a tokenizer for shorter prompts (the tiny
 
 
 @foreign_record
-class Sizes:
-    """Width and number of layers, checked before the layers are made; transformers checks all other fields."""
-
+class Sizes:  # checked before the layers are made; transformers checks all other fields
     hidden_size: Annotated[int, Field(gt=0, le=2**17)]
     num_hidden_layers: Annotated[int, Field(gt=0, le=1000)]
 
 
 @foreign_record
 class Kind:
-    """Gemma's config.json. The sizes stand at the top, or in a model with vision under `text_config`."""
-
     model_type: Literal["gemma3", "gemma3_text"]
-    text_config: Sizes | None = None
+    text_config: Sizes | None = None  # in a model with vision; else the sizes stand beside model_type
 
 
 def load_gemma(
@@ -43,42 +38,36 @@ def load_gemma(
     Missing, damaged and foreign files raise UserError.
     """
     folder = find_gemma(name)
-    config = folder / "config.json"
-    kind = parse_json(Kind, config.read_bytes(), config)
-    sizes = kind.text_config or parse_json(Sizes, config.read_bytes(), config)
+    config, text = folder / "config.json", (folder / "config.json").read_bytes()
+    kind = parse_json(Kind, text, config)
+    sizes = kind.text_config or parse_json(Sizes, text, config)
     if fits and (sizes.hidden_size, sizes.num_hidden_layers) != fits:
         raise UserError(
             f"the Gemma in {folder} has {sizes.num_hidden_layers} layers of width {sizes.hidden_size} and the "
-            f"checkpoint was trained with {fits[1]} of {fits[0]}: give --gemma the one that belongs to it "
-            f"({GEMMA} for LTX-2.3)"
+            f"checkpoint was trained with {fits[1]} of {fits[0]}: give --gemma its own ({GEMMA} for LTX-2.3)"
         )
-    try:
-        return _load(folder, kind.model_type, device, dtype)
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers and tokenizers raise every kind of exception on a damaged file
-        if "DefaultCPUAllocator" in str(error):  # torch's way to say that a CPU is out of memory
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if "ignore_mismatched_sizes" in reason:
-            reason = "its weights do not have the shapes that its config.json says"
-        raise UserError(f"the Gemma in {folder} cannot be used ({reason}): download it again") from None
+    with blame(f"the Gemma in {folder} cannot be used", ": download it again"):
+        try:
+            return _load(folder, kind.model_type, device, dtype)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise UserError(f"{folder}: its weights lack the shapes of its config.json: download it again") from None
 
 
 def find_gemma(name: str | Path) -> Path:
-    """The folder `name`, or that of the hub's repository of this name, downloaded if it is not in the cache."""
+    """The folder `name`, or that of the hub's repository of this name, downloaded if it is not there."""
     folder = Path(name)
     if not folder.exists():
         from huggingface_hub import snapshot_download
 
+        files = ["*.json", "*.safetensors", "tokenizer.model"]
+        licence = f"Its weights need a licence: accept it on https://huggingface.co/{GEMMA}, then run `hf auth login`"
         try:
-            folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+            folder = Path(snapshot_download(str(name), allow_patterns=files))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"there is no folder {name}, and the hub gives no such Gemma ({str(error).strip().splitlines()[0]}). "
-                f"Its weights need a licence: accept it on https://huggingface.co/{GEMMA}, then run `hf auth login` "
-                f"and `hf download {GEMMA}`"
-            ) from None
+            reason = f"the hub gives no such Gemma ({str(error).strip().splitlines()[0]})"
+            raise UserError(f"no folder {name}, and {reason}. {licence} and `hf download {GEMMA}`") from None
     if not (folder / "config.json").is_file():
         raise UserError(f"{name} holds no Gemma model: it has no config.json. Give --gemma the folder of {GEMMA}")
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
@@ -103,10 +92,8 @@ def _load(folder: Path, kind: str, device: str | torch.device, dtype: torch.dtyp
     if not isinstance(limit, int) or limit < 2:
         raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length = {limit} is no number of tokens")
     if tokenizer("")["input_ids"] != [tokenizer.bos_token_id]:
-        raise UserError(
-            f"the tokenizer in {folder} does not begin a prompt with <bos>, which LTX-2.3 was trained with: set "
-            f"add_bos_token to true in its tokenizer_config.json, or take {GEMMA}"
-        )
+        advice = f"set add_bos_token to true in its tokenizer_config.json, or take {GEMMA}"
+        raise UserError(f"the tokenizer in {folder} begins no prompt with <bos>, as LTX-2.3 needs it: {advice}")
     if set(tokenizer("a")["input_ids"]) <= {tokenizer.bos_token_id, tokenizer.unk_token_id}:
         raise UserError(f"the tokenizer in {folder} has no vocabulary: download its tokenizer.json again")
     for file in sorted(folder.glob("*.safetensors")):
@@ -114,15 +101,9 @@ def _load(folder: Path, kind: str, device: str | torch.device, dtype: torch.dtyp
             for tensor in tensors.keys():  # noqa: SIM118, it is no dict
                 if (stored := tensors.get_slice(tensor).get_dtype()) not in ("BF16", "F16", "F32", "F64"):
                     raise UserError(f"{file} stores {tensor} as {stored}, which is not read here: take {GEMMA}")
-    model, report = (Gemma3Model if kind == "gemma3" else Gemma3TextModel).from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map={"": device},
-        use_safetensors=True,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-        **local,
-    )
+    options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "attn_implementation": "sdpa"}
+    family = Gemma3Model if kind == "gemma3" else Gemma3TextModel
+    model, report = family.from_pretrained(folder, output_loading_info=True, **options, **local)
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"the Gemma in {folder} lacks {len(missing)} tensors ({missing[0]}, ...): download it again")
     model = getattr(model, "language_model", model).eval().requires_grad_(False)
@@ -131,13 +112,11 @@ def _load(folder: Path, kind: str, device: str | torch.device, dtype: torch.dtyp
             raise UserError(f"the Gemma in {folder} has NaN or infinity in {weight}: download it again")
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, its Gemma {model.config.vocab_size}")
-    # A first try with <bos> alone: some wrong values in the configs show only when a prompt is read.
+    # <bos> alone, once: some wrong values in the configs show only when a prompt is read.
     batch = tokenizer([""], padding=True, truncation=True, max_length=limit, return_tensors="pt").to(device)
     with torch.no_grad():
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     if not output.last_hidden_state.isfinite().all():
-        raise UserError(
-            f"the Gemma in {folder} returns NaN or infinity in {str(dtype).removeprefix('torch.')}: "
-            f"try another --dtype, or compare its config.json with that of {GEMMA}"
-        )
+        advice = f"try another --dtype, or compare its config.json with that of {GEMMA}"
+        raise UserError(f"the Gemma in {folder} returns NaN or infinity in {dtype}: {advice}")
     return tokenizer, model

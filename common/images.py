@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageDraw, UnidentifiedImageError
+from PIL.Image import Transpose
 from torch import Tensor
 
-from common.errors import UserError, whole_file
+from common.errors import UserError, blame, whole_file
 
 # Formats that people have photos in. Pillow knows forty more, and some of those start other programs (EPS).
 FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF"]
@@ -26,17 +27,9 @@ with suppress(ImportError):  # iPhones write HEIC; Pillow reads it where this pa
     FORMATS.append("HEIF")
 
 UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-# --- Bytes and [-1, 1] ------------------------------------------------------------------------------------------------
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 def from_bytes(values: np.ndarray | Tensor) -> Tensor:
@@ -59,13 +52,12 @@ def to_uint8(video: Tensor) -> np.ndarray:
     return to_bytes(video).permute(1, 2, 3, 0).cpu().numpy()
 
 
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
-
 def require_file(path: str | Path, kind: str) -> None:
     """Raise UserError unless `path` is an ordinary file. Opening a pipe or a device could wait forever."""
     try:
         mode = os.stat(path).st_mode
+        if not os.access(path, os.R_OK):
+            raise PermissionError
     except PermissionError:
         raise UserError(f"{path} may not be read by this user") from None
     except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -78,34 +70,27 @@ def read_image(path: str | Path) -> Image.Image:
     """An image file as upright 8-bit RGB, as a viewer would show it.
 
     EXIF rotation is applied; 16-bit grayscale is scaled, not clipped; CMYK goes through its own colour profile if it
-    has one; transparency is laid over white, which is where cut-out portraits are usually looked at. An animation
-    gives its first picture.
-
-    Raises UserError for a file that is missing, empty, damaged, of another format than FORMATS, or no ordinary file.
+    has one; transparency lies over white, as in most viewers. An animation gives its first picture. UserError for a
+    file that is missing, empty, damaged, of another format than FORMATS, or no ordinary file.
     """
     require_file(path, "image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # decoders warn about EXIF, colour tables, large pictures
+    with blame(f"{path} is a damaged image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # decoders warn about EXIF, colour tables, large pictures
+        try:
             with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 return _upright_rgb(image)
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image that can be read ({', '.join(FORMATS)})") from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise UserError(f"{path} has more than {limit} million pixels: scale it down") from None
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:  # a decoder may raise anything on damaged data
-        raise UserError(f"{path} is a damaged image: {str(error) or type(error).__name__}") from None
+        except UnidentifiedImageError:
+            raise UserError(f"{path} is not an image that can be read ({', '.join(FORMATS)})") from None
+        except Image.DecompressionBombError:
+            limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+            raise UserError(f"{path} has more than {limit} million pixels: scale it down") from None
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    try:
+    turn = None
+    with suppress(Exception):  # unreadable EXIF: the picture is fine, and as viewers do, it is shown as stored
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # unreadable EXIF: the picture is fine, and as viewers do, it is shown as stored
-        turn = None
     if turn is not None:
         image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits a pixel: Pillow's convert would clip
@@ -116,30 +101,19 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         values *= 255 / top
         image = Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
     if image.mode == "CMYK" and image.info.get("icc_profile"):
-        image = _through_profile(image)
+        with suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):  # a profile that cannot be used
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+            image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _through_profile(image: Image.Image) -> Image.Image:
-    """CMYK by its embedded ICC profile; unchanged where the profile cannot be used."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        return image
-
-
-# --- Fitting and showing ----------------------------------------------------------------------------------------------
-
-
 def cover_box(image_width: int, image_height: int, width: int, height: int) -> tuple[float, float, float, float]:
     """The largest centred part of an image with the shape width : height -> left, top, right, bottom, in pixels.
 
-    One quotient per side: it is rounded once, so it never exceeds the image. (By way of a common scale, 4% of all
-    sizes give an offset of -1e-14, which Pillow refuses.)
+    One quotient per side is rounded once, so it never exceeds the image; with a common scale, 4% of all sizes would.
     """
     box_width = np.minimum(image_width, image_height * width / height)
     box_height = np.minimum(image_height, image_width * height / width)
@@ -156,8 +130,7 @@ def cover(image: Image.Image, height: int, width: int) -> Image.Image:
 def contact_sheet(
     path: str | Path, ref_image: Image.Image | None, frames: np.ndarray, columns: int = 6, title: str = ""
 ) -> None:
-    """A PNG to judge a video by: the reference, then frames (F, H, W, 3) evenly spaced from first to last, and below
-    them the title."""
+    """A PNG of the reference, then frames (F, H, W, 3) evenly spaced from first to last, and below them the title."""
     height, width = frames.shape[1:3]
     cell = max(width, 160)  # tiny frames are enlarged, so that a person sees something
     size = cell, round(height * cell / width)
@@ -166,11 +139,11 @@ def contact_sheet(
     cells += [(f"frame {k + 1}/{len(frames)}", Image.fromarray(frames[k])) for k in picks]
     gap, line = 4, 16
     sheet = Image.new("RGB", (len(cells) * (size[0] + gap) - gap, size[1] + line * (2 if title else 1)), "white")
+    draw = ImageDraw.Draw(sheet)
     for k, (text, image) in enumerate(cells):
         x = k * (size[0] + gap)
-        ImageDraw.Draw(sheet).text((x + 2, 2), text, fill="black")
+        draw.text((x + 2, 2), text, fill="black")
         sheet.paste(image.resize(size, Image.Resampling.LANCZOS), (x, line))
-    if title:
-        ImageDraw.Draw(sheet).text((2, line + size[1] + 2), title, fill="black")
+    draw.text((2, line + size[1] + 2), title, fill="black")
     with whole_file(path) as temporary:
         sheet.save(temporary)

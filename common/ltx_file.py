@@ -3,14 +3,13 @@
         8 bytes | JSON header: {"__metadata__": {"config": ...}, name: {dtype, shape, data_offsets}, ...} | data
         length  |
 
-`read_header` takes any safetensors file apart. `read_config` and `read_ours` check the two JSON texts in the metadata
-that this project uses. `kind` says what a file is that is no LTX-2.3 checkpoint. Each fault is one line.
+`read_header` checks any safetensors file. `read_config` and `read_ours` check the two JSON texts in the metadata that
+this project uses. `kind` names a file that is no LTX-2.3 checkpoint. Each fault is one line.
 """
 
 import json
 import math
 import re
-import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,25 +20,13 @@ from common.errors import UserError
 from common.schema import Count, FiniteFloat, PositiveFloat, Text, foreign_record, parse_json, validate
 
 DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 OUR_METADATA = "nano_st_drc"  # what only this project needs to know, as JSON, beside the model's own config
 RELEASED = "take ltx-2.3-22b-dev.safetensors from https://huggingface.co/Lightricks/LTX-2.3"
 LARGEST_HEADER = 100 * 10**6  # bytes, the format's own limit
-
-# ----------------------------------------------------------------------------------------------------------------------
-# header
 
 FIRST_BYTES = {  # of files that are not safetensors
     b"GGUF": "a GGUF file, whose quantization is not read here: take the bf16 or fp8 safetensors file",
@@ -51,97 +38,74 @@ FIRST_BYTES = {  # of files that are not safetensors
 
 
 @foreign_record
-class Entry:
-    """A tensor in the header."""
-
+class Entry:  # of a tensor in the header
     dtype: str
     shape: list[Count]
     data_offsets: tuple[Count, Count]
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]], int]:
-    """Metadata, tensors by name and the place where the data starts. UserError if the header contradicts itself or
-    the length of the file."""
+    """Metadata, tensors by name, and the place of the first byte of data.
+
+    UserError if the header contradicts itself or the length of the file.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         first = file.read(32)
-        length = struct.unpack("<Q", first[:8])[0] if size >= 8 else 0
+        length = int.from_bytes(first[:8], "little") if size >= 8 else 0
         if size > 8 and (length > LARGEST_HEADER or first[8:9] != b"{"):
             what = (f"but {what}" for sign, what in FIRST_BYTES.items() if first.startswith(sign))
             raise UserError(f"{path} is not a whole safetensors file {next(what, f'(first bytes {first[:16]!r})')}")
         if size < 8 + max(length, 2):
-            raise UserError(
-                f"{path} is not a whole safetensors file: it ends after {size:,} bytes, inside its header: "
-                "download it again"
-            )
+            whole = f"{path} is not a whole safetensors file: it ends after {size:,} bytes, inside its header"
+            raise UserError(f"{whole}: download it again")
         file.seek(8)
-        text = file.read(length)
-    header = parse_json(dict[str, Any], text, f"{path}: header")
+        header = parse_json(dict[str, Any], file.read(length), f"{path}: header")
     metadata = validate(dict[str, str], header.pop("__metadata__", {}), f"{path}: metadata")
     validate(dict[str, Entry], header, f"{path}: header")
-    end = 0
+    end, damaged = 0, f"{path}: damaged header:"
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         (start, stop), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
         if start != end or stop < start:
-            raise UserError(
-                f"{path}: damaged header: the bytes of {name} are {start:,} to {stop:,}, the tensor before it ends at "
-                f"{end:,}"
-            )
+            raise UserError(f"{damaged} {name} has bytes {start:,} to {stop:,}, the tensor before it ends at {end:,}")
         if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise UserError(f"{path}: damaged header: {name} has {stop - start:,} bytes for shape {shape} in {dtype}")
+            raise UserError(f"{damaged} {name} has {stop - start:,} bytes for shape {shape} in {dtype}")
         end = stop
     if size != 8 + length + end:
-        raise UserError(
-            f"{path} is not a whole safetensors file: it has {size:,} bytes and its header describes "
-            f"{8 + length + end:,}: download it again"
-        )
+        lengths = f"it has {size:,} bytes and its header describes {8 + length + end:,}"
+        raise UserError(f"{path} is not a whole safetensors file: {lengths}: download it again")
     return metadata, header, 8 + length
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the model's config
+# --- The model's config -----------------------------------------------------------------------------------------------
 
 # What the code here takes for granted. Another value means another model, which would load and sample wrongly.
 SUPPORTED = {
     "transformer": {
-        "_class_name": "AVTransformer3DModel",
-        "activation_fn": "gelu-approximate",
-        "apply_gated_attention": True,
-        "attention_bias": True,
-        "caption_proj_before_connector": True,
-        "causal_temporal_positioning": True,
-        "connector_apply_gated_attention": True,
-        "cross_attention_adaln": True,
-        "frequencies_precision": "float64",
-        "norm_elementwise_affine": False,
-        "positional_embedding_type": "rope",
-        "qk_norm": "rms_norm",
-        "rope_type": "split",
-        "text_encoder_norm_type": "per_token_rms",
-        "timestep_scale_multiplier": 1000,
+        "_class_name": "AVTransformer3DModel", "activation_fn": "gelu-approximate", "apply_gated_attention": True,
+        "attention_bias": True, "caption_proj_before_connector": True, "causal_temporal_positioning": True,
+        "connector_apply_gated_attention": True, "cross_attention_adaln": True, "frequencies_precision": "float64",
+        "norm_elementwise_affine": False, "positional_embedding_type": "rope", "qk_norm": "rms_norm",
+        "rope_type": "split", "text_encoder_norm_type": "per_token_rms", "timestep_scale_multiplier": 1000,
         "use_middle_indices_grid": True,
     },
     "vae": {
-        "_class_name": "CausalVideoAutoencoder",
-        "causal_decoder": False,
-        "dims": 3,
-        "latent_log_var": "uniform",
-        "norm_layer": "pixel_norm",
-        "spatial_padding_mode": "zeros",
+        "_class_name": "CausalVideoAutoencoder", "causal_decoder": False, "dims": 3, "in_channels": 3,
+        "latent_log_var": "uniform", "norm_layer": "pixel_norm", "out_channels": 3, "spatial_padding_mode": "zeros",
         "timestep_conditioning": False,
     },
-}
+}  # fmt: skip
 
 Size = Annotated[int, Field(gt=0, le=2**16)]
 Few = Annotated[int, Field(gt=0, le=1024)]  # layers, heads, channels
-HeadDim = Annotated[int, Field(gt=0, le=1024, multiple_of=2)]
+Even = Annotated[int, Field(gt=0, le=1024, multiple_of=2)]
 
 
 @foreign_record
 class Transformer:
     num_layers: Few
     num_attention_heads: Few
-    attention_head_dim: HeadDim
+    attention_head_dim: Even
     in_channels: Few
     out_channels: Few
     caption_channels: Size
@@ -149,15 +113,13 @@ class Transformer:
     positional_embedding_max_pos: tuple[Size, Size, Size]
     connector_num_layers: Few
     connector_num_attention_heads: Few
-    connector_attention_head_dim: HeadDim
+    connector_attention_head_dim: Even
     connector_positional_embedding_max_pos: tuple[Size]
     connector_num_learnable_registers: Size
 
 
 @foreign_record
-class Stage:
-    """The options of one block of the VAE."""
-
+class Stage:  # the options of one block of the VAE
     num_layers: Few = 1
     multiplier: Annotated[int, Field(gt=0, le=16)] = 1
 
@@ -167,8 +129,6 @@ Stages = Annotated[list[tuple[str, Stage]], Field(max_length=32)]
 
 @foreign_record
 class VAE:
-    in_channels: Literal[3]
-    out_channels: Literal[3]
     latent_channels: Few
     patch_size: Annotated[int, Field(gt=0, le=64)]
     encoder_base_channels: Few
@@ -210,33 +170,24 @@ def require_supported(config: dict[str, dict[str, Any]], path: str | Path) -> No
         for key, value in supported.items():
             stated = config.get(part, {}).get(key)
             if stated != value:
-                raise UserError(
-                    f"{path}: config {part}.{key} = {stated!r}, and this code is written for {value!r}: "
-                    "it is another model than the released LTX-2.3"
-                )
+                expected = f"this code is written for {value!r}: it is another model than the released LTX-2.3"
+                raise UserError(f"{path}: config {part}.{key} = {stated!r}, and {expected}")
     validate(Config, config, f"{path}: config")
 
 
 @foreign_record
-class Formats:
-    """ComfyUI's entry about the quantization of layers."""
+class Layers:
+    """ComfyUI's entry in the metadata of a quantized file: the stored format of each layer."""
 
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
-def read_formats(metadata: dict[str, str], path: str | Path) -> dict[str, dict[str, Any]]:
-    """The stored format of each layer where a quantized file of ComfyUI names it in its metadata."""
-    key = "_quantization_metadata"
-    return parse_json(Formats, metadata.get(key, "{}"), f"{path}: {key} in its metadata").layers
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# our own entry in the metadata
+# --- Our own entry in the metadata ------------------------------------------------------------------------------------
 
 
 @foreign_record
 class Defaults:
-    """The sampling settings of a checkpoint. A missing field stays missing: the values here are never used."""
+    """Sampling settings. A missing field stays missing in `read_ours`: the values here are never used."""
 
     height: Size = 480
     width: Size = 832
@@ -273,28 +224,17 @@ def read_ours(metadata: dict[str, str], path: str | Path) -> dict[str, Any]:
     return json.loads(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# other files
+# --- Other files ------------------------------------------------------------------------------------------------------
 
 WHOLE = "an LTX-like model whose metadata lacks the config"
+LORA = r"(^|[._])lora[._]|\.diff(_b)?$|\.dora_scale$"
+ALONE = r"^(model\.)?(diffusion_model\.|transformer\.)?patchify_proj\."
 # Patterns over the sorted names of the tensors, one name a line; the first row that fits counts.
 KINDS = (
-    (
-        r"(^|[._])lora[._]|\.diff(_b)?$|\.dora_scale$",
-        "a LoRA",
-        "give it with --lora, and the model it was trained on with --ckpt",
-    ),
+    (LORA, "a LoRA", "give it with --lora, and the model it was trained on with --ckpt"),
     (r"keyframes_abs_pos_embedding$", "LTX-2.5", RELEASED),
-    (
-        r"^model\.diffusion_model\.[\s\S]*^vae\.",
-        WHOLE,
-        "some trainers and converters drop it: give the file that it was made from with --base",
-    ),
-    (
-        r"^(model\.)?(diffusion_model\.|transformer\.)?patchify_proj\.",
-        "a transformer alone, as ltx-trainer and ComfyUI write it",
-        "give a file that has VAE and text projection with --base, for instance ltx-2.3-22b-dev.safetensors",
-    ),
+    (r"^model\.diffusion_model\.[\s\S]*^vae\.", WHOLE, "give the file that it was made from with --base"),
+    (ALONE, "a transformer alone", "give a file that has the rest, such as ltx-2.3-22b-dev.safetensors, with --base"),
     (r"^transformer_blocks\.|\.resnets\.|^proj_in\.", "one part of a diffusers folder", RELEASED),
     (r"^(vae\.)?(encoder|decoder|per_channel_statistics)\.", "a VAE alone", RELEASED),
     (r"^(text_embedding_projection|model\.diffusion_model\.\w+_connector)\.", "a text projection alone", RELEASED),
@@ -311,14 +251,15 @@ def kind(tensors: dict[str, Any], config: dict[str, dict], version: str) -> tupl
     if transformer and what in ("", WHOLE):
         if version.startswith("2.3"):
             return None
-        modulated = "" if transformer.get("cross_attention_adaln") else ", without cross_attention_adaln"
         if version:
-            return f"LTX-{'.'.join(version.split('.')[:2])} (model_version {version}{modulated})", RELEASED
-        if transformer.get("_class_name") != "AVTransformer3DModel":
-            return f"LTX-Video 0.9 or another relative (transformer {transformer.get('_class_name')})", RELEASED
-        if modulated:
-            return "LTX-2.0 (its config has no cross_attention_adaln)", RELEASED
-        return "an LTX-2 model of unknown version (its metadata has no model_version)", RELEASED
+            what = f"LTX-{'.'.join(version.split('.')[:2])} (model_version {version})"
+        elif transformer.get("_class_name") != "AVTransformer3DModel":
+            what = f"LTX-Video 0.9 or another relative (transformer {transformer.get('_class_name')})"
+        elif not transformer.get("cross_attention_adaln"):
+            what = "LTX-2.0 (its config has no cross_attention_adaln)"
+        else:
+            what = "an LTX-2 model of unknown version (its metadata has no model_version)"
+        return what, RELEASED
     if sign is None:
         first = next(iter(tensors), "nothing")
         return f"something unrelated ({len(tensors)} tensors, the first is {first}, and no config)", RELEASED

@@ -1,6 +1,6 @@
 """ONNX files of face recognizers as torch modules: the file, its graph, and the operators that graphs are made of.
 
-Protobuf only: nothing is unpickled and no code comes out of a file. Operators are torch functions
+Protobuf only: nothing is unpickled and no code of a file runs. Operators are torch functions
 (attributes, *inputs) -> output, with ONNX's broadcasting and defaults, from opset 7 on.
 """
 
@@ -9,42 +9,34 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.images import require_file
 
 RELEASES = "https://github.com/deepinsight/insightface/releases/tag/model-zoo"
 
-# --- The file ---------------------------------------------------------------------------------------------------------
-
 
 def read_onnx(path: str | Path, weights: bool = True):
-    """An ONNX file as onnx.ModelProto; without `weights`, those in companion files are left there.
-
-    Raises UserError for a file that is missing, damaged, or no ONNX file.
-    """
+    """An ONNX file as onnx.ModelProto; `weights` False leaves those in companion files unread. UserError if damaged."""
     import onnx
 
     require_file(path, "ONNX model")
-    try:
+    with blame(f"{path} cannot be read as an ONNX model", "; fetch it again"):
         model = onnx.load(str(path), format="protobuf", load_external_data=weights)
-    except MemoryError:
-        raise
-    except Exception as error:  # protobuf, onnx and the file system have classes of their own
-        raise UserError(f"{path} cannot be read as an ONNX model: {error}; fetch it again") from error
     if not model.graph.node:  # an empty file is a valid, empty message
         raise UserError(f"{path} holds no ONNX graph (cut short?): fetch it again")
     return model
 
 
 def input_shapes(graph) -> dict[str, list[int]]:
-    """Shape by name of the inputs that a caller feeds; 0 stands for a size that is left open."""
+    """Shape of each input by name, 0 for an open size."""
     weights = {w.name for w in graph.initializer}  # old exporters list them among the inputs
-    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input}
-    return {name: shape for name, shape in shapes.items() if name not in weights}
+    inputs = [i for i in graph.input if i.name not in weights]
+    return {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in inputs}
 
 
 def refuse_not_finite(path: str | Path) -> None:
@@ -54,18 +46,14 @@ def refuse_not_finite(path: str | Path) -> None:
 
 
 def _tensor(proto, path: str) -> Tensor:
-    """A weight as a tensor, floating point numbers as float32. UserError where it is damaged or not finite."""
+    """A weight as a tensor, floating point numbers as float32. UserError if it is damaged or not finite."""
     from onnx import numpy_helper
 
-    try:
+    with blame(f"{path} is damaged: weight {proto.name}", "; fetch it again"):
         value = torch.from_numpy(numpy_helper.to_array(proto).copy())
-    except (ValueError, TypeError) as error:  # its bytes do not match its shape or type
-        raise UserError(f"{path} is damaged: weight {proto.name}: {error}; fetch it again") from error
-    if not value.is_floating_point():
-        return value
     if value.isnan().any() or (value.numel() > 1 and value.isinf().any()):  # one infinity may be the bound of a Clip
         raise UserError(f"{path}: weight {proto.name} holds NaN or infinity; fetch the file again")
-    return value.float()
+    return value.float() if value.is_floating_point() else value
 
 
 def _onnx_files(folder: Path) -> list[Path]:
@@ -85,21 +73,18 @@ def pack_files(pack: str | Path, root: str | Path) -> list[Path]:
         try:
             with contextlib.redirect_stdout(sys.stderr):  # progress of a few hundred MB: worth seeing, not output
                 download("models", str(pack), force=True, root=str(root))  # force: a broken download left a folder
-        except Exception as error:  # whatever requests, zipfile or insightface say about network, name and disk
+        except Exception as error:  # requests, zipfile and insightface have classes of their own
             reason = f"its download failed ({type(error).__name__})"
     if files := _onnx_files(folder):
         return files
     raise UserError(f"face model pack {pack}: {reason}; unpack one from {RELEASES} into {folder}")
 
 
-# --- The graph --------------------------------------------------------------------------------------------------------
-
-
 class OnnxGraph(nn.Module):
     """A graph with one input and one output. Frozen: its weights are float32 buffers, outside the state_dict.
 
-    Takes any batch size, also where the export was made for one. The weights follow `.to`. Raises UserError, with file
-    and node, for what is computed differently here or not at all.
+    It takes any batch size, also where the export was made for one. UserError, with file and node, for an operator that
+    is computed differently here or not at all.
     """
 
     def __init__(self, model, path: str | Path):
@@ -123,10 +108,8 @@ class OnnxGraph(nn.Module):
             if missing := [name for name in node.input if name not in constants and name not in computed]:
                 raise UserError(f"{where} reads {missing[0]}, which nothing before it computes; export it again")
             if computed.isdisjoint(node.input):  # weights reshaped, shapes concatenated: computed once, here
-                try:
+                with blame(f"{where} cannot be computed", "; fetch the file again"):
                     constants[node.output[0]] = OPERATORS[node.op_type](a, *[constants[name] for name in node.input])
-                except Exception as error:
-                    raise UserError(f"{where} cannot be computed: {error}; fetch the file again") from error
             else:
                 a["batch"] = shape[0] or 1  # the batch size of the export, which constants of the graph may repeat
                 self.nodes.append((node.op_type, a, list(node.input), node.output[0]))
@@ -163,11 +146,8 @@ def _attribute(proto, path: str):
     return _tensor(value, path) if isinstance(value, TensorProto) else value
 
 
-# --- The operators ----------------------------------------------------------------------------------------------------
-
-
 def _window(a: dict, x: Tensor, kernel: list[int], fill: float = 0.0) -> tuple[Tensor, list[int], list[int]]:
-    """For operators with a moving window: x padded as the attributes say, strides, dilations."""
+    """For operators with a moving window: x padded by the attributes, strides, dilations."""
     strides, dilations = a.get("strides", [1, 1]), a.get("dilations", [1, 1])
     (top, left), (bottom, right) = a.get("pads", [0] * 4)[:2], a.get("pads", [0] * 4)[2:]
     if (auto := a.get("auto_pad", "")).startswith("SAME"):  # the odd pixel goes to the end, or with SAME_LOWER in front
@@ -213,10 +193,9 @@ def _axes(a: dict, axes: Tensor | None) -> list[int] | None:
 
 
 def _squeeze(a: dict, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    ones = [i for i, size in enumerate(x.shape) if size == 1 and not (i == 0 and "batch" in a)]  # a batch may be one
     dims = _axes(a, axes)
-    if dims is None:  # every axis of size one, except a batch that happens to be one
-        dims = [i for i, size in enumerate(x.shape) if size == 1 and not (i == 0 and "batch" in a)]
-    return x.squeeze(dims)
+    return x.squeeze(ones if dims is None else dims)
 
 
 def _unsqueeze(a: dict, x: Tensor, axes: Tensor | None = None) -> Tensor:
@@ -226,17 +205,10 @@ def _unsqueeze(a: dict, x: Tensor, axes: Tensor | None = None) -> Tensor:
     return x
 
 
-def _gather(a: dict, x: Tensor, index: Tensor) -> Tensor:
-    axis = a.get("axis", 0) % x.dim()
-    index = index.to(x.device) % x.shape[axis]  # negative indices count from the end
-    return x.index_select(axis, index.flatten()).reshape(x.shape[:axis] + index.shape + x.shape[axis + 1 :])
-
-
 def _pad(a: dict, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None) -> Tensor:
     pads = a["pads"] if pads is None else pads.tolist()
-    pairs = list(zip(pads[: x.dim()], pads[x.dim() :]))  # torch wants the last axis first
-    value = a.get("value", 0.0) if value is None else float(value)
-    return F.pad(x, [size for pair in reversed(pairs) for size in pair], value=value)
+    pairs = np.reshape(pads, (2, -1)).T[::-1]  # front and end of each axis; torch wants the last axis first
+    return F.pad(x, pairs.flatten().tolist(), value=a.get("value", 0.0) if value is None else float(value))
 
 
 def _clip(a: dict, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
@@ -270,7 +242,7 @@ OPERATORS = {
     "Identity": lambda a, x: x,
     "Constant": lambda a: torch.as_tensor(next(iter(a.values()))),
     "Shape": lambda a, x: torch.tensor(x.shape[a.get("start", 0) : a.get("end")]),
-    "Gather": _gather,
+    "Gather": lambda a, x, index: x[(slice(None),) * (a.get("axis", 0) % x.dim()) + (index,)],
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,
     "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),

@@ -1,8 +1,9 @@
-"""Where a command may write: never over a file that it reads."""
+"""Where a command may write: never over a file that it reads, nor into a folder that has other settings."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 
@@ -10,13 +11,13 @@ Names = Iterable[str | Path | None]  # None: an option that was not given
 
 
 def refuse_overwrite(outputs: Names, inputs: Names) -> None:
-    """Raise UserError if an output would replace an input: the same name, a link to it, or a hard link of it.
+    """UserError if an output would replace an input, under the same name, through a link, or as a hard link.
 
     Every command calls it with all its inputs and all its outputs, before the first slow step.
     """
     reads = {key: name for name in inputs if name is not None for key in _keys(name)}
-    for output in (name for name in outputs if name is not None):
-        for key in _keys(output) & reads.keys():
+    for output in outputs:
+        for key in _keys(output) & reads.keys() if output is not None else ():
             raise UserError(f"{output} would replace {reads[key]}, which is an input: choose another output")
 
 
@@ -30,3 +31,14 @@ def _keys(name: str | Path) -> set[str | tuple[int, int]]:
     except (OSError, ValueError):  # a name that no file can have
         return {os.path.abspath(name)}
     return {path, (status.st_dev, status.st_ino)}
+
+
+def require_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str | Path, advice: str) -> None:
+    """UserError with the first setting that differs; None stands for a missing one.
+
+    `where` is the folder that the settings belong to, `advice` the way out.
+    """
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            raise UserError(f"{where} was begun with {key} = {old} and this run has {new}: {advice}")

@@ -1,18 +1,17 @@
 """Data from outside, checked once and by type: options, JSON files, metadata entries.
 
 A frozen dataclass names the fields, their types and their ranges. pydantic compares the data with it (strictly: no
-"3" for 3, no true for 1) and its message becomes the one line that a user reads, with file and field. pydantic rather
-than msgspec, because its dataclasses take ranges, choices and validators that see several fields at once.
+"3" for 3, no true for 1) and its message becomes the user's line, with file and field. pydantic rather than msgspec,
+because its dataclasses take ranges, choices and validators that see several fields at once.
 
-        @record                                      options and files of our own: an unknown field is an error
+        @record                                      options and own files: an unknown field is an error
         class Clip:
             frames: Positive = 121
-            fps: PositiveFloat = 24.0
 
-        @foreign_record                              files that other programs write: unknown fields are ignored
+        @foreign_record                              files of other programs: unknown fields are ignored
 
-        parse_json(Clip, path.read_bytes(), path)    -> Clip, or UserError "cache.json: fps = -1: ..."
-        validate(Clip, {"fps": 12.0}, "cache.json")  the same for data that is in memory already
+        parse_json(Clip, path.read_bytes(), path)    -> Clip, or UserError "cache.json: frames = -1: ..."
+        validate(Clip, {"frames": 12}, "cache.json") the same for data in memory
 """
 
 import json
@@ -48,7 +47,7 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 
 def parse_json(kind: type[T], text: str | bytes, where: str | Path) -> T:
-    """JSON text as an object of `kind`. UserError with `where`, field and reason if the two do not agree."""
+    """JSON text as an object of `kind`, or UserError with `where`, field and reason."""
     try:
         return _adapter(kind).validate_json(text)
     except ValidationError as error:
@@ -56,10 +55,7 @@ def parse_json(kind: type[T], text: str | bytes, where: str | Path) -> T:
 
 
 def validate(kind: type[T], value: Any, where: str | Path) -> T:
-    """A dict (or list, number, ...) as an object of `kind`. UserError as for `parse_json`.
-
-    By way of JSON, so that a list will do for a tuple and a dict for a record, as in a file.
-    """
+    """A dict, list or number as an object of `kind`, by way of JSON: a list serves as a tuple, a dict as a record."""
     try:
         return parse_json(kind, json.dumps(value, default=lambda other: [str(other)]), where)
     except RecursionError:
@@ -78,10 +74,7 @@ def first_problem(error: ValidationError) -> str:
     elif not field:
         line = reason
     else:
-        line = f"{field} = {_shortened(first['input'])}: {reason[0].lower()}{reason[1:]}"
+        value = repr(first["input"])
+        value = value if len(value) <= 80 else value[:77] + "..."
+        line = f"{field} = {value}: {reason[0].lower()}{reason[1:]}"
     return line + (f" (and {len(others)} more problems)" if others else "")
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -7,7 +7,7 @@ from common.errors import UserError
 
 
 def require_video_size(settings: dict[str, Any], scale: tuple[int, int, int]) -> None:
-    """Raise UserError if a VAE, one of whose latent cells covers `scale`, cannot take frames, height and width."""
+    """UserError if a VAE with latent cells of size `scale` cannot take frames, height and width."""
     for name, step, extra in zip(("frames", "height", "width"), scale, (1, 0, 0)):
         value = settings[name]
         lower = max((value - extra) // step, 1 - extra) * step + extra
@@ -17,7 +17,7 @@ def require_video_size(settings: dict[str, Any], scale: tuple[int, int, int]) ->
 
 
 def require_memory(least: int, what: str, advice: str) -> None:
-    """Raise UserError if `least` bytes are more than this machine has; called before the memory is taken."""
+    """UserError if `least` bytes are more than this machine has; called before the memory is taken."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if least > memory:
         raise UserError(f"{what}: at least {amount(least)}, and this machine has {amount(memory)}: {advice}")

@@ -1,7 +1,7 @@
 """Video: frames to an MP4, and any video file to frames by their time stamps.
 
 frames (F, H, W, 3) of bytes -> write_video -> H.264 in an MP4
-any video file               -> read_video  -> F frames at the fps and size asked for, picked by time
+any video file               -> read_video  -> F frames of any fps and size, picked by time
 
 PyAV directly: imageio's plugin sets no encoder options, and gives neither time stamps nor rotation.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError, whole_file
+from common.errors import UserError, blame, whole_file
 from common.images import cover, require_file
 
-# x264 looks ahead in a thread of its own; with its macroblock tree, what that thread has seen by then changes the bits.
-# Without the tree, and with a number of threads that is not the machine's, equal frames give equal bytes. crf 17
-# makes up for it: measured, quality slightly above that of the tree at crf 16, in files 6 to 16% larger.
+# x264 looks ahead in a thread of its own; with its macroblock tree, the speed of that thread changes the bits.
+# Without the tree, and with a fixed number of threads, equal frames give equal bytes. crf 17 makes up for it: measured,
+# quality slightly above that of the tree at crf 16, in files 6 to 16% larger.
 X264 = {"crf": "17", "x264-params": "mbtree=0:threads=4"}
 
 # Media containers, and no playlist: a playlist names other files and addresses, which FFmpeg would open.
@@ -27,10 +27,7 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, comment: str = "") -> None:
-    """Frames (F, H, W, 3) of bytes as an H.264 MP4 that ordinary players and browsers open; complete or not there.
-
-    Equal frames give equal files.
-    """
+    """Frames (F, H, W, 3) of bytes as an H.264 MP4 that players and browsers open. Equal frames give equal files."""
     import av
 
     with (
@@ -46,8 +43,6 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, comment: str =
         container.mux(stream.encode())
 
 
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
 SAME_TIME = 1e-3  # seconds; WebM and MKV count in milliseconds, so a frame's stamp may be half of one too late
 SEEK_AHEAD = 1.0  # seconds before the needed time to aim at: some containers seek by decoding order, not by display
 
@@ -57,50 +52,30 @@ class TooShort(UserError):
 
 
 def read_video(
-    path: str | Path,
-    frames: int,
-    fps: float,
-    height: int,
-    width: int,
-    start: float = 0.0,
-    end: float | None = None,
+    path: str | Path, frames: int, fps: float, height: int, width: int, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
     """A video's picture at the times start, start + 1/fps, ... -> (frames, height, width, 3) bytes, RGB.
 
-    The picture at time t is the last frame stamped at or before t, whatever the file's own rate is and whether it is
-    constant or not; times count from the first frame. Each picture is turned upright, scaled until it covers
-    height x width, and cut around its centre: a video has no bars (`losses.flow_loss` averages over all of it).
-    `end` (seconds) is where the clip ends, if that is before the end of the file.
-
-    Raises TooShort, and UserError for a file that is missing, damaged, or holds no video.
+    The picture at time t is the last frame stamped at or before t, at any rate, constant or not; times count from the
+    first frame. Each picture is turned upright, scaled until it covers height x width, and cut around its centre: a
+    video has no bars (`losses.flow_loss` averages over all of it). `end` (seconds) is where the clip ends, if that is
+    before the end of the file. Raises TooShort, and UserError for a file that is missing or damaged.
     """
     times = start + np.arange(frames) / fps
     pixels = np.empty((frames, height, width, 3), np.uint8)
-    count, current, last = 0, None, 0.0  # pictures done; the frame on display, and the time when it ends
-
-    def show_until(time: float) -> None:
-        """Fill in the pictures before `time`: all show the frame on display."""
-        nonlocal count
-        first = count
-        while count < frames and times[count] < time - SAME_TIME:
-            pixels[count] = pixels[first] if count > first else cover(_upright_frame(current, path), height, width)
-            count += 1
-
     if end is None or times[-1] < end - SAME_TIME:
-        for time, until, frame in _decode(path, start):
-            if current is not None:
-                show_until(time)
-            if count == frames:
+        done, until = 0, 0.0
+        for until, frame in _decode(path, start):
+            below = int(np.searchsorted(times, until - SAME_TIME))  # number of pictures before the next frame
+            if below > done:
+                pixels[done:below] = cover(_upright_frame(frame, path), height, width)
+                done = below
+            if done == frames:
                 return pixels
-            current, last = frame, until
-        if current is not None:
-            show_until(last)
-        if count == frames:
-            return pixels
         promised = probe_video(path)
-        if last < promised - 0.5 and times[-1] < promised:  # headers are off by a few frames at most
-            raise UserError(f"{path} breaks off after {last:.2f} of {promised:.2f} seconds: fetch it again")
-        end = last
+        if until < promised - 0.5 and times[-1] < promised:  # headers are off by a few frames at most
+            raise UserError(f"{path} breaks off after {until:.2f} of {promised:.2f} seconds: fetch it again")
+        end = until
     raise TooShort(
         f"{path} is too short: {max(0.0, end - start):.2f} seconds from {start:g} s on, "
         f"and {frames} frames at {fps:g} fps need more than {(frames - 1) / fps:.2f}"
@@ -109,14 +84,13 @@ def read_video(
 
 def read_frame(path: str | Path, time: float) -> Image.Image:
     """The picture `time` seconds after the video's first frame, upright and in full size."""
-    current, last = None, 0.0
-    for stamp, until, frame in _decode(path, time):
-        if current is not None and stamp > time + SAME_TIME:
+    frame, until = None, 0.0
+    for until, frame in _decode(path, time):  # noqa: B007 (used below)
+        if until > time + SAME_TIME:
             break
-        current, last = frame, until
-    if current is None or time > last + 1:  # a second of grace: times are rounded, headers promise a little too much
+    if frame is None or time > until + 1:  # a second of grace: times are rounded, headers promise a little too much
         raise UserError(f"{path} shows nothing at {time:g} seconds: it is shorter, or damaged")
-    return _upright_frame(current, path)
+    return _upright_frame(frame, path)
 
 
 def count_frames(path: str | Path) -> int:
@@ -134,11 +108,11 @@ def count_frames(path: str | Path) -> int:
 def read_frames(path: str | Path, numbers: Sequence[int]) -> np.ndarray:
     """Frames by their number, upright and in full size -> (n, H, W, 3) bytes; a number may come more than once."""
     pictures: dict[int, np.ndarray] = {}
-    for number, (_, _, frame) in enumerate(_decode(path, 0.0)):
+    for number, (_, frame) in enumerate(_decode(path, 0.0)):
         if number in numbers:
             pictures[number] = np.asarray(_upright_frame(frame, path))
-            if len(pictures) == len(set(numbers)):
-                break
+        if number >= max(numbers):
+            break
     if missing := sorted(set(numbers) - pictures.keys()):
         raise UserError(f"{path} has no frame number {missing[0]}: it is shorter, or damaged")
     if len({picture.shape for picture in pictures.values()}) > 1:
@@ -158,53 +132,47 @@ def probe_video(path: str | Path) -> float:
 def _opened(path: str | Path) -> Iterator[tuple]:
     """The container and its first video stream. Any exception about the file becomes a UserError.
 
-    FFmpeg takes names for addresses ("http:", "concat:") and files for lists of other files. "file:" in front of the
-    name and the two white lists leave one protocol, and containers that hold their media themselves.
+    FFmpeg reads some names as addresses ("http:", "concat:") and some files as lists of other files. "file:" in front
+    of the name and the two white lists leave one protocol, and containers that hold their media themselves.
     """
     import av
 
     require_file(path, "video")
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
-    try:
-        with av.open(f"file:{path}", options=options, metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise UserError(f"{path} holds no video")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # FFmpeg's own, and what PyAV says about numbers out of range
-        raise UserError(f"{path} cannot be read as a video: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    with (
+        blame(f"{path} cannot be read as a video"),
+        av.open(f"file:{path}", options=options, metadata_errors="ignore") as container,
+    ):
+        if not container.streams.video:
+            raise UserError(f"{path} holds no video")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        yield container, stream
 
 
 def _decode(path: str | Path, start: float) -> Iterator[tuple]:
-    """(from, until, frame) in order of display, beginning at or before `start`.
+    """(until, frame) in order of display, from a frame at or before `start` on: each frame is shown until that time.
 
     Times are seconds since the video's first frame, which is not stamped 0 in every file.
     """
     with _opened(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
-        one_frame = 1 / rate if rate else 0
-        zero = stream.start_time or 0
+        zero, shown = stream.start_time or 0, None
         # A seek lands on the key frame before; where it does not (no index, or a broken one), all is decoded.
         for aim in (start - SEEK_AHEAD, 0.0) if start > SEEK_AHEAD else (0.0,):
             if start > SEEK_AHEAD:
                 container.seek(zero + int(aim / stream.time_base), stream=stream)
-            begun = False
             for frame in container.decode(stream):
                 if frame.pts is None:
                     continue
                 time = (frame.pts - zero) * stream.time_base
-                if not begun and aim and time > start:
+                if shown is not None:
+                    yield float(time), shown
+                elif aim and time > start:
                     break
-                begun = True
-                yield float(time), float(time + (frame.duration * stream.time_base or one_frame)), frame
-            if begun:
+                shown = frame
+            if shown is not None:
+                yield float(time + (shown.duration * stream.time_base or (1 / rate if rate else 0))), shown
                 return
 
 
@@ -212,8 +180,6 @@ def _upright_frame(frame, path: str | Path) -> Image.Image:
     """A decoded frame as RGB, turned as the file says a player should turn it (phones film on their side)."""
     if frame.is_corrupt:
         raise UserError(f"{path} is damaged {float(frame.time):.2f} seconds in: fetch it again")
-    try:
+    with blame(f"{path} cannot be read as a video"):  # not every pixel format can be converted
         pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-    except (ValueError, RuntimeError, OSError) as error:  # a pixel format that cannot be converted
-        raise UserError(f"{path} cannot be read as a video: {_reason(error)}") from None
     return Image.fromarray(np.ascontiguousarray(pixels))

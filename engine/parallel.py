@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Checkpoint, file_name
+from common.device import own_place
 from common.errors import UserError
-from common.processes import own_place
 from config import Config, Parallel
 from engine.fp8 import load_fp8
 from engine.lora import new_lora

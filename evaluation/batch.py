@@ -18,10 +18,10 @@ from typing import Any
 import av
 from pydantic import JsonValue
 
+from common.device import own_place
 from common.errors import UserError, remove_leftovers, whole_file
 from common.images import require_file
 from common.outputs import refuse_overwrite
-from common.processes import own_place
 from common.schema import parse_json
 from evaluation.cases import Case
 from evaluation.results import begin

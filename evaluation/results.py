@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from common.errors import UserError, whole_file
+from common.outputs import require_same
 from common.schema import Count, FiniteFloat, Share, Text, parse_json, record
-from common.settings import require_same
 
 START = b'{"id": '  # of every line
 

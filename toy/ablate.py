@@ -36,8 +36,8 @@ import torch
 
 from common.device import resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.outputs import require_same
 from common.schema import parse_json
-from common.settings import require_same
 from config import ASSETS, Config, as_dict, read_config
 from evaluation.metrics import FaceReader
 from rope import PLACEMENTS

@@ -21,9 +21,8 @@ from PIL import Image
 from checkpoint import open_checkpoint
 from clips.cache import PAPER, fill, made_with
 from clips.manifest import Clip, with_face
-from common.device import resolve_device
+from common.device import own_place, resolve_device
 from common.errors import Parser, UserError, one_line_errors
-from common.processes import own_place
 from common.schema import validate
 from config import ASSETS
 from face import FaceDetector

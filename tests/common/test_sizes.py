@@ -2,9 +2,9 @@
 
 import pytest
 
+from common.device import own_place
 from common.errors import UserError
-from common.processes import own_place
-from common.settings import require_same
+from common.outputs import require_same
 from common.sizes import amount, duration, require_memory, require_video_size
 
 
