@@ -88,7 +88,7 @@ def make_cache(arguments: list[str]) -> None:
         if place.rank == 0:
             print("no --ckpt: this cache is for the tiny model, and its detector knows drawn faces only")
     options.gemma, options.faces = options.gemma or GEMMA, options.faces or "buffalo_l"
-    prepare(**vars(options), rank=place.rank, world=place.world)
+    prepare(**vars(options))
 
 
 def make_manifest(arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from checkpoint import open_checkpoint
-from clips.cache import PAPER, fill, made_with
+from clips.cache import PAPER, Models, fill, made_with
 from clips.manifest import Clip, with_face
 from common.device import resolve_device
 from common.errors import Parser, UserError, one_line_errors
@@ -62,12 +62,14 @@ def prepare_toy(
     settings |= {"seed": seed, "manifest": "toy", "toy": count, "world": digest.hexdigest()[:16]}
     if temptation != APART:
         settings |= {"reference": temptation.reference, "share": temptation.share}
-    settings = made_with(settings, checkpoint, gemma, faces, dtype, count, SHARD_GB)
+    models = Models(checkpoint, gemma, faces, device, dtype)
+    settings = made_with(settings, models, count, SHARD_GB)
     size = settings["frames"], settings["fps"]
     own = [k // settings["rows_per_shard"] % world == rank for k in range(count)]
-    clips = [Clip(k + 1, Path("toy"), toy_words(seed, k, *size) if own[k] else "") for k in range(count)]
+    words = [toy_words(seed, k, *size) if own[k] else "" for k in range(count)]
+    clips = [Clip(line=k + 1, video=Path("toy"), caption=text) for k, text in enumerate(words)]
     load = partial(load_toy, temptation=temptation)
-    fill(Path(out), clips, settings, load, ckpt, gemma, faces, device, dtype, workers, rank, world)
+    fill(Path(out), clips, settings, load, models, workers)
 
 
 def load_toy(clip: Clip, settings: dict, detector: FaceDetector, temptation: Temptation) -> dict:
