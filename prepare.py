@@ -25,24 +25,21 @@ from common.device import resolve_device
 from common.errors import Parser, one_line_errors, whole_file
 from common.outputs import refuse_overwrite
 from common.processes import own_place
-from common.schema import Count, Positive, PositiveFloat, record, validate
+from common.schema import Count, PositiveFloat, foreign_record, validate
 from common.sizes import amount
 from config import ASSETS
 from data import CachedClips, letterbox
 from text import GEMMA
 
 
-@record
+@foreign_record
 class Numbers:
-    """Ranges of the options that are numbers."""
+    """Ranges of the options that are numbers; the VAE and the machine's memory decide about sizes."""
 
-    height: Positive | None = None
-    width: Positive | None = None
-    frames: Positive | None = None
-    fps: Annotated[float, Field(ge=0.1, le=1000)] | None = None
-    shard_gb: PositiveFloat = 2.0
-    seed: Count = 0
-    workers: Annotated[int, Field(ge=1, le=256)] = 4
+    fps: Annotated[float, Field(ge=0.1, le=1000)] | None
+    shard_gb: PositiveFloat
+    seed: Count
+    workers: Annotated[int, Field(ge=1, le=256)]
 
 
 def main() -> None:
@@ -77,17 +74,15 @@ def make_cache(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides which frames references are cut from")
     parser.add_argument("--workers", type=int, default=4, help="threads that read videos ahead (%(default)s)")
     options, place = parser.parse_args(arguments), own_place()
-    numbers = {key: getattr(options, key) for key in Numbers.__dataclass_fields__}
-    validate(Numbers, {key: value for key, value in numbers.items() if value is not None}, "options")
-    if options.device is None:
-        options.device = f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu"
+    validate(Numbers, vars(options), "options")
+    options.device = options.device or (f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu")
     options.device, options.dtype = resolve_device(options)
-    if options.ckpt is None:
+    if tiny := options.ckpt is None:
         options.ckpt = ASSETS / "tiny.safetensors"
-        options.gemma, options.faces = options.gemma or ASSETS / "gemma", options.faces or ASSETS / "faces"
         if place.rank == 0:
             print("no --ckpt: this cache is for the tiny model, and its detector knows drawn faces only")
-    options.gemma, options.faces = options.gemma or GEMMA, options.faces or "buffalo_l"
+    options.gemma = options.gemma or (ASSETS / "gemma" if tiny else GEMMA)
+    options.faces = options.faces or (ASSETS / "faces" if tiny else "buffalo_l")
     prepare(**vars(options))
 
 
