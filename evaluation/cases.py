@@ -18,7 +18,6 @@ from pydantic import AfterValidator
 from common.errors import UserError
 from common.schema import Count, Text, foreign_record, validate
 
-NAME = re.compile(r"[\w-][\w .+-]*")  # a file's name on every system, not hidden and in no other folder
 LONGEST = 200  # bytes of an id; file systems take names of 255, and suffixes need room
 
 
@@ -34,7 +33,8 @@ class Case:
 
 
 def _file_name(value: str | int) -> str:
-    if not NAME.fullmatch(str(value)):
+    """A file's name on every system, not hidden and in no other folder."""
+    if not re.fullmatch(r"[\w-][\w .+-]*", str(value)):
         raise ValueError("it cannot name a file")
     return str(value)
 
@@ -70,12 +70,11 @@ def read_cases(path: str | Path) -> list[Case]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        case = _read_case(line, f"{path}, line {number}", number, path.parent)
-        if case.id in cases:
-            raise UserError(f"{path}, line {number}: the id {case.id!r} is there twice")
-        cases[case.id] = case
+        if line.strip():
+            case = _read_case(line, f"{path}, line {number}", number, path.parent)
+            if case.id in cases:
+                raise UserError(f"{path}, line {number}: the id {case.id!r} is there twice")
+            cases[case.id] = case
     if not cases:
         raise UserError(f"{path} lists no case")
     return list(cases.values())
