@@ -108,10 +108,7 @@ class Clip:
 
 
 def read_manifest(path: str | Path) -> list[Clip]:
-    """All rows of a CSV or JSONL manifest, in order.
-
-    Raises UserError, naming file and line, when it is no manifest: missing, another format, empty, a column missing.
-    """
+    """All rows of a CSV or JSONL manifest, in order. UserError where the whole file cannot be used."""
     path = Path(path)
     kind = path.suffix.lower()
     if not path.is_file():
@@ -158,11 +155,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
 
 
 def _clip(line: int, row: dict[str, Any] | str, folder: Path) -> Clip:
-    if isinstance(row, str):
-        return Clip(line=line, problem=row)
-    fields = {key: value.strip() if isinstance(value, str) else value for key, value in row.items()}
-    fields = {key: value for key, value in fields.items() if value not in (None, "")}
     try:
+        if isinstance(row, str):
+            raise UserError(row)
+        fields = {key: value.strip() if isinstance(value, str) else value for key, value in row.items()}
+        fields = {key: value for key, value in fields.items() if value not in (None, "")}
         clip = validate(Clip, fields | {"line": line, "problem": None}, "row")
     except UserError as error:
         return Clip(line=line, problem=str(error))
@@ -170,12 +167,8 @@ def _clip(line: int, row: dict[str, Any] | str, folder: Path) -> Clip:
     return replace(clip, **{key: folder / path for key, path in paths.items() if path})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A row's pixels
-
-
 def load_clip(clip: Clip, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]) -> dict:
-    """Frames (F, H, W, 3), and the reference with its landmarks. Raises Rejected, with the reason."""
+    """Pixels of a row: frames (F, H, W, 3), and the reference with its landmarks. Raises Rejected, with the reason."""
     if clip.problem:
         raise Rejected("bad row", clip.problem)
     if not clip.caption:
@@ -261,7 +254,7 @@ def _random_face(clip: Clip, length: float, detector: FaceDetector, rng: np.rand
 def crop_face(image: Image.Image, box: np.ndarray) -> Image.Image:
     """A square of FACE_MARGIN times the longer side of the box (left, top, right, bottom in pixels), centred on it.
 
-    Where it would reach out of the image it is moved in; where it is larger than the image it is cut, and no square.
+    A square beyond the image's edge is moved in; one larger than the image is cut.
     """
     center, side = (box[:2] + box[2:]) / 2, FACE_MARGIN * max(box[2:] - box[:2])
     size = np.clip(np.round([side, side]), 1, image.size).astype(int)

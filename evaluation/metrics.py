@@ -141,8 +141,7 @@ class ClipScore:
 def identity_drift(e: Tensor, valid: Tensor) -> float | None:
     """Eq. 10 as a measurement: mean over frames of 1 - cos(e_f, ē), ē the mean of e_f. Lower is steadier.
 
-    e (n, E), valid (n,). None where fewer than two frames have a face. A still image scores 0, so does a wrong face
-    that stays: read it beside FaceSim.
+    A still image scores 0, so does a wrong face that stays: read it beside FaceSim. None with fewer than two faces.
     """
     return temporal_identity_loss(e[None].float(), valid[None])[0].item() if valid.sum() > 1 else None
 
@@ -170,9 +169,8 @@ def head_pose(landmarks: Tensor) -> Tensor:
 def pose_copy(landmarks: Tensor, reference: Tensor, valid: Tensor, sigma: float = 0.2) -> float | None:
     """How closely the video repeats the photo's head pose: mean over frames of exp(-|p_f - p_ref|^2 / (2 sigma^2)).
 
-    p is `head_pose`; landmarks (n, 5, 2), reference (5, 2). 1: exactly the photo's pose in every frame; 0.61 at a
-    distance of sigma, 0.2 or about 11 degrees. High is copy-paste, unless the prompt asks for that pose. None without
-    a face.
+    p is `head_pose`. 1: exactly the photo's pose in every frame; 0.61 at a distance of sigma, about 11 degrees. High is
+    copy-paste, unless the prompt asks for that pose. None without a face.
     """
     if not valid.any():
         return None
@@ -181,10 +179,10 @@ def pose_copy(landmarks: Tensor, reference: Tensor, valid: Tensor, sigma: float 
 
 
 def colors_outside(image: np.ndarray, box: np.ndarray, bins: int = 8) -> np.ndarray | None:
-    """Joint RGB histogram, (bins^3,) with sum 1, of the pixels outside FACE_MARGIN times the face's box.
+    """Joint RGB histogram, (bins^3,) with sum 1, of an image's (H, W, 3) pixels outside FACE_MARGIN times the box.
 
-    image (H, W, 3) bytes; box left, top, right, bottom. Each pixel is shared out among its nearest bins (trilinear),
-    so a slight change of colour is a slight change of the histogram. None where the face leaves less than 5 %.
+    Each pixel is shared out among its nearest bins (trilinear), so a slight change of colour is a slight change of the
+    histogram. None where the face leaves less than 5 %.
     """
     center, half = (box[:2] + box[2:]) / 2, FACE_MARGIN * (box[2:] - box[:2]) / 2
     (left, top), (right, bottom) = np.maximum(center - half, 0).astype(int), np.ceil(center + half).astype(int)
@@ -208,13 +206,11 @@ def background_copy(
 
     h is `colors_outside`: backgrounds and clothes, by colour, wherever they are in the picture. 1: the same colours in
     the same shares; 0: none in common. High is copy-paste, unless the prompt describes the photo. None without a face,
-    or where the faces fill the pictures. frames (n, H, W, 3), reference (H', W', 3) bytes.
+    or where the faces fill the pictures.
     """
     h_ref = colors_outside(reference, box.numpy())
-    if h_ref is None:
-        return None
     histograms = [colors_outside(frames[i], boxes[i].numpy()) for i in torch.nonzero(valid)[:, 0].tolist()]
-    shared = [np.minimum(h, h_ref).sum() for h in histograms if h is not None]
+    shared = [np.minimum(h, h_ref).sum() for h in histograms if h is not None and h_ref is not None]
     return float(np.mean(shared)) if shared else None
 
 
@@ -249,10 +245,7 @@ def measure(
     reader: FaceReader,
     clip: ClipScore | None,
 ) -> dict[str, float | int | None]:
-    """All scores of one video. `other` is the photo of another case: the video repeats that one by chance.
-
-    frames, for_clip (n, H, W, 3) bytes; the photos from `read_reference`.
-    """
+    """All scores of one video from its frames. `other` is the photo of another case: it is repeated by chance."""
     ref, faces = reference[1], reader.read(frames)
     background, pose = copies(frames, faces, reference)
     background_chance, pose_chance = copies(frames, faces, other) if other else (None, None)
