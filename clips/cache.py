@@ -36,18 +36,8 @@ from tqdm import tqdm
 import config
 from checkpoint import NAMES, Checkpoint, open_checkpoint, write
 from clips.manifest import Clip, Rejected, load_clip, read_manifest
-from common.cache import (
-    LARGEST_NUMBER,
-    NULL,
-    PARTS,
-    CacheSettings,
-    NullMetadata,
-    ShardMetadata,
-    digest,
-    read_metadata,
-    read_settings,
-    shard_file,
-)
+from common import cache as stored
+from common.cache import NULL, PARTS, NullMetadata, ShardMetadata, read_metadata, shard_file
 from common.device import free
 from common.errors import UserError, whole_file
 from common.media import from_bytes
@@ -87,15 +77,10 @@ class Models(NamedTuple):
 
 def _save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], **metadata: Any) -> None:
     """Write a file of the cache, with the digest of the settings in its metadata."""
-    text = json.dumps(metadata | {"settings": digest(settings)}, ensure_ascii=False)
+    text = json.dumps(metadata | {"settings": stored.digest(settings)}, ensure_ascii=False)
     text = text.encode(errors="backslashreplace").decode()  # a reason may name a file whose name is not UTF-8
     wide_first = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # so that each is aligned in the file
     write(path, [(name, NAMES[t.dtype], list(t.shape), lambda t=t: t) for name, t in wide_first], {"cache": text})
-
-
-def _save_text(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def prepare(
@@ -120,7 +105,6 @@ def prepare(
 
     A size that is None is the checkpoint's own default, else the paper's. reference: the source of references that the
     manifest does not name, "same" video or "other" clip of the same identity. workers: threads that read ahead.
-    Raises UserError where nothing can be done at all, or the cache was begun with other settings.
     """
     clips, checkpoint, folder = read_manifest(manifest), open_checkpoint(ckpt), Path(out)
     files = [folder / name for name in ("cache.json", NULL, "report.jsonl", shard_file(0), text_file(0))]
@@ -153,11 +137,12 @@ def fill(
     """Make the missing ones of this rank's shards. `load(clip, settings=, detector=)` returns the same as load_clip."""
     rank, world, _ = own_place()
     folder.mkdir(parents=True, exist_ok=True)
-    begun = read_settings(folder)
+    begun = stored.read_settings(folder)
     if begun is not None:
         require_same(begun, settings, folder, "run it with the same options and files, or give another --out")
     elif rank == 0:
-        _save_text(folder / "cache.json", json.dumps(settings, indent=1) + "\n")
+        with whole_file(folder / "cache.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
     names = ["report.jsonl", NULL, *(name(k) for name in (shard_file, text_file) for k in range(settings["shards"]))]
     for path in (folder / name for name in names):
         if path.is_dir():  # an error at once rather than after hours of work
@@ -193,16 +178,10 @@ def made_with(settings: dict[str, Any], models: Models, clips: int, shard_gb: fl
     shape = latent_shape(settings, vae)
     clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * models.checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
     rows = max(1, int(shard_gb * 2**30 / (clip_bytes + TYPICAL_IMAGE)))
-    settings = settings | {
-        "latent_shape": shape,
-        "dtype": str(models.dtype).removeprefix("torch."),
-        "checkpoint": fingerprint(models.checkpoint),
-        "gemma": fingerprint_gemma(models.gemma),
-        "faces": fingerprint_faces(models.faces),
-        "rows_per_shard": rows,
-        "shards": -(-clips // rows),
-    }
-    validate(CacheSettings, settings, "options")
+    prints = {"checkpoint": fingerprint(models.checkpoint), "gemma": fingerprint_gemma(models.gemma)}
+    settings = settings | {"latent_shape": shape, "dtype": str(models.dtype).removeprefix("torch.")} | prints
+    settings |= {"faces": fingerprint_faces(models.faces), "rows_per_shard": rows, "shards": -(-clips // rows)}
+    validate(stored.CacheSettings, settings, "options")
     return settings
 
 
@@ -242,7 +221,7 @@ def _write_texts(folder: Path, shards: dict[int, list], settings: dict[str, Any]
 
     def features(caption: str) -> Tensor:
         result = encoder.features([caption])[0].to("cpu", torch.bfloat16)  # (tokens, D)
-        if not _are_numbers(result):
+        if not result.abs().max() < stored.LARGEST_NUMBER:  # nor is NaN
             raise UserError(f"Gemma or its projection gives features of {caption!r} that are not finite numbers")
         return result
 
@@ -261,10 +240,6 @@ def _write_texts(folder: Path, shards: dict[int, list], settings: dict[str, Any]
                         problems[str(row)] = f"{type(error).__name__}: {error}"
                 progress.step(tensors[name].nbytes if name in tensors else 0)
             _save(folder / text_file(k), tensors, settings, problems=problems)
-
-
-def _are_numbers(tensor: Tensor) -> bool:
-    return bool(tensor.abs().max() < LARGEST_NUMBER)  # false for NaN too
 
 
 @torch.no_grad()
@@ -310,7 +285,7 @@ def _parts(loaded: dict[str, Any], clip: Clip, features: Tensor, vae: VideoVAE, 
         "caption": torch.frombuffer(bytearray(clip.caption.encode()), dtype=torch.uint8),
     }
     for part in ("latents", "e_ref"):
-        if not _are_numbers(parts[part]):
+        if not parts[part].abs().max() < stored.LARGEST_NUMBER:
             raise Rejected("numbers that are not finite", f"in the {part} of {clip.video}")
     return {part: tensor.cpu() for part, tensor in parts.items()}
 
@@ -332,8 +307,10 @@ def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> Non
         print(f"rank {rank} is done; {missing} of {settings['shards']} shards are left to other ranks")
         return
     lines = [line for shard in metadata for line in shard.report]
-    with suppress(FileNotFoundError):  # another rank came to its end at the same moment, with the same report
-        _save_text(folder / "report.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    # Another rank may come to its end at the same moment, with the same report.
+    with suppress(FileNotFoundError), whole_file(folder / "report.jsonl") as temporary:
+        temporary.write_text(text, encoding="utf-8")
     reasons = Counter(line["reason"] for line in lines if "reason" in line)
     clips, size = rows - reasons.total(), sum((folder / shard_file(k)).stat().st_size for k in range(len(metadata)))
     print(f"{folder}: {clips:,} of {rows:,} clips, {amount(size)} in {len(metadata)} shards")

@@ -68,8 +68,16 @@ def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: 
         raise UserError(f"no folder {videos}: give --videos the folder of the downloaded videos")
     files = sorted((file for file in Path(videos).iterdir() if file.suffix.lower() in VIDEO_SUFFIXES), reverse=True)
     paths = {file.stem: str(file.resolve()) for file in files if file.is_file() and file.stat().st_size}
+    if not Path(annotations).is_file():
+        raise UserError(f"no annotations at {annotations}")
+    try:
+        persons = json.loads(
+            Path(annotations).read_bytes()
+        )  # not parse_json: half an emoji must spoil one caption only
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{annotations} is not JSON: {error}") from None
     counts, named, rows, problem = Counter(), set(), [], ""
-    for index, person in enumerate(_persons(annotations)):
+    for index, person in enumerate(persons if isinstance(persons, list) else [persons]):
         lists = [person.get(key) for key in ("faces", "segments")] if isinstance(person, dict) else [None]
         if not all(isinstance(value, list) for value in lists):
             counts["unreadable persons"] += 1
@@ -89,13 +97,9 @@ def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: 
             counts["written"] += 1
             face = others[np.random.default_rng([seed, index, number]).integers(len(others))]
             rows.append({
-                "identity": f"person-{index}",
-                "video": paths[segment.id],
-                "caption": segment.caption,
-                "start": segment.clip.seconds(segment.fidx_beg),
-                "end": segment.clip.seconds(segment.fidx_end + 1),
-                "reference_video": paths[face.id],
-                "reference_time": face.clip.seconds(face.fidx),
+                "identity": f"person-{index}", "video": paths[segment.id], "caption": segment.caption,
+                "start": segment.clip.seconds(segment.fidx_beg), "end": segment.clip.seconds(segment.fidx_end + 1),
+                "reference_video": paths[face.id], "reference_time": face.clip.seconds(face.fidx),
                 "reference_box": face.xyxy_norm,
             })  # fmt: skip
     if not rows:
@@ -111,13 +115,3 @@ def _read(kind: type, value: Any) -> Any:
     """An object of `kind`, or None where the value does not fit."""
     with suppress(UserError):
         return validate(kind, value, "")
-
-
-def _persons(path: str | Path) -> list[Any]:
-    if not Path(path).is_file():
-        raise UserError(f"no annotations at {path}")
-    try:
-        persons = json.loads(Path(path).read_bytes())  # not parse_json: half an emoji in one caption costs itself only
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    return persons if isinstance(persons, list) else [persons]

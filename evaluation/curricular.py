@@ -62,7 +62,7 @@ class CurricularFace(nn.Module):
         """Frozen, in float32. `path`: the published .bin, or the same tensors as .safetensors.
 
         The .bin is a pickle, the only one that this repository reads: by torch's weights-only reader, which builds
-        tensors and nothing else. UserError where the file is missing, damaged or another network's, or a weight is NaN.
+        tensors and nothing else.
         """
         if not Path(path).is_file():
             raise UserError(f"no CurricularFace backbone at {path}: {WHERE}")
