@@ -6,8 +6,8 @@
 The name of a video is the id of its case (evaluation/cases.py). The meaning of each number stands where it is
 computed: faces, prompt and copying in evaluation/metrics.py, quality in vbench.py, intervals in report.py. In --out:
 
-    eval.json       the videos and the list that the results are of
-    results.jsonl   the scores of each video, as they come: after a kill, the same command continues
+    eval.json       the videos and the list of cases
+    results.jsonl   the scores of each video, one by one: after a kill, the same command continues
     scores.csv      a line for each case, with the reason where there is no score
     summary.md      Table 1's row, means, spreads, intervals
     sheet.png       the best and the worst videos, to look at

@@ -1,6 +1,6 @@
-"""The cache: what never changes during training, computed once. Video latents, text features, the reference, e_ref.
+"""The cache: video latents, text features, references and e_ref never change during training, so they are computed once.
 
-It is a folder, which `data.CachedClips` reads:
+The cache is a folder, which `data.CachedClips` reads:
 
     cache.json                its settings: size, fps, fingerprints of the models, seed, rows per shard
     null.safetensors          features of the empty prompt, for dropped text
@@ -9,10 +9,10 @@ It is a folder, which `data.CachedClips` reads:
     report.jsonl              all rows that were left out, and remarks on others; there when every shard is
     text-00001.safetensors    while the work lasts: the features of a shard's captions, deleted when the shard is there
 
-A row's shard is decided by its number alone, and a shard appears when it is complete. So whatever is killed when, the
-next run makes the shards that are missing and the folder ends up with the same bytes; and any number of processes can
-share the work (rank r of R makes what is missing of shards r, r + R, ...; they need not talk to each other). A kill
-costs the shard in the making, at most. First all captions, then all videos: Gemma and the VAE never share the memory.
+The number of a row alone decides its shard, and a shard appears when it is complete. So a kill costs at most the shard
+in the making, the next run makes the missing shards, and the folder ends up with the same bytes. Any number of
+processes share the work without communication: rank r of R makes shards r, r + R, ... First all captions, then all
+videos: Gemma and the VAE never share the memory.
 """
 
 import hashlib
@@ -169,7 +169,7 @@ def fill(
 
 
 def made_with(settings: dict[str, Any], models: Models, clips: int, shard_gb: float) -> dict[str, Any]:
-    """cache.json: the clips' size and the other `settings`, with what follows from models and number of clips."""
+    """cache.json: the `settings`, completed by fingerprints of the models and the division into shards."""
     vae = models.checkpoint.config["vae"]
     require_video_size(settings, latent_scale(vae))
     pixels = settings["frames"] * settings["height"] * settings["width"]
@@ -210,8 +210,8 @@ class _Progress(tqdm):
 def _write_texts(folder: Path, shards: dict[int, list], settings: dict[str, Any], models: Models, rank: int) -> None:
     """Features of each shard's captions and of the empty prompt. Gemma is loaded if needed, and gone afterwards.
 
-    One caption at a time: no padding, so a caption's features do not depend on its neighbors, not even by rounding.
-    At a hundred or more tokens one caption keeps a GPU busy.
+    One caption at a time: without padding, the features do not depend on neighbors, not even by rounding. One caption
+    of a hundred tokens keeps a GPU busy.
     """
     shards = {k: rows for k, rows in shards.items() if not read_metadata(folder / text_file(k), settings, TextMetadata)}
     null_missing = rank == 0 and not read_metadata(folder / NULL, settings, NullMetadata)

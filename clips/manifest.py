@@ -1,4 +1,4 @@
-"""Which clips a training set consists of, what each shows, and whose face goes with it.
+"""The clips of a training set: video, caption and reference of each.
 
 A manifest is a CSV or JSONL file, one clip per row:
 
@@ -12,8 +12,8 @@ to the manifest's folder. A reference is an image file, or (2) a face in a frame
 right, bottom) in fractions of the frame. In row (1), which names no reference, a face is cut out of a random frame of
 the same video, or of another clip with the same `identity`.
 
-A row that cannot be used keeps its place and says why in `problem`: one bad line among 200,000 must not stop a night's
-work, and the row's number decides into which shard of the cache the others go.
+An unusable row keeps its place and has the reason in `problem`: one bad line among 200,000 must not stop a night's
+work, and the number of a row decides its shard of the cache.
 """
 
 import csv

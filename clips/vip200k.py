@@ -1,4 +1,4 @@
-"""A manifest from VIP-200K, whose annotations name videos that everybody downloads for themselves.
+"""A manifest from VIP-200K: annotations without videos, which every user downloads alone.
 
 The file is a JSON list of persons, each with a list of `faces` and a list of `segments`, the records below; `id` is
 YouTube's. `frame_num` counts frames of the video, `fidx*` frames of the clip, as the dataset's description says. Its
@@ -57,10 +57,10 @@ class Segment:
 
 
 def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: int = 0) -> Counter:
-    """Write a manifest of all segments whose video is in the folder `videos` as <id>.<any video suffix>.
+    """Write a manifest of all segments with a video in the folder `videos`, <id>.<any video suffix>.
 
-    The reference of a segment is a face of the same person, drawn by `seed`, that is not in the segment's own clip and
-    whose video is there too. Returns counts: segments, those written, those left out by reason, videos, missing ones.
+    The reference of a segment is a face of the same person in another clip, drawn by `seed` from the videos that are
+    there. Returns counts: of all segments, of those in the manifest and those left out by reason, of videos.
     """
     if Path(out).suffix.lower() != ".jsonl":
         raise UserError(f"--out {out} does not end in .jsonl")

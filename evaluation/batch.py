@@ -1,4 +1,4 @@
-"""Many videos in one folder: the share of each process, what is complete, the reasons of failed cases.
+"""Many videos in one folder: the share of each process, the complete cases, the reasons of failed ones.
 
     out/batch.json        the settings that all videos of the folder share: sizes, steps, guidance, checkpoint
     out/<id>.mp4, .png    a case's video and its contact sheet; with both there, the case is complete

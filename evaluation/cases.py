@@ -1,4 +1,4 @@
-"""A list of cases: what to make or to score, one JSON object a line.
+"""A list of cases to make or to score, one JSON object a line.
 
     {"id": "0001", "reference": "faces/ada.jpg", "prompt": "She turns to the window and smiles.", "seed": 0}
 
@@ -24,7 +24,7 @@ LONGEST = 200  # bytes of an id; file systems take names of 255, and suffixes ne
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a list. `problem`: why nothing can be made or scored from it, or None."""
+    """One line of a list. `problem`: the reason why it is unusable, or None."""
 
     id: str
     reference: Path | None = None  # never None in a list; sample.py without --ref has such a case
@@ -47,9 +47,9 @@ class _Content:
 
 
 def read_cases(path: str | Path) -> list[Case]:
-    """All cases, in order. A case with a reference, prompt, seed or id that is unusable carries its `problem`.
+    """All cases, in order. A case with an unusable reference, prompt, seed or length of id carries its `problem`.
 
-    Raises UserError, with file and line, where a line does not say which video it means: no list, no id, one id twice.
+    Raises UserError, with file and line, where the id of a case is missing, unusable or there twice.
     """
     path, cases = Path(path), {}
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Scores of one video: who is in it (FaceSim), whether it follows the prompt (CLIP-Score), what it copies (ours).
+"""Scores of one video: identity (FaceSim), agreement with the prompt (CLIP-Score), copies of the photo (ours).
 
 FaceSim and CLIP-Score follow ConsisID's released scripts (PKU-YuanGroup/ConsisID, eval/get_facesim_fid.py and
 eval/get_clipscore.py). Deviations: FFmpeg decodes the frames one after the other and counts them, where the scripts
@@ -79,8 +79,8 @@ class FaceReader:
             top, left = int(x.shape[2] * BORDER), int(x.shape[3] * BORDER)
             padded = F.pad(x[retried], (left, left, top, top), value=GRAY)
             points, corners, valid_now = self.detector.detect(padded)
-            # The scripts embed ArcFace from the padded frame, so beyond the edge is gray, and align CurricularFace's
-            # crop on the frame without its border, so there it is black.
+            # In the scripts, ArcFace's crop comes from the padded frame, gray beyond the edge, and CurricularFace's
+            # from the frame without border, black beyond the edge.
             arc[retried] = embed(padded, points, self.arcface)
             shift = points.new_tensor([left, top])
             landmarks[retried], boxes[retried] = points - shift, corners - shift.repeat(2)

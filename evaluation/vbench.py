@@ -62,8 +62,8 @@ def run_vbench(videos: dict[str, tuple[Path, str]], folder: Path, gpus: int = 1)
 def read_vbench(folder: Path, stamps: dict[str, str]) -> dict[str, dict[str, float]]:
     """Scores from all *_eval_results.json in `folder`, the newest last: {id: {"aq": 0.57, ...}}, ids of `stamps` only.
 
-    A result counts for the file with the stamp in its name, so a video that was made anew has none. Results that were
-    made without eval.py, on <id>.mp4, count too.
+    A result counts for the file with the stamp in its name, so a video made a second time has none. Results on
+    <id>.mp4, made without eval.py, count too.
     """
     scores: dict[str, dict[str, float]] = {}
     for file in sorted(folder.glob("*_eval_results.json"), key=os.path.getmtime):
