@@ -1,4 +1,4 @@
-"""The cache: video latents, text features, references and e_ref never change during training, so they are computed once.
+"""The cache: video latents, text features, references and e_ref, which never change in training, computed once.
 
 The cache is a folder, which `data.CachedClips` reads:
 
