@@ -26,7 +26,7 @@ from common.device import resolve_device
 from common.errors import Parser, one_line_errors
 from common.outputs import refuse_overwrite
 from common.processes import own_place
-from common.schema import Count, PositiveFloat, foreign_record, validate
+from common.schema import Count, PositiveFloat, record, validate
 from common.sizes import amount
 from config import ASSETS
 from data import CachedClips, letterbox
@@ -34,7 +34,7 @@ from evaluation.report import draw_sheet
 from text import GEMMA
 
 
-@foreign_record
+@record
 class Numbers:
     """Ranges of the options that are numbers; the VAE and the machine's memory decide about sizes."""
 
@@ -76,8 +76,9 @@ def make_cache(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides which frames references are cut from")
     parser.add_argument("--workers", type=int, default=4, help="threads that read videos ahead (%(default)s)")
     options, place = parser.parse_args(arguments), own_place()
-    validate(Numbers, vars(options), "options")
-    options.device = options.device or (f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu")
+    validate(Numbers, {key: getattr(options, key) for key in Numbers.__dataclass_fields__}, "options")
+    if options.device is None:
+        options.device = f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu"
     options.device, options.dtype = resolve_device(options)
     if tiny := options.ckpt is None:
         options.ckpt = ASSETS / "tiny.safetensors"
