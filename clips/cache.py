@@ -66,7 +66,7 @@ def text_file(number: int) -> str:
 
 
 class Models(NamedTuple):
-    """The models that compute a cache, and on which device."""
+    """The models that compute a cache, their device and their precision."""
 
     checkpoint: Checkpoint
     gemma: str | Path
@@ -178,8 +178,8 @@ def made_with(settings: dict[str, Any], models: Models, clips: int, shard_gb: fl
     shape = latent_shape(settings, vae)
     clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * models.checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
     rows = max(1, int(shard_gb * 2**30 / (clip_bytes + TYPICAL_IMAGE)))
-    prints = {"checkpoint": fingerprint(models.checkpoint), "gemma": fingerprint_gemma(models.gemma)}
-    settings = settings | {"latent_shape": shape, "dtype": str(models.dtype).removeprefix("torch.")} | prints
+    settings = settings | {"latent_shape": shape, "dtype": str(models.dtype).removeprefix("torch.")}
+    settings |= {"checkpoint": fingerprint(models.checkpoint), "gemma": fingerprint_gemma(models.gemma)}
     settings |= {"faces": fingerprint_faces(models.faces), "rows_per_shard": rows, "shards": -(-clips // rows)}
     validate(stored.CacheSettings, settings, "options")
     return settings
