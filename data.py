@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.random import Generator, SeedSequence, default_rng
 from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -50,17 +51,16 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     The paper keeps the aspect ratio and pads the shorter side symmetrically. It does not name the color of the padding.
     """
     scale = min(width / image.width, height / image.height)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    resized = image.resize(size, Image.Resampling.LANCZOS)
+    resized = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     canvas = Image.new("RGB", (width, height))
-    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+    canvas.paste(resized, ((width - resized.width) // 2, (height - resized.height) // 2))
     return canvas
 
 
 FITS = {"letterbox": letterbox, "cover": cover}  # "cover" is not the paper's; some LoRAs were trained with it
 
 
-def augment_reference(image: Image.Image, rng: np.random.Generator, **strength: float) -> Image.Image:
+def augment_reference(image: Image.Image, rng: Generator, **strength: float) -> Image.Image:
     """A(I_ref) of Eq. 5: flip, slight rotation, mild crop, color jitter. For training only, never at inference.
 
     `strength` overrides entries of AUGMENT. The photo is augmented before the letterbox, so that the bars stay straight
@@ -100,12 +100,7 @@ def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
 
 
 def reference_tensor(
-    image: Image.Image,
-    height: int,
-    width: int,
-    rng: np.random.Generator | None = None,
-    fit: str = "letterbox",
-    **strength: float,
+    image: Image.Image, height: int, width: int, rng: Generator | None = None, fit: str = "letterbox", **strength: float
 ) -> Tensor:
     """ref_image (3, H, W) in [-1, 1], as the VAE takes it: augmented if `rng` is there, unchanged otherwise."""
     return to_tensor(FITS[fit](augment_reference(image, rng, **strength) if rng else image, height, width))
@@ -115,14 +110,17 @@ def reference_tensor(
 # Order and randomness, functions of the run's seed. The first number of each spawn key is a stream of its own.
 
 
-def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+def sample_rng(seed: int, epoch: int, index: int) -> Generator:
     """Random numbers of the augmentation of one clip in one epoch."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, epoch, index)))
+    return default_rng(SeedSequence(seed, spawn_key=(0, epoch, index)))
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits n clips."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, epoch))).permutation(n)
+    return default_rng(SeedSequence(seed, spawn_key=(1, epoch))).permutation(n)
+
+
+Grid = tuple[int, int, int]  # T, h, w
 
 
 class Draws(NamedTuple):
@@ -136,23 +134,16 @@ class Draws(NamedTuple):
 
 
 def draw_sample(
-    seed: int,
-    number: int,
-    grid: tuple[int, int, int],
-    channels: int,
-    p_text: float,
-    p_ref: float,
-    window: int,
-    noise_tokens: int = 0,
+    seed: int, number: int, grid: Grid, channels: int, p_text: float, p_ref: float, window: int, noise_tokens: int = 0
 ) -> Draws:
     """Draws of the run's sample `number`; text and reference are dropped independently (Sec. 3.4).
 
-    grid: T, h, w. window: length in latent frames of the window that the identity losses decode. noise_tokens: above 0,
-    t is drawn as for a video of this many tokens. Every number is drawn whether it is used or not, so an ablation that
-    switches one component off leaves the draws of the others alone.
+    window: length in latent frames of the window that the identity losses decode. noise_tokens: above 0, t is drawn as
+    for a video of this many tokens. Every number is drawn whether it is used or not, so an ablation that switches one
+    component off leaves the draws of the others alone.
     """
     tokens = math.prod(grid)
-    state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
+    state = SeedSequence([seed, number]).generate_state(1, np.uint64)
     generator = torch.Generator("cpu").manual_seed(int(state[0]) >> 1)
     t = shifted_logit_normal(1, noise_tokens or tokens, generator).item()
     text, ref, place = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
@@ -196,12 +187,10 @@ def check_cache_fits(
 ) -> None:
     """Raise UserError if a cache was made with another VAE, text path or face pack than a run has.
 
-    A Gemma that is no local folder is not compared, nor is an empty name: training itself needs no Gemma.
+    An empty name is not compared, nor is a Gemma that is no local folder: training itself needs no Gemma.
     """
-    now = {
-        "checkpoint": fingerprint(checkpoint),
-        "latent_shape": latent_shape(settings, checkpoint.config["vae"]),
-    }
+    shape = latent_shape(settings, checkpoint.config["vae"])
+    now: dict[str, Any] = {"checkpoint": fingerprint(checkpoint), "latent_shape": shape}
     if gemma and Path(gemma).is_dir():
         now["gemma"] = fingerprint_gemma(gemma)
     if faces:
@@ -245,12 +234,10 @@ class TrainingClips(Dataset):
 
     def _stand_in(self, index: int) -> dict[str, Any]:
         """A batch must keep its size on every rank, so zeros take the place of a damaged clip."""
-        zeros = {"latents": self.clips.latent_shape, "e_ref": self.clips.e_ref_shape}
-        item = {part: torch.zeros(shape) for part, shape in zeros.items()}
-        item["latents"] = item["latents"].bfloat16()
-        photo = Image.new("RGB", (1, 1))
-        name = self.clips.names[index]
-        return item | {"features": self.clips.null_features, "image": photo, "caption": "", "name": name}
+        clips = self.clips
+        latents, e_ref = torch.zeros(clips.latent_shape, dtype=torch.bfloat16), torch.zeros(clips.e_ref_shape)
+        item = {"name": clips.names[index], "caption": "", "image": Image.new("RGB", (1, 1))}
+        return item | {"latents": latents, "features": clips.null_features, "e_ref": e_ref}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -292,11 +279,5 @@ def training_batches(config: Config, clips: CachedClips, first: int, steps: int)
 
     workers = config.data.workers
     spawn = "spawn" if workers else None  # forking after threads have started can hang
-    loader = DataLoader(
-        TrainingClips(clips, config),
-        batch_sampler=numbers(),
-        num_workers=workers,
-        collate_fn=collate,
-        multiprocessing_context=spawn,
-    )
-    return map(unpack, loader)
+    options = {"num_workers": workers, "multiprocessing_context": spawn, "collate_fn": collate}
+    return map(unpack, DataLoader(TrainingClips(clips, config), batch_sampler=numbers(), **options))

@@ -3,11 +3,11 @@
     python eval.py --videos videos --cases cases.jsonl --curricular glint360k_curricular_face_r101_backbone.bin
     python eval.py --videos consisid --cases cases.jsonl --out out/consisid --vbench        # a baseline, all of Table 1
 
-A video belongs to the case whose id is its name (evaluation/cases.py). The meaning of each number stands where it is
+The name of a video is the id of its case (evaluation/cases.py). The meaning of each number stands where it is
 computed: faces, prompt and copying in evaluation/metrics.py, quality in vbench.py, intervals in report.py. In --out:
 
-    eval.json       the videos and the list that the results are of
-    results.jsonl   the scores of each video, as they come: after a kill, the same command continues
+    eval.json       the videos and the list of cases
+    results.jsonl   the scores of each video, one by one: after a kill, the same command continues
     scores.csv      a line for each case, with the reason where there is no score
     summary.md      Table 1's row, means, spreads, intervals
     sheet.png       the best and the worst videos, to look at
@@ -41,7 +41,6 @@ from evaluation.vbench import DIMENSIONS, read_vbench, run_vbench
 from face import recognition_file
 
 CLIP = "openai/clip-vit-base-patch32"
-TABLES = ("scores.csv", "summary.md", "sheet.png")
 DetectorSize = Annotated[int, Field(ge=0, le=4096, multiple_of=32)]  # the detector's coarsest grid is 32 pixels
 Gpus = Annotated[int, Field(ge=1, le=1024)]
 
@@ -53,9 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", default="out/eval", help="folder of the results (%(default)s)")
     parser.add_argument("--name", help="the name of Table 1's row (default: the videos' folder)")
     parser.add_argument("--faces", default="buffalo_l", help="insightface model pack, name or folder (%(default)s)")
-    parser.add_argument(
-        "--det-size", type=int, default=320, help="pixels of the detector's side; 0: its own (%(default)s)"
-    )
+    parser.add_argument("--det-size", type=int, default=320, help="pixels of the detector's side; 0: its own (320)")
     parser.add_argument("--curricular", help="CurricularFace's IR-101, .bin or .safetensors; without it no FaceSim-Cur")
     parser.add_argument("--clip", default=CLIP, help="folder or hub id; none: no CLIP-Score (%(default)s)")
     parser.add_argument("--clip-bgr", action="store_true", help="colours reversed, as in the published script")
@@ -72,15 +69,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    # ---- videos and cases; results of an earlier run
+    # --- videos and cases; results of an earlier run
     options = parse_arguments()
     device, _ = resolve_device(options)
-    cases, out = read_cases(options.cases), Path(options.out)
-    files = find_videos(options.videos)
+    cases, out, files = read_cases(options.cases), Path(options.out), find_videos(options.videos)
     if strangers := files.keys() - {case.id for case in cases}:
         print(f"note: {len(strangers)} videos belong to no case, {min(strangers)!a} for one")
-    inputs = [options.cases, *files.values(), *(case.reference for case in cases if case.reference)]
-    claim(out, options, [*inputs, options.curricular])
+    claim(out, options, [options.cases, options.curricular, *files.values(), *(case.reference for case in cases)])
     clip_name = None if options.clip == "none" else options.clip
     faces = recognition_file(options.faces)
     others = {case.id: other_photo(cases, k) for k, case in enumerate(cases)}
@@ -93,7 +88,7 @@ def main() -> None:
     if changed := [case for case in todo if case.id in results and case.id in files]:
         print(f"note: {len(changed)} videos are measured anew, since the file, the case or an option has changed")
 
-    # ---- faces and prompt, one video after the other
+    # --- faces and prompt, one video after the other
     problems: dict[str, str] = {}
     if any(case.id in files and not case.problem for case in todo):
         reader = FaceReader(options.faces, options.curricular, device, options.det_size or None)
@@ -114,9 +109,8 @@ def main() -> None:
     if not scored:
         raise UserError(f"none of {len(cases)} cases could be scored: {next(iter(problems.values()))}")
 
-    # ---- quality, by VBench
-    failure = None
-    lacking = [name for name in scored if of_vbench.get(name, {}).keys() < DIMENSIONS.keys()]
+    # --- quality, by VBench
+    failure, lacking = None, [name for name in scored if of_vbench.get(name, {}).keys() < DIMENSIONS.keys()]
     if options.vbench and lacking:
         try:
             run_vbench({name: (files[name], file_stamps[name]) for name in lacking}, out / "vbench", options.gpus)
@@ -124,11 +118,12 @@ def main() -> None:
         except UserError as error:  # reported at the end: the rest of the table does not depend on it
             failure = error
 
-    # ---- tables and pictures
-    rows = [{"id": c.id, "reference": str(c.reference or ""), "video": str(files.get(c.id, ""))} for c in cases]
-    for row in rows:
-        name = row["id"]
-        row |= {"problem": problems[name]} if name in problems else asdict(results[name]) | of_vbench.get(name, {})
+    # --- tables and pictures
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        row = {"id": case.id, "reference": str(case.reference or ""), "video": str(files.get(case.id, ""))}
+        known = asdict(results[case.id]) | of_vbench.get(case.id, {}) if case.id in scored else {}
+        rows.append(row | (known or {"problem": problems[case.id]}))
     write_csv(out / "scores.csv", rows)
     good = [row for row in rows if "problem" not in row]
     how = f"faces by {faces.name}" + (", CLIP receives BGR" if options.clip_bgr else "")
@@ -158,12 +153,13 @@ def find_videos(folder: str | Path) -> dict[str, Path]:
 
 def claim(out: Path, options: argparse.Namespace, inputs: list) -> None:
     """Make the folder of the results. UserError if it holds results of other videos, or inputs of this run."""
-    begun = out / "eval.json"
-    refuse_overwrite([begun, out / "results.jsonl", *(out / name for name in TABLES)], inputs)
+    begun, results = out / "eval.json", out / "results.jsonl"
+    tables = [out / name for name in ("scores.csv", "summary.md", "sheet.png")]
+    refuse_overwrite([begun, results, *tables], inputs)
+    strange = [] if begun.exists() or results.exists() else [table for table in tables if table.exists()]
+    if strange:
+        raise UserError(f"{strange[0]} is there, and eval.py has not made it: give another --out")
     settings = {key: ascii(str(Path(vars(options)[key]).resolve()))[1:-1] for key in ("videos", "cases")}
-    own = begun.exists() or (out / "results.jsonl").exists()
-    if not own and (there := [name for name in TABLES if (out / name).exists()]):
-        raise UserError(f"{out / there[0]} is there, and eval.py has not made it: give another --out")
     begin(begun, settings, "give another --out")
 
 
@@ -184,12 +180,11 @@ def score(file: Path, case: Case, other: Path | None, reader: FaceReader, clip: 
 
 def picture(row: dict[str, Any], case: Case) -> tuple:
     """A line of the sheet: title, reference, five frames."""
-    numbers = spaced_frames(count_frames(row["video"]), 5)
     figures = [f"{row[key]:.3f}" for key in ("facesim_arc", "facesim_cur") if row.get(key) is not None]
     title = f"{case.id}   FaceSim {' / '.join(figures)}   face in {row['face_rate']:.0%} of frames"
     if row.get("clip_score") is not None:
         title += f"   CLIP {row['clip_score']:.2f}"
-    return title, read_image(case.reference), read_frames(row["video"], numbers)
+    return title, read_image(case.reference), read_frames(row["video"], spaced_frames(count_frames(row["video"]), 5))
 
 
 if __name__ == "__main__":

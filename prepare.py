@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
@@ -22,26 +23,24 @@ from pydantic import Field
 from clips.cache import prepare
 from clips.vip200k import vip200k
 from common.device import own_place, resolve_device
-from common.errors import Parser, one_line_errors, whole_file
+from common.errors import Parser, one_line_errors
 from common.outputs import refuse_overwrite
-from common.schema import Count, Positive, PositiveFloat, record, validate
+from common.schema import Count, PositiveFloat, record, validate
 from common.sizes import amount
 from config import ASSETS
 from data import CachedClips, letterbox
+from evaluation.report import draw_sheet
 from text import GEMMA
 
 
 @record
 class Numbers:
-    """Ranges of the options that are numbers."""
+    """Ranges of the options that are numbers; the VAE and the machine's memory decide about sizes."""
 
-    height: Positive | None = None
-    width: Positive | None = None
-    frames: Positive | None = None
-    fps: Annotated[float, Field(ge=0.1, le=1000)] | None = None
-    shard_gb: PositiveFloat = 2.0
-    seed: Count = 0
-    workers: Annotated[int, Field(ge=1, le=256)] = 4
+    fps: Annotated[float, Field(ge=0.1, le=1000)] | None
+    shard_gb: PositiveFloat
+    seed: Count
+    workers: Annotated[int, Field(ge=1, le=256)]
 
 
 def main() -> None:
@@ -76,18 +75,17 @@ def make_cache(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides which frames references are cut from")
     parser.add_argument("--workers", type=int, default=4, help="threads that read videos ahead (%(default)s)")
     options, place = parser.parse_args(arguments), own_place()
-    numbers = {key: getattr(options, key) for key in Numbers.__dataclass_fields__}
-    validate(Numbers, {key: value for key, value in numbers.items() if value is not None}, "options")
+    validate(Numbers, {key: getattr(options, key) for key in Numbers.__dataclass_fields__}, "options")
     if options.device is None:
         options.device = f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu"
     options.device, options.dtype = resolve_device(options)
-    if options.ckpt is None:
+    if tiny := options.ckpt is None:
         options.ckpt = ASSETS / "tiny.safetensors"
-        options.gemma, options.faces = options.gemma or ASSETS / "gemma", options.faces or ASSETS / "faces"
         if place.rank == 0:
             print("no --ckpt: this cache is for the tiny model, and its detector knows drawn faces only")
-    options.gemma, options.faces = options.gemma or GEMMA, options.faces or "buffalo_l"
-    prepare(**vars(options), rank=place.rank, world=place.world)
+    options.gemma = options.gemma or (ASSETS / "gemma" if tiny else GEMMA)
+    options.faces = options.faces or (ASSETS / "faces" if tiny else "buffalo_l")
+    prepare(**vars(options))
 
 
 def make_manifest(arguments: list[str]) -> None:
@@ -105,18 +103,16 @@ def make_manifest(arguments: list[str]) -> None:
 
 
 def show(folder: Path) -> None:
-    """Print what a cache holds, and draw its first references as the trainer would letterbox them."""
+    """Print what a cache holds, and draw its first references as the trainer letterboxes them."""
     clips = CachedClips(folder)
-    sheet = Image.new("RGB", (4 * 256, 2 * 256))
-    for k in range(min(8, len(clips))):
-        sheet.paste(letterbox(clips[k]["image"], 252, 252), (k % 4 * 256, k // 4 * 256))
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     for key, value in clips.settings.items():
         print(f"{key:24}{value}")
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     left_out = sum("reason" in line for line in clips.report)
     print(f"{len(clips):,} clips, {left_out:,} rows left out, {amount(size)}")
-    with whole_file(folder / "references.png") as temporary:
-        sheet.save(temporary)
+    height, width = clips.settings["height"], clips.settings["width"]
+    photos = np.stack([letterbox(clips[k]["image"], height, width) for k in range(min(8, len(clips)))])
+    draw_sheet(folder / "references.png", [("references", Image.fromarray(photos[0]), photos[1:])])
     print(f"wrote {folder / 'references.png'}")
 
 

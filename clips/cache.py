@@ -1,23 +1,18 @@
-"""The cache: what never changes during training, computed once. Video latents, text features, the reference, e_ref.
+"""The cache: video latents, text features, references and e_ref, which never change in training, computed once.
 
-    manifest row ─┬─ video ──────> frames (F, H, W, 3) ──> VAE encoder ────────────────> latents (C, f, h, w)   bf16
-                  ├─ caption ────> Gemma and its projection, one caption at a time ────> features (tokens, D)   bf16
-                  └─ reference ──> image, or face crop out of a frame ─┬───────────────> image                  PNG
-                                                                       └> Eq. 8: align, ArcFace ──> e_ref (E,)  float32
+The cache is a folder, which `data.CachedClips` reads:
 
-It is a folder, which `data.CachedClips` reads:
-
-    cache.json                what it was made with: size, fps, fingerprints of the models, seed, rows per shard
+    cache.json                its settings: size, fps, fingerprints of the models, seed, rows per shard
     null.safetensors          features of the empty prompt, for dropped text
     shard-00000.safetensors   the manifest's rows 0 to n-1: for each clip ROW.latents, .features, .image, .e_ref and
-    shard-00001...            .caption, and in the metadata the names of the clips, and which rows were left out and why
+    shard-00001...            .caption, and in the metadata the names of the clips, and the reasons of rows left out
     report.jsonl              all rows that were left out, and remarks on others; there when every shard is
     text-00001.safetensors    while the work lasts: the features of a shard's captions, deleted when the shard is there
 
-A row's shard is decided by its number alone, and a shard appears when it is complete. So whatever is killed when, the
-next run makes the shards that are missing and the folder ends up with the same bytes; and any number of processes can
-share the work (rank r of R makes what is missing of shards r, r + R, ...; they need not talk to each other). A kill
-costs the shard in the making, at most. First all captions, then all videos: Gemma and the VAE never share the memory.
+The number of a row alone decides its shard, and a shard appears when it is complete. So a kill costs at most the shard
+in the making, the next run makes the missing shards, and the folder ends up with the same bytes. Any number of
+processes share the work without communication: rank r of R makes shards r, r + R, ... First all captions, then all
+videos: Gemma and the VAE never share the memory.
 """
 
 import hashlib
@@ -30,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,19 +36,9 @@ from tqdm import tqdm
 import config
 from checkpoint import NAMES, Checkpoint, open_checkpoint, write
 from clips.manifest import Clip, Rejected, load_clip, read_manifest
-from common.cache import (
-    LARGEST_NUMBER,
-    NULL,
-    PARTS,
-    CacheSettings,
-    NullMetadata,
-    ShardMetadata,
-    digest,
-    read_metadata,
-    read_settings,
-    shard_file,
-)
-from common.device import free
+from common import cache as stored
+from common.cache import NULL, PARTS, NullMetadata, ShardMetadata, read_metadata, shard_file
+from common.device import free, own_place
 from common.errors import UserError, whole_file
 from common.media import from_bytes
 from common.outputs import refuse_overwrite, require_same
@@ -78,18 +63,22 @@ def text_file(number: int) -> str:
     return f"text-{number:05d}.safetensors"
 
 
+class Models(NamedTuple):
+    """The models that compute a cache, their device and their precision."""
+
+    checkpoint: Checkpoint
+    gemma: str | Path
+    faces: str | Path
+    device: str | torch.device
+    dtype: torch.dtype
+
+
 def _save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], **metadata: Any) -> None:
     """Write a file of the cache, with the digest of the settings in its metadata."""
-    text = json.dumps(metadata | {"settings": digest(settings)}, ensure_ascii=False)
+    text = json.dumps(metadata | {"settings": stored.digest(settings)}, ensure_ascii=False)
     text = text.encode(errors="backslashreplace").decode()  # a reason may name a file whose name is not UTF-8
     wide_first = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # so that each is aligned in the file
-    entries = [(name, NAMES[t.dtype], list(t.shape), lambda t=t: t) for name, t in wide_first]
-    write(path, entries, {"cache": text})
-
-
-def _save_text(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write(path, [(name, NAMES[t.dtype], list(t.shape), lambda t=t: t) for name, t in wide_first], {"cache": text})
 
 
 def prepare(
@@ -109,14 +98,11 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     workers: int = 2,
-    rank: int = 0,
-    world: int = 1,
 ) -> None:
-    """Make, or complete, the cache `out` of a manifest's clips; with world > 1, this rank's share of its shards.
+    """Make, or complete, the cache `out` of a manifest's clips; under torchrun, this rank's share of its shards.
 
     A size that is None is the checkpoint's own default, else the paper's. reference: the source of references that the
     manifest does not name, "same" video or "other" clip of the same identity. workers: threads that read ahead.
-    Raises UserError where nothing can be done at all, or the cache was begun with other settings.
     """
     clips, checkpoint, folder = read_manifest(manifest), open_checkpoint(ckpt), Path(out)
     files = [folder / name for name in ("cache.json", NULL, "report.jsonl", shard_file(0), text_file(0))]
@@ -131,42 +117,33 @@ def prepare(
         "manifest": os.fsencode(Path(manifest).name).decode(errors="replace"),
         "manifest_sha256": hashlib.sha256(Path(manifest).read_bytes()).hexdigest()[:16],
     }
-    settings = made_with(settings, checkpoint, gemma, faces, dtype, len(clips), shard_gb)
+    models = Models(checkpoint, gemma, faces, device, dtype)
+    settings = made_with(settings, models, len(clips), shard_gb)
     identities: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
         if clip.identity and not clip.problem:
             identities[clip.identity].append(clip)
-    if rank == 0:
-        named = sum(bool(clip.reference or clip.reference_video) for clip in clips)
-        print(f"{manifest}: {len(clips):,} rows, {named:,} with a reference")
-    load = partial(load_clip, identities=identities)
-    fill(folder, clips, settings, load, checkpoint, gemma, faces, device, dtype, workers, rank, world)
+    if own_place().rank == 0:
+        with_reference = sum(bool(clip.reference or clip.reference_video) for clip in clips)
+        print(f"{manifest}: {len(clips):,} rows, {with_reference:,} with a reference")
+    fill(folder, clips, settings, partial(load_clip, identities=identities), models, workers)
 
 
 def fill(
-    folder: Path,
-    clips: list[Clip],
-    settings: dict[str, Any],
-    load: Callable[..., dict],
-    ckpt: str | Path | Checkpoint,
-    gemma: str | Path,
-    faces: str | Path,
-    device: str | torch.device,
-    dtype: torch.dtype,
-    workers: int,
-    rank: int,
-    world: int,
+    folder: Path, clips: list[Clip], settings: dict[str, Any], load: Callable[..., dict], models: Models, workers: int
 ) -> None:
-    """Make the missing ones of this rank's shards. `load(clip, settings=, detector=)` returns what load_clip does."""
+    """Make the missing ones of this rank's shards. `load(clip, settings=, detector=)` returns the same as load_clip."""
+    rank, world, _ = own_place()
     folder.mkdir(parents=True, exist_ok=True)
-    begun = read_settings(folder)
+    begun = stored.read_settings(folder)
     if begun is not None:
         require_same(begun, settings, folder, "run it with the same options and files, or give another --out")
     elif rank == 0:
-        _save_text(folder / "cache.json", json.dumps(settings, indent=1) + "\n")
+        with whole_file(folder / "cache.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
     names = ["report.jsonl", NULL, *(name(k) for name in (shard_file, text_file) for k in range(settings["shards"]))]
     for path in (folder / name for name in names):
-        if path.is_dir():  # found here rather than after hours of work
+        if path.is_dir():  # an error at once rather than after hours of work
             raise UserError(f"{path} is a folder, and a file of the cache will have this name: give another --out")
     rows, numbered = settings["rows_per_shard"], list(enumerate(clips))
     shards = {k: numbered[k * rows : (k + 1) * rows] for k in range(settings["shards"])}
@@ -176,100 +153,73 @@ def fill(
         for k in done:
             (folder / text_file(k)).unlink(missing_ok=True)  # killed between writing a shard and deleting its text
         print(f"{folder}: {len(done)} of {len(shards)} shards exist")
-    _write_texts(folder, own, settings, rank, partial(TextEncoder.from_checkpoint, ckpt, gemma, device, dtype))
+    _write_texts(folder, own, settings, models, rank)
+    checkpoint, _, faces, device, dtype = models
     free(torch.device(device))  # Gemma is gone, and the VAE needs its memory
     if own:
         load = partial(load, settings=settings, detector=FaceDetector(faces, device))
-        vae = VideoVAE.from_checkpoint(ckpt, device, dtype)
-        arcface = ArcFace.from_onnx(recognition_file(faces)).to(device)
-        with _Progress("videos", sum(map(len, own.values())), rank) as progress:
+        vae = VideoVAE.from_checkpoint(checkpoint, device, dtype)
+        parts_of = partial(_parts, vae=vae, arcface=ArcFace.from_onnx(recognition_file(faces)).to(device))
+        with _Progress("videos", sum(map(len, own.values())), rank) as progress, ThreadPoolExecutor(workers) as pool:
             for k, shard in own.items():
-                files = folder / shard_file(k), folder / text_file(k)
-                _write_shard(*files, shard, settings, load, vae, arcface, workers, progress)
+                _write_shard(folder, k, _ahead(pool, load, shard, workers), settings, parts_of, progress)
     _report(folder, settings, len(clips), rank)
 
 
-def made_with(
-    settings: dict[str, Any],
-    checkpoint: Checkpoint,
-    gemma: str | Path,
-    faces: str | Path,
-    dtype: torch.dtype,
-    clips: int,
-    shard_gb: float,
-) -> dict[str, Any]:
-    """cache.json: the clips' size and the other `settings`, with what follows from models and number of clips."""
-    vae = checkpoint.config["vae"]
+def made_with(settings: dict[str, Any], models: Models, clips: int, shard_gb: float) -> dict[str, Any]:
+    """cache.json: the `settings`, completed by fingerprints of the models and the division into shards."""
+    vae = models.checkpoint.config["vae"]
     require_video_size(settings, latent_scale(vae))
     pixels = settings["frames"] * settings["height"] * settings["width"]
     what = f"one video of {settings['frames']} frames of {settings['height']}x{settings['width']}"
     require_memory(15 * pixels, what, "take a smaller size")  # bytes of three channels, as they are and in float32
     shape = latent_shape(settings, vae)
-    clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
+    clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * models.checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
     rows = max(1, int(shard_gb * 2**30 / (clip_bytes + TYPICAL_IMAGE)))
-    settings = settings | {
-        "latent_shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "checkpoint": fingerprint(checkpoint),
-        "gemma": fingerprint_gemma(gemma),
-        "faces": fingerprint_faces(faces),
-        "rows_per_shard": rows,
-        "shards": -(-clips // rows),
-    }
-    validate(CacheSettings, settings, "options")
+    settings = settings | {"latent_shape": shape, "dtype": str(models.dtype).removeprefix("torch.")}
+    settings |= {"checkpoint": fingerprint(models.checkpoint), "gemma": fingerprint_gemma(models.gemma)}
+    settings |= {"faces": fingerprint_faces(models.faces), "rows_per_shard": rows, "shards": -(-clips // rows)}
+    validate(stored.CacheSettings, settings, "options")
     return settings
 
 
-class _Progress:
-    """A bar on rank 0 and, after a few clips, how much time and disk all of them will take.
+class _Progress(tqdm):
+    """A bar on rank 0 and, after six clips, how much time and disk all of them will take.
 
-    A context: whatever ends it, the bar is wiped, so that an error begins a line of its own.
+    At the end of its block the bar is wiped, so that an error begins a line of its own.
     """
 
     def __init__(self, title: str, total: int, rank: int):
-        self.title, self.total, self.rank, self.sizes = title, total, rank, []
-        self.bar = tqdm(total=total, desc=title, unit="clip", disable=rank > 0, leave=False)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        super().__init__(total=total, desc=title, unit="clip", disable=rank > 0, leave=False)
+        self.steps: list[tuple[float, int]] = []  # time and bytes of each clip
 
     def step(self, size: int) -> None:
-        self.bar.update()
-        self.sizes.append(size)
-        if len(self.sizes) == 1:
-            self.since = time.monotonic()  # the first one warms up
-        if len(self.sizes) == 6 and self.rank == 0:
-            seconds, size = (time.monotonic() - self.since) / 5, sum(self.sizes) / 6
-            self.bar.write(
-                f"{self.title}: {amount(size)} and {seconds:.2f} s a clip; this process's {self.total:,} "
+        self.update()
+        self.steps.append((time.monotonic(), size))
+        if len(self.steps) == 6 and not self.disable:
+            times, sizes = zip(*self.steps)
+            seconds, size = (times[-1] - times[0]) / 5, sum(sizes) / 6  # the first clip warms up
+            self.write(
+                f"{self.desc}: {amount(size)} and {seconds:.2f} s a clip; this process's {self.total:,} "
                 f"will take about {amount(size * self.total)} and {duration(seconds * self.total)}"
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts, then videos
-
-
-def _write_texts(
-    folder: Path, shards: dict[int, list], settings: dict[str, Any], rank: int, load: Callable[[], TextEncoder]
-) -> None:
+def _write_texts(folder: Path, shards: dict[int, list], settings: dict[str, Any], models: Models, rank: int) -> None:
     """Features of each shard's captions and of the empty prompt. Gemma is loaded if needed, and gone afterwards.
 
-    One caption at a time: no padding, so a caption's features do not depend on its neighbors, not even by rounding.
-    At a hundred or more tokens one caption keeps a GPU busy.
+    One caption at a time: without padding, the features do not depend on neighbors, not even by rounding. One caption
+    of a hundred tokens keeps a GPU busy.
     """
     shards = {k: rows for k, rows in shards.items() if not read_metadata(folder / text_file(k), settings, TextMetadata)}
     null_missing = rank == 0 and not read_metadata(folder / NULL, settings, NullMetadata)
     if not shards and not null_missing:
         return
-    encoder = load()
+    encoder = TextEncoder.from_checkpoint(models.checkpoint, models.gemma, models.device, models.dtype)
 
     def features(caption: str) -> Tensor:
         result = encoder.features([caption])[0].to("cpu", torch.bfloat16)  # (tokens, D)
-        if not _are_numbers(result):
+        if not result.abs().max() < stored.LARGEST_NUMBER:  # nor is NaN
             raise UserError(f"Gemma or its projection gives features of {caption!r} that are not finite numbers")
         return result
 
@@ -280,66 +230,44 @@ def _write_texts(
         for k, rows in shards.items():
             tensors, problems = {}, {}
             for row, clip in rows:
-                size = 0
+                name = f"{row:07d}.features"
                 if clip.caption and not clip.problem:
                     try:
-                        tensors[f"{row:07d}.features"] = features(clip.caption)
-                        size = tensors[f"{row:07d}.features"].nbytes
+                        tensors[name] = features(clip.caption)
                     except Exception as error:  # of whatever kind: it costs this row only
                         problems[str(row)] = f"{type(error).__name__}: {error}"
-                progress.step(size)
+                progress.step(tensors[name].nbytes if name in tensors else 0)
             _save(folder / text_file(k), tensors, settings, problems=problems)
-
-
-def _are_numbers(tensor: Tensor) -> bool:
-    return bool(tensor.abs().max() < LARGEST_NUMBER)  # false for NaN too
 
 
 @torch.no_grad()
 def _write_shard(
-    file: Path,
-    text: Path,
-    rows: list[tuple[int, Clip]],
-    settings: dict[str, Any],
-    load: Callable[[Clip], dict],
-    vae: VideoVAE,
-    arcface: ArcFace,
-    workers: int,
-    progress: _Progress,
+    folder: Path, number: int, rows: Iterable[tuple], settings: dict[str, Any], parts_of: Callable, progress: _Progress
 ) -> None:
-    """A shard of its rows' videos and of the features in the file `text`, which is then deleted."""
+    """A shard of its rows' videos and of the features in its text file, which is then deleted."""
+    text = folder / text_file(number)
     texts, problems = load_file(text), read_metadata(text, settings, TextMetadata).problems
     tensors: dict[str, Tensor] = {}
     clips, report = [], []
-    for (row, clip), future in _ahead(lambda item: load(item[1]), rows, workers):
-        line, size = {"manifest": settings["manifest"], "line": clip.line, "id": clip.name}, 0
+    for row, clip, future in rows:
+        line, parts = {"manifest": settings["manifest"], "line": clip.line, "id": clip.name}, {}
         try:
-            loaded = _loaded(future)
+            if error := future.exception():  # of whatever kind: it costs this row only
+                reason = "cannot be read", f"{type(error).__name__}: {error}"
+                raise error if isinstance(error, Rejected) else Rejected(*reason)
             if str(row) in problems:
                 raise Rejected("unreadable caption", problems[str(row)])
-            parts = _parts(loaded, clip, texts[f"{row:07d}.features"], vae, arcface)
+            parts = parts_of(future.result(), clip, texts[f"{row:07d}.features"])
         except Rejected as rejection:
-            report.append(line | {"reason": rejection.reason, "detail": rejection.detail})
+            report.append(line | dict(zip(("reason", "detail"), rejection.args)))
         else:
-            if loaded["note"]:
-                report.append(line | {"note": loaded["note"]})
-            for part in PARTS:
-                tensors[f"{row:07d}.{part}"] = parts[part]
-                size += parts[part].nbytes
+            if note := future.result()["note"]:
+                report.append(line | {"note": note})
+            tensors |= {f"{row:07d}.{part}": parts[part] for part in PARTS}
             clips.append({"row": row, "name": clip.name})
-        progress.step(size)
-    _save(file, tensors, settings, clips=clips, report=report)
+        progress.step(sum(tensor.nbytes for tensor in parts.values()))
+    _save(folder / shard_file(number), tensors, settings, clips=clips, report=report)
     text.unlink()
-
-
-def _loaded(future: Future) -> dict[str, Any]:
-    """The pixels of a row. Whatever goes wrong while they are read rejects this row and no other."""
-    try:
-        return future.result()
-    except Rejected:
-        raise
-    except Exception as error:
-        raise Rejected("cannot be read", f"{type(error).__name__}: {error}") from error
 
 
 def _parts(loaded: dict[str, Any], clip: Clip, features: Tensor, vae: VideoVAE, arcface: ArcFace) -> dict[str, Tensor]:
@@ -355,24 +283,19 @@ def _parts(loaded: dict[str, Any], clip: Clip, features: Tensor, vae: VideoVAE, 
         "caption": torch.frombuffer(bytearray(clip.caption.encode()), dtype=torch.uint8),
     }
     for part in ("latents", "e_ref"):
-        if not _are_numbers(parts[part]):
+        if not parts[part].abs().max() < stored.LARGEST_NUMBER:
             raise Rejected("numbers that are not finite", f"in the {part} of {clip.video}")
     return {part: tensor.cpu() for part, tensor in parts.items()}
 
 
-def _ahead(function: Callable, items: Iterable, workers: int) -> Iterator[tuple[Any, Future]]:
-    """Each item and the future of function(item), in order; threads work a few items ahead, so a GPU need not wait."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque = deque()
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > workers:
-                yield waiting.popleft()
-        yield from waiting
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The end
+def _ahead(pool: ThreadPoolExecutor, load: Callable, rows: list, workers: int) -> Iterator[tuple[int, Clip, Future]]:
+    """Each row's number, clip and future pixels, in order; threads load a few clips ahead, so a GPU need not wait."""
+    waiting: deque = deque()
+    for row, clip in rows:
+        waiting.append((row, clip, pool.submit(load, clip)))
+        if len(waiting) > workers:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> None:
@@ -382,8 +305,10 @@ def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> Non
         print(f"rank {rank} is done; {missing} of {settings['shards']} shards are left to other ranks")
         return
     lines = [line for shard in metadata for line in shard.report]
-    with suppress(FileNotFoundError):  # another rank came to its end at the same moment, with the same report
-        _save_text(folder / "report.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    # Another rank may come to its end at the same moment, with the same report.
+    with suppress(FileNotFoundError), whole_file(folder / "report.jsonl") as temporary:
+        temporary.write_text(text, encoding="utf-8")
     reasons = Counter(line["reason"] for line in lines if "reason" in line)
     clips, size = rows - reasons.total(), sum((folder / shard_file(k)).stat().st_size for k in range(len(metadata)))
     print(f"{folder}: {clips:,} of {rows:,} clips, {amount(size)} in {len(metadata)} shards")

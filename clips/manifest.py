@@ -1,4 +1,4 @@
-"""Which clips a training set consists of, what each shows, and whose face goes with it.
+"""The clips of a training set: video, caption and reference of each.
 
 A manifest is a CSV or JSONL file, one clip per row:
 
@@ -12,8 +12,8 @@ to the manifest's folder. A reference is an image file, or (2) a face in a frame
 right, bottom) in fractions of the frame. In row (1), which names no reference, a face is cut out of a random frame of
 the same video, or of another clip with the same `identity`.
 
-A row that cannot be used keeps its place and says why in `problem`: one bad line among 200,000 must not stop a night's
-work, and the row's number decides into which shard of the cache the others go.
+An unusable row keeps its place and has the reason in `problem`: one bad line among 200,000 must not stop a night's
+work, and the number of a row decides its shard of the cache.
 """
 
 import csv
@@ -24,7 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,22 +41,16 @@ from face import FaceDetector
 FACE_MARGIN = 1.6  # side of a face crop over the longer side of the face's box: hair and chin, little background
 REFERENCE_TRIES = 5  # random frames in which a face is searched
 REFERENCE_SIDE = 1024  # larger references are reduced to this, which is more than the letterbox of 480x832 shows
-REQUIRED = ("video", "caption")
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".ts", ".3gp", ".mpg", ".mpeg", ".wmv"}
 
 
 class Rejected(Exception):
-    """A row that is left out: `reason`, one of a few phrases that are counted, and `detail`, what exactly."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+    """A row that is left out: the reason, one of a few phrases that are counted, and the details."""
 
 
-def _numbers_in(value: Any) -> Any:
-    """A list as a tuple; text that holds numbers, as in a CSV, likewise."""
-    value = re.split(r"[\s,]+", value.strip(" []()")) if isinstance(value, str) else value
-    return tuple(value) if isinstance(value, list) else value
+def _split(value: Any) -> Any:
+    """The numbers in a text, as a CSV has them."""
+    return re.split(r"[\s,]+", value.strip(" []()")) if isinstance(value, str) else value
 
 
 def _touches_the_frame(box: tuple[float, ...]) -> tuple[float, ...]:
@@ -66,54 +60,46 @@ def _touches_the_frame(box: tuple[float, ...]) -> tuple[float, ...]:
     return box
 
 
-# A CSV has text for numbers, so these two read it; elsewhere a number is a number.
+def _path(value: Any) -> Any:
+    if "\0" in str(value):
+        raise ValueError("no path has a NUL character")
+    return value
+
+
+# A CSV has text for numbers, so seconds and fractions read it; elsewhere a number is a number.
 Seconds = Annotated[float, Field(strict=False, ge=0)]
 Fraction = Annotated[float, Field(strict=False)]
-Box = Annotated[
-    tuple[Fraction, Fraction, Fraction, Fraction], BeforeValidator(_numbers_in), AfterValidator(_touches_the_frame)
-]
+Corners = Annotated[tuple[Fraction, Fraction, Fraction, Fraction], Field(strict=False)]
+Box = Annotated[Corners, BeforeValidator(_split), AfterValidator(_touches_the_frame)]
 AnyText = Annotated[Text, BeforeValidator(lambda value: str(value).strip())]
-PathText = Annotated[Text, AfterValidator(str.strip)]
+FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_path)]
 
 
 @foreign_record
-class Row:
-    """The columns of a manifest. Blank fields count as missing, other columns are ignored."""
+class Clip:
+    """One row, its paths absolute. Blank fields count as missing, other columns are ignored."""
 
-    video: PathText
+    line: int  # of the manifest, the first is 1
+    problem: str | None = None  # why the row cannot be used
+    video: FilePath = Path()
     caption: AnyText = ""
-    reference: PathText | None = None
+    reference: FilePath | None = None
     identity: AnyText | None = None
     start: Seconds = 0.0
     end: Seconds | None = None
-    reference_video: PathText | None = None
+    reference_video: FilePath | None = None
     reference_time: Seconds | None = None
     reference_box: Box | None = None
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> "Row":
+    def _fields_agree(self) -> "Clip":
+        if self.problem is None and self.video == Path():
+            raise ValueError("video is missing")
         if self.end is not None and self.end <= self.start:
             raise ValueError(f"end {self.end:g} is not after start {self.start:g}")
         if (self.reference_video is None) != (self.reference_time is None):
             raise ValueError("reference_video and reference_time go together")
         return self
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One row, its paths absolute. `problem` is None, or why the row cannot be used."""
-
-    line: int  # of the manifest, the first is 1
-    video: Path = Path()
-    caption: str = ""
-    reference: Path | None = None
-    identity: str | None = None
-    start: float = 0.0
-    end: float | None = None
-    reference_video: Path | None = None
-    reference_time: float | None = None
-    reference_box: tuple[float, ...] | None = None
-    problem: str | None = None
 
     @property
     def name(self) -> str:
@@ -122,36 +108,35 @@ class Clip:
 
 
 def read_manifest(path: str | Path) -> list[Clip]:
-    """All rows of a CSV or JSONL manifest, in order.
-
-    Raises UserError, naming file and line, when it is no manifest: missing, another format, empty, a column missing.
-    """
+    """All rows of a CSV or JSONL manifest, in order. UserError where the whole file cannot be used."""
     path = Path(path)
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+    kind = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"no manifest at {path}")
-    if path.suffix.lower() not in readers:
+    if kind not in (".csv", ".jsonl"):
         raise UserError(f"{path} is no manifest: its name must end in .csv or .jsonl")
-    rows = list(readers[path.suffix.lower()](path))
+    rows = list(_csv_rows(path) if kind == ".csv" else _jsonl_rows(path))
+    columns = {key for _, row in rows if isinstance(row, dict) for key in row}
+    for name in ("video", "caption"):
+        if columns and name not in columns:
+            raise UserError(f"{path}, line {rows[0][0]}: no column {name!r}; there are {', '.join(sorted(columns))}")
+    if kind == ".csv":
+        rows = rows[1:]
     if not rows:
         raise UserError(f"{path} lists no clip")
-    columns = {key for _, row in rows if isinstance(row, dict) for key in row}
-    if columns and (missing := [name for name in REQUIRED if name not in columns]):
-        raise UserError(f"{path}, line {rows[0][0]}: no column {missing[0]!r}; there are {', '.join(sorted(columns))}")
     folder = Path(os.path.abspath(path.parent))
     return [_clip(line, row, folder) for line, row in rows]
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """(line, row) or (line, what is wrong with it)."""
+    """(line, row) or (line, reason why it is unusable); the first row is the header."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="")
         try:
-            if reader.fieldnames and (missing := [name for name in REQUIRED if name not in reader.fieldnames]):
-                there = ", ".join(reader.fieldnames)
-                raise UserError(f"{path}, line 1: no column {missing[0]!r}; there are {there}")
-            if twice := [name for name, count in Counter(reader.fieldnames).items() if name and count > 1]:
+            columns = Counter(reader.fieldnames)
+            if twice := [name for name, count in columns.items() if name and count > 1]:
                 raise UserError(f"{path}, line 1: two columns {twice[0]!r}")
+            yield 1, dict(columns)
             for row in reader:
                 yield reader.line_num, "more fields than columns" if "" in row else row
         except csv.Error as error:
@@ -161,8 +146,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    for line, text in enumerate(lines, start=1):
+    for line, text in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         if text.strip():
             try:
                 yield line, parse_json(dict[str, Any], text, "row")
@@ -171,68 +155,67 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
 
 
 def _clip(line: int, row: dict[str, Any] | str, folder: Path) -> Clip:
-    if isinstance(row, str):
-        return Clip(line, problem=row)
     try:
-        fields = vars(validate(Row, {k: v for k, v in row.items() if v is not None and str(v).strip()}, "row"))
+        if isinstance(row, str):
+            raise UserError(row)
+        fields = {key: value.strip() if isinstance(value, str) else value for key, value in row.items()}
+        fields = {key: value for key, value in fields.items() if value not in (None, "")}
+        clip = validate(Clip, fields | {"line": line, "problem": None}, "row")
     except UserError as error:
-        return Clip(line, problem=str(error))
-    paths = {key: folder / fields[key] for key in ("video", "reference", "reference_video") if fields[key]}
-    return Clip(line, **fields | paths)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A row's pixels
+        return Clip(line=line, problem=str(error))
+    paths = {key: getattr(clip, key) for key in ("video", "reference", "reference_video")}
+    return replace(clip, **{key: folder / path for key, path in paths.items() if path})
 
 
 def load_clip(clip: Clip, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]) -> dict:
-    """Frames (F, H, W, 3), and the reference with its landmarks. Raises Rejected, with the reason."""
+    """Pixels of a row: frames (F, H, W, 3), and the reference with its landmarks. Raises Rejected, with the reason."""
     if clip.problem:
         raise Rejected("bad row", clip.problem)
     if not clip.caption:
         raise Rejected("empty caption", "the row has none")
     size = (settings[key] for key in ("frames", "fps", "height", "width"))
+    reason = "unreadable video"
     try:
         frames = read_video(clip.video, *size, clip.start, clip.end)
-    except TooShort as error:
-        raise Rejected("too short", str(error)) from None
-    except UserError as error:
-        raise Rejected("unreadable video", str(error)) from None
-    if settings["require_face_in_video"]:
         middle = len(frames) // 2
-        if _face(Image.fromarray(frames[middle]), detector) is None:
+        if settings["require_face_in_video"] and not _face(Image.fromarray(frames[middle]), detector):
             raise Rejected("no face in the video", f"frame {middle + 1} of {len(frames)} of {clip.video} shows none")
-    try:
+        reason = "unreadable reference"
         image, note = _find_reference(clip, settings, detector, identities)
     except UserError as error:
-        raise Rejected("unreadable reference", str(error)) from None
+        raise Rejected("too short" if isinstance(error, TooShort) else reason, str(error)) from None
     where = clip.reference or clip.reference_video or clip.video
     return {"frames": frames, "note": note} | with_face(image, detector, where)
 
 
 def with_face(image: Image.Image | None, detector: FaceDetector, where: str | Path) -> dict:
     """A reference as the cache takes it: pixels, landmarks of its face, the PNG. Raises Rejected if it shows none."""
-    found = _face(image, detector) if image else None
-    if found is None:
+    face = _face(image, detector) if image else None
+    if face is None:
         raise Rejected("no face in the reference", f"the detector finds none in {where}")
     png = io.BytesIO()
     image.save(png, "PNG")  # lossless: e_ref and the trainer see the same pixels
-    landmarks, _ = found
-    return {"image": to_tensor(image)[None], "landmarks": landmarks[None], "png": bytearray(png.getvalue())}
+    return {"image": to_tensor(image)[None], "landmarks": face[0][None], "png": bytearray(png.getvalue())}
 
 
-def _face(image: Image.Image, detector: FaceDetector) -> tuple[Tensor, Tensor] | None:
+def _face(image: Image.Image, detector: FaceDetector) -> tuple[Tensor, np.ndarray] | None:
     """Landmarks (5, 2) and box (4,) of the largest face, in pixels."""
     if max(image.size) > 64 * min(image.size):  # a strip holds no face, and fitted into the detector it has no width
         return None
     landmarks, boxes, valid = detector.detect(to_tensor(image)[None])
-    return (landmarks[0], boxes[0]) if valid[0] else None
+    return (landmarks[0], boxes[0].numpy()) if valid[0] else None
+
+
+def _cut_out(frame: Image.Image, detector: FaceDetector) -> Image.Image | None:
+    """The largest face of a frame."""
+    face = _face(frame, detector)
+    return face and crop_face(frame, face[1])
 
 
 def _find_reference(
     clip: Clip, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]
 ) -> tuple[Image.Image | None, str]:
-    """The reference, no larger than REFERENCE_SIDE, or None if no face was found to cut out; and a remark, if any."""
+    """The reference, no larger than REFERENCE_SIDE, or None if no frame shows a face; and a remark, if any."""
     note, image = "", None
     if clip.reference:
         image = read_image(clip.reference)
@@ -240,41 +223,38 @@ def _find_reference(
         frame = read_frame(clip.reference_video, clip.reference_time)
         if clip.reference_box:
             image = crop_face(frame, np.array(clip.reference_box) * [*frame.size, *frame.size])
-        elif found := _face(frame, detector):
-            image = crop_face(frame, found[1].numpy())
+        else:
+            image = _cut_out(frame, detector)
     else:
         key = 2, zlib.crc32(clip.name.encode())  # 0 and 1 are data.sample_rng and data.epoch_order
         rng = np.random.default_rng(np.random.SeedSequence(settings["seed"], spawn_key=key))
+        length = settings["frames"] / settings["fps"]
         if settings["reference"] == "other":
             others = [c for c in identities.get(clip.identity, ()) if (c.video, c.start) != (clip.video, clip.start)]
             for k in rng.permutation(len(others))[:REFERENCE_TRIES]:
-                image = image or _random_face(others[k], settings, detector, rng)
+                image = image or _random_face(others[k], length, detector, rng)
             if image is None:
                 note = f"reference from the same video: no face in another clip of identity {clip.identity!r}"
-        image = image or _random_face(clip, settings, detector, rng)
+        image = image or _random_face(clip, length, detector, rng)
     if image:
         image.thumbnail((REFERENCE_SIDE, REFERENCE_SIDE), Image.Resampling.LANCZOS)
     return image, note
 
 
-def _random_face(
-    clip: Clip, settings: dict[str, Any], detector: FaceDetector, rng: np.random.Generator
-) -> Image.Image | None:
-    """The largest face of a random frame between the clip's start and its end, which is the video's if it has none."""
-    shortest = clip.start + settings["frames"] / settings["fps"]
+def _random_face(clip: Clip, length: float, detector: FaceDetector, rng: np.random.Generator) -> Image.Image | None:
+    """The largest face of a random frame between the clip's start and its end, or the video's, or `length` seconds."""
     with suppress(UserError):  # a video of another row may be anything; that row has its own line in the report
-        end = clip.end or max(probe_video(clip.video), shortest)
+        end = clip.end or max(probe_video(clip.video), clip.start + length)
         for moment in rng.uniform(clip.start, end, REFERENCE_TRIES):
-            frame = read_frame(clip.video, moment)
-            if found := _face(frame, detector):
-                return crop_face(frame, found[1].numpy())
+            if image := _cut_out(read_frame(clip.video, moment), detector):
+                return image
     return None
 
 
 def crop_face(image: Image.Image, box: np.ndarray) -> Image.Image:
-    """A square of FACE_MARGIN times the box's longer side (box: left, top, right, bottom in pixels), centred on it.
+    """A square of FACE_MARGIN times the longer side of the box (left, top, right, bottom in pixels), centred on it.
 
-    Where it would reach out of the image it is moved in; where it is larger than the image it is cut, and no square.
+    A square beyond the image's edge is moved in; one larger than the image is cut.
     """
     center, side = (box[:2] + box[2:]) / 2, FACE_MARGIN * max(box[2:] - box[:2])
     size = np.clip(np.round([side, side]), 1, image.size).astype(int)

@@ -1,18 +1,15 @@
-"""A manifest from VIP-200K, whose annotations name videos that everybody downloads for themselves.
+"""A manifest from VIP-200K: annotations without videos, which every user downloads alone.
 
-The file is a JSON list of persons:
-
-    [{"faces":    [{"id": "<YouTube id>", "clip": {"beg": {"frame_num": 1016, "framerate": 23.976}, "end": {...}},
-                    "fidx": 16, "xyxy_norm": [0.49, 0.16, 0.57, 0.31]}, ...],
-      "segments": [{"id", "clip", "fidx_beg": 0, "fidx_end": 130, "caption": "..."}, ...]}, ...]
-
-`frame_num` counts frames of the video, `fidx*` frames of the clip, as the dataset's description says. Its numbers
-agree: a clip of frames 1016 to 1147 has a segment from 0 to 130, so the frame `fidx_end` is shown and the clip's `end`
-is not. Frame numbers become seconds by the annotation's frame rate, because a downloaded copy may have another one.
+The file is a JSON list of persons, each with a list of `faces` and a list of `segments`, the records below; `id` is
+YouTube's. `frame_num` counts frames of the video, `fidx*` frames of the clip, as the dataset's description says. Its
+numbers agree: a clip of frames 1016 to 1147 has a segment from 0 to 130, so the frame `fidx_end` is shown and the
+clip's `end` is not. Frame numbers become seconds by the annotation's frame rate, because a downloaded copy may have
+another one.
 """
 
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,11 +57,10 @@ class Segment:
 
 
 def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: int = 0) -> Counter:
-    """Write a manifest of all segments whose video is in the folder `videos` as <id>.<any video suffix>.
+    """Write a manifest of all segments with a video in the folder `videos`, <id>.<any video suffix>.
 
-    The reference of a segment is a face of the same person, drawn by `seed`, that is not in the segment's own clip and
-    whose video is there too. Returns the counts: segments, written, the segments left out by reason, unreadable persons
-    if there are any, and the numbers of videos named and missing.
+    The reference of a segment is a face of the same person in another clip, drawn by `seed` from the videos that are
+    there. Returns counts: of all segments, of those in the manifest and those left out by reason, of videos.
     """
     if Path(out).suffix.lower() != ".jsonl":
         raise UserError(f"--out {out} does not end in .jsonl")
@@ -72,34 +68,38 @@ def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: 
         raise UserError(f"no folder {videos}: give --videos the folder of the downloaded videos")
     files = sorted((file for file in Path(videos).iterdir() if file.suffix.lower() in VIDEO_SUFFIXES), reverse=True)
     paths = {file.stem: str(file.resolve()) for file in files if file.is_file() and file.stat().st_size}
+    if not Path(annotations).is_file():
+        raise UserError(f"no annotations at {annotations}")
+    try:
+        persons = json.loads(
+            Path(annotations).read_bytes()
+        )  # not parse_json: half an emoji must spoil one caption only
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{annotations} is not JSON: {error}") from None
     counts, named, rows, problem = Counter(), set(), [], ""
-    for index, item in enumerate(_persons(annotations)):
-        lists = [item.get(key) for key in ("faces", "segments")] if isinstance(item, dict) else [None]
+    for index, person in enumerate(persons if isinstance(persons, list) else [persons]):
+        lists = [person.get(key) for key in ("faces", "segments")] if isinstance(person, dict) else [None]
         if not all(isinstance(value, list) for value in lists):
             counts["unreadable persons"] += 1
             problem = problem or f" (item {index} has no lists of faces and segments)"
             continue
-        faces = [face for face in (_read(Face, value) for value in lists[0]) if face]
+        faces = [face for face in (_read(Face, value) for value in lists[0]) if face and face.id in paths]
         for number, segment in enumerate(_read(Segment, value) for value in lists[1]):
             counts["segments"] += 1
             if segment is None:
                 counts["unreadable"] += 1
                 continue
             named.add(segment.id)
-            others = [f for f in faces if (f.id, f.clip) != (segment.id, segment.clip) and f.id in paths]
+            others = [face for face in faces if (face.id, face.clip) != (segment.id, segment.clip)]
             if segment.id not in paths or not others:
                 counts["no face in another clip" if segment.id in paths else "video missing"] += 1
                 continue
             counts["written"] += 1
             face = others[np.random.default_rng([seed, index, number]).integers(len(others))]
             rows.append({
-                "identity": f"person-{index}",
-                "video": paths[segment.id],
-                "caption": segment.caption,
-                "start": segment.clip.seconds(segment.fidx_beg),
-                "end": segment.clip.seconds(segment.fidx_end + 1),
-                "reference_video": paths[face.id],
-                "reference_time": face.clip.seconds(face.fidx),
+                "identity": f"person-{index}", "video": paths[segment.id], "caption": segment.caption,
+                "start": segment.clip.seconds(segment.fidx_beg), "end": segment.clip.seconds(segment.fidx_end + 1),
+                "reference_video": paths[face.id], "reference_time": face.clip.seconds(face.fidx),
                 "reference_box": face.xyxy_norm,
             })  # fmt: skip
     if not rows:
@@ -112,18 +112,6 @@ def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: 
 
 
 def _read(kind: type, value: Any) -> Any:
-    """An object of `kind`, or None where the value is none."""
-    try:
+    """An object of `kind`, or None where the value does not fit."""
+    with suppress(UserError):
         return validate(kind, value, "")
-    except UserError:
-        return None
-
-
-def _persons(path: str | Path) -> list[Any]:
-    if not Path(path).is_file():
-        raise UserError(f"no annotations at {path}")
-    try:
-        persons = json.loads(Path(path).read_bytes())  # not parse_json: half an emoji in one caption costs itself only
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    return persons if isinstance(persons, list) else [persons]

@@ -1,6 +1,6 @@
-"""Many videos in one folder: the share of each process, what is complete, the reasons of failed cases.
+"""Many videos in one folder: the share of each process, the complete cases, the reasons of failed ones.
 
-    out/batch.json        the settings that all videos of the folder have in common: sizes, steps, guidance, checkpoint
+    out/batch.json        the settings that all videos of the folder share: sizes, steps, guidance, checkpoint
     out/<id>.mp4, .png    a case's video and its contact sheet; with both there, the case is complete
     out/<id>.failed.txt   the reason of a failure, in one line; removed when a later run makes the video
 
@@ -31,8 +31,7 @@ class Batch:
     """The folder of a batch. `failed` counts the cases of this process that failed."""
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], cases: list[Case], inputs: Iterable[Path] = ()):
-        """Raises UserError if an output would replace a reference or one of `inputs` (the list, the checkpoint, ...),
-        or if the folder was begun with other settings, whose videos would not be comparable."""
+        """UserError if an output would replace a reference or one of `inputs`, or the folder has other settings."""
         self.folder, self.cases, self.failed = Path(folder), cases, 0
         self.settings = json.loads(json.dumps(settings))  # tuples as lists, as they come back from the file
         self.rank, self.world, _ = own_place()
@@ -51,7 +50,7 @@ class Batch:
         return self.folder / f"{case.id}.failed.txt"
 
     def missing(self) -> list[Case]:
-        """The cases of this rank that are not complete."""
+        """The incomplete cases of this rank."""
         return [case for case in self.cases[self.rank :: self.world] if not self.is_complete(case)]
 
     def is_complete(self, case: Case) -> bool:
@@ -61,25 +60,18 @@ class Batch:
 
     def _is_own(self, case: Case) -> bool:
         made = read_comment(self.video(case))
-        return (
-            made is not None
-            and case.reference is not None
-            and all(key in made and made[key] == value for key, value in self.settings.items())
-            and made.get("seed") == case.seed
-            and str(made.get("prompt")).endswith(case.prompt)
-            and Path(str(made.get("ref"))).name == case.reference.name
-        )
+        if made is None or case.reference is None or made != made | self.settings | {"seed": case.seed}:
+            return False
+        same_photo = Path(str(made.get("ref"))).name == case.reference.name
+        return same_photo and str(made.get("prompt")).endswith(case.prompt)
 
     def check(self, case: Case) -> None:
         """Raises UserError for a case with a problem, and where files lie that this batch has not written."""
         if case.problem:
             raise UserError(case.problem)
-        if not self._is_own(case):
-            for path in (self.video(case), self.sheet(case)):
-                if os.path.lexists(path):
-                    raise UserError(
-                        f"{path} is there, not of this case or not whole: move it away, or give another --out"
-                    )
+        there = [path for path in (self.video(case), self.sheet(case)) if os.path.lexists(path)]
+        if there and not self._is_own(case):
+            raise UserError(f"{there[0]} is there, not of this case or not whole: move it away, or give another --out")
 
     @contextmanager
     def one_case(self, case: Case) -> Iterator[None]:
@@ -100,11 +92,11 @@ class Batch:
                 print(f"{case.id}: the reason could not be written: {one_line(error)}")
 
     def finish(self) -> None:
-        """The last line, and exit code 2 if a case failed; 0 under torchrun, which kills all ranks after one's 2."""
-        done = sum(map(self.is_complete, self.cases))
+        """The last line; exit code 2 if a case failed, but 0 under torchrun, which would kill all other ranks."""
         failures = f"{self.failed} case{'' if self.failed == 1 else 's'} failed"
         process = f" in process {self.rank} of {self.world}" if self.world > 1 else ""
-        print(f"{done} of {len(self.cases)} videos are in {self.folder}" + f"; {failures}{process}" * bool(self.failed))
+        done = f"{sum(map(self.is_complete, self.cases))} of {len(self.cases)} videos are in {self.folder}"
+        print(f"{done}; {failures}{process}" if self.failed else done)
         if self.failed and self.world == 1:
             raise UserError(f"{failures}: {self.folder}/*.failed.txt say why; run it again to retry")
 
@@ -116,7 +108,7 @@ def one_line(error: Exception) -> str:
 
 
 def read_comment(video: Path) -> dict[str, Any] | None:
-    """The metadata that sample.py writes into an MP4. None for other files, and for one whose frames are not all there.
+    """The metadata that sample.py writes into an MP4. None for other files, and where frames are missing.
 
     The packets are counted, not decoded: a few milliseconds a video.
     """

@@ -1,4 +1,4 @@
-"""A list of cases: what to make or to score, one JSON object a line.
+"""A list of cases to make or to score, one JSON object a line.
 
     {"id": "0001", "reference": "faces/ada.jpg", "prompt": "She turns to the window and smiles.", "seed": 0}
 
@@ -24,7 +24,7 @@ LONGEST = 200  # bytes of an id; file systems take names of 255, and suffixes ne
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a list. `problem`: why nothing can be made or scored from it, or None."""
+    """One line of a list. `problem`: the reason why it is unusable, or None."""
 
     id: str
     reference: Path | None = None  # never None in a list; sample.py without --ref has such a case
@@ -33,21 +33,10 @@ class Case:
     problem: str | None = None
 
 
-def _file_name(value: str | int) -> str:
-    if not NAME.fullmatch(str(value)):
-        raise ValueError("it cannot name a file")
-    return str(value)
-
-
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("it is empty")
     return text
-
-
-@foreign_record
-class _Name:
-    id: Annotated[str | int, AfterValidator(_file_name)]
 
 
 @foreign_record
@@ -58,9 +47,9 @@ class _Content:
 
 
 def read_cases(path: str | Path) -> list[Case]:
-    """All cases, in order. A case with a reference, prompt, seed or id that is unusable carries its `problem`.
+    """All cases, in order. A case with an unusable reference, prompt, seed or length of id carries its `problem`.
 
-    Raises UserError, with file and line, where a line does not say which video it means: no list, no id, one id twice.
+    Raises UserError, with file and line, where the id of a case is missing, unusable or there twice.
     """
     path, cases = Path(path), {}
     if not path.is_file():
@@ -70,12 +59,11 @@ def read_cases(path: str | Path) -> list[Case]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        case = _read_case(line, f"{path}, line {number}", number, path.parent)
-        if case.id in cases:
-            raise UserError(f"{path}, line {number}: the id {case.id!r} is there twice")
-        cases[case.id] = case
+        if line.strip():
+            case = _read_case(line, f"{path}, line {number}", number, path.parent)
+            if case.id in cases:
+                raise UserError(f"{path}, line {number}: the id {case.id!r} is there twice")
+            cases[case.id] = case
     if not cases:
         raise UserError(f"{path} lists no case")
     return list(cases.values())
@@ -84,8 +72,10 @@ def read_cases(path: str | Path) -> list[Case]:
 def _read_case(line: str, where: str, number: int, folder: Path) -> Case:
     try:
         row = json.loads(line)  # Python's parser: for pydantic's, half an emoji in the prompt spoils the id too
-        name = validate(_Name, {"id": row["id"]}, where).id
-    except (ValueError, TypeError, KeyError, RecursionError, UserError):
+        name = str(row["id"])
+        if type(row["id"]) not in (str, int) or not NAME.fullmatch(name):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f'{where}: not a JSON object with an "id" that can name a file') from None
     if len(os.fsencode(name)) > LONGEST:
         return Case(f"line-{number}", problem=f"its id is longer than {LONGEST} bytes")

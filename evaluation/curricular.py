@@ -3,10 +3,6 @@
 The second opinion on identity. The training loss contains ArcFace (Eq. 8-10), and a model can learn to please it. This
 network was trained apart, with CurricularFace's loss on Glint360K, and no loss contains it.
 
-    crop 112 -> conv, BN, PReLU (64) -> 3, 13, 30, 3 blocks of 64, 128, 256, 512 channels, each stage halving the side
-             -> (n, 512, 7, 7) -> BN -> linear -> BN -> (n, 512)
-    block:  x -> BN, conv 3x3, BN, PReLU, conv 3x3 (stride), BN -> + shortcut(x)
-
 The modules carry the names of the published file, glint360k_curricular_face_r101_backbone.bin, which the evaluation of
 ConsisID and OpenS2V loads (their backbone is TFace's recognition/torchkit/backbone/model_irse.py, IR_101).
 """
@@ -22,20 +18,17 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 STAGES = ((64, 3), (128, 13), (256, 30), (512, 3))  # channels, blocks
-WHERE = (
-    "hf download BestWishYsh/ConsisID-preview face_encoder/glint360k_curricular_face_r101_backbone.bin --local-dir ."
-)
+FILE = "face_encoder/glint360k_curricular_face_r101_backbone.bin"
+WHERE = f"hf download BestWishYsh/ConsisID-preview {FILE} --local-dir ."
 
 
 class Block(nn.Module):
     def __init__(self, channels: int, out: int, stride: int):
         super().__init__()
         # Where the width stays, the shortcut takes every stride-th pixel: a max-pool over windows of one pixel.
-        self.shortcut_layer = (
-            nn.MaxPool2d(1, stride)
-            if channels == out
-            else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-        )
+        self.shortcut_layer: nn.Module = nn.MaxPool2d(1, stride)
+        if channels != out:
+            self.shortcut_layer = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
         self.res_layer = nn.Sequential(
             nn.BatchNorm2d(channels),
             nn.Conv2d(channels, out, 3, 1, 1, bias=False),
@@ -58,13 +51,8 @@ class CurricularFace(nn.Module):
             blocks += [Block(channels, out, 2), *[Block(out, out, 1) for _ in range(count - 1)]]
             channels = out
         self.body = nn.Sequential(*blocks)
-        self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(512),
-            nn.Dropout(0.4),
-            nn.Flatten(),
-            nn.Linear(512 * 7 * 7, 512),
-            nn.BatchNorm1d(512, affine=False),
-        )
+        last = nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512, affine=False)
+        self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.4), nn.Flatten(), *last)
 
     def forward(self, crops: Tensor) -> Tensor:
         return self.output_layer(self.body(self.input_layer(crops)))  # (n, 64, 112, 112) -> (n, 512, 7, 7) -> (n, 512)
@@ -74,7 +62,7 @@ class CurricularFace(nn.Module):
         """Frozen, in float32. `path`: the published .bin, or the same tensors as .safetensors.
 
         The .bin is a pickle, the only one that this repository reads: by torch's weights-only reader, which builds
-        tensors and nothing else. UserError where the file is missing, damaged or another network's, or a weight is NaN.
+        tensors and nothing else.
         """
         if not Path(path).is_file():
             raise UserError(f"no CurricularFace backbone at {path}: {WHERE}")
@@ -92,11 +80,9 @@ class CurricularFace(nn.Module):
         expected = {name: _layout(tensor) for name, tensor in model.state_dict().items()}
         stored = {str(name): _layout(value) for name, value in weights.items()} if isinstance(weights, dict) else {}
         if wrong := [name for name in expected | stored if expected.get(name) != stored.get(name)]:
-            name = wrong[0]
-            raise UserError(
-                f"{path} is not CurricularFace's IR-101: {name} is {stored.get(name, 'missing')}, expected "
-                f"{expected.get(name, 'no such tensor')} ({len(wrong)} differ): {WHERE}"
-            )
+            there, needed = stored.get(wrong[0], "missing"), expected.get(wrong[0], "no such tensor")
+            what = f"{wrong[0]} is {there}, expected {needed} ({len(wrong)} differ)"
+            raise UserError(f"{path} is not CurricularFace's IR-101: {what}: {WHERE}")
         require_finite(weights, path)
         model.load_state_dict(weights, assign=True)
         return model.float().to(device).eval().requires_grad_(False)

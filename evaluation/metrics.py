@@ -1,8 +1,4 @@
-"""Scores of one video: who is in it (FaceSim), whether it follows the prompt (CLIP-Score), what it copies (ours).
-
-    frames ──> detector ──> retry with a gray border ─┬─> ArcFace ──────────> e_f ─┐   cosine with the reference's,
-               largest face, 5 landmarks              └─> CurricularFace ───> e_f ─┴─> negative = 0, mean over frames
-    frames, prompt ──> CLIP ──> mean logits
+"""Scores of one video: identity (FaceSim), agreement with the prompt (CLIP-Score), copies of the photo (ours).
 
 FaceSim and CLIP-Score follow ConsisID's released scripts (PKU-YuanGroup/ConsisID, eval/get_facesim_fid.py and
 eval/get_clipscore.py). Deviations: FFmpeg decodes the frames one after the other and counts them, where the scripts
@@ -12,8 +8,8 @@ alignment, resizing and network; CLIP receives RGB.
 Letters: n frames of a video, H W its size, E size of an embedding.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +23,8 @@ from common.media import from_bytes
 from evaluation.curricular import CurricularFace, require_finite
 from face import ArcFace, FaceDetector, align, embed, recognition_file
 from losses import temporal_identity_loss
+
+Device = str | torch.device
 
 FRAMES = 16  # of a video, for faces and for CLIP
 BORDER = 0.25  # of height and width, on each side, for the second look at a frame without a face
@@ -44,12 +42,7 @@ def clip_frames(total: int, n: int = FRAMES) -> list[int]:
     return [i * total // n for i in range(n)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Faces
-
-
-@dataclass
-class Faces:
+class Faces(NamedTuple):
     """The largest face of each frame. Rows without a face, where `valid` is False, hold no meaningful numbers."""
 
     valid: Tensor  # (n,) bool, m_f of Eq. 9
@@ -64,11 +57,7 @@ class FaceReader:
     """Detection and both embeddings. `curricular`: the file of CurricularFace's weights, or None."""
 
     def __init__(
-        self,
-        pack: str | Path = "buffalo_l",
-        curricular: str | Path | None = None,
-        device: str | torch.device = "cpu",
-        det_size: int | None = 320,
+        self, pack: str | Path, curricular: str | Path | None = None, device: Device = "cpu", det_size: int | None = 320
     ):
         self.device, self.pack = torch.device(device), pack
         self.detector = FaceDetector(pack, device, (det_size, det_size) if det_size else None)
@@ -79,8 +68,7 @@ class FaceReader:
     def read(self, frames: np.ndarray) -> Faces:
         """frames (n, H, W, 3) bytes."""
         parts = [self._read(frames[i : i + CHUNK]) for i in range(0, len(frames), CHUNK)]
-        columns = [[getattr(part, name) for part in parts] for name in Faces.__dataclass_fields__]
-        return Faces(*[None if column[0] is None else torch.cat(column).cpu() for column in columns])
+        return Faces(*[None if column[0] is None else torch.cat(column).cpu() for column in zip(*parts)])
 
     def _read(self, frames: np.ndarray) -> Faces:
         x = from_bytes(torch.from_numpy(frames).to(self.device)).permute(0, 3, 1, 2)  # (n, 3, H, W)
@@ -91,8 +79,8 @@ class FaceReader:
             top, left = int(x.shape[2] * BORDER), int(x.shape[3] * BORDER)
             padded = F.pad(x[retried], (left, left, top, top), value=GRAY)
             points, corners, valid_now = self.detector.detect(padded)
-            # The scripts embed ArcFace from the padded frame, so beyond the edge is gray, and align CurricularFace's
-            # crop on the frame without its border, so there it is black.
+            # In the scripts, ArcFace's crop comes from the padded frame, gray beyond the edge, and CurricularFace's
+            # from the frame without border, black beyond the edge.
             arc[retried] = embed(padded, points, self.arcface)
             shift = points.new_tensor([left, top])
             landmarks[retried], boxes[retried] = points - shift, corners - shift.repeat(2)
@@ -104,30 +92,20 @@ class FaceReader:
         return Faces(valid, retried, landmarks, boxes, arc, cur)
 
 
-def cosines(e: Tensor, e_ref: Tensor) -> Tensor:
-    """max(0, cos(e_f, e_ref)): e (n, E), e_ref (E,) -> (n,)."""
-    return F.cosine_similarity(e.float(), e_ref.float()[None], dim=1).clamp(min=0)
-
-
 def face_sim(e: Tensor, e_ref: Tensor, valid: Tensor) -> float:
-    """FaceSim = mean over frames with a face of max(0, cos(e_f, e_ref)); 0 where no frame has one."""
-    return cosines(e[valid], e_ref).mean().item() if valid.any() else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The prompt
+    """FaceSim = mean over frames with a face of max(0, cos(e_f, e_ref)); 0 without any. e (n, E), e_ref (E,)."""
+    cosines = F.cosine_similarity(e[valid].float(), e_ref.float()[None], dim=1).clamp(min=0)
+    return cosines.mean().item() if valid.any() else 0.0
 
 
 class ClipScore:
     """Mean logits_per_image of a CLIP over a video's frames: about 100 times the cosine of image and text.
 
-    name: a hub id or a folder with tokenizer, preprocessor_config.json and weights as safetensors. (For a hub id
-    without them, transformers takes the hub's own conversion.) Images go through transformers' preprocessing on Pillow
-    (shortest side to 224 bicubic, central crop, mean and deviation), texts are cut at the model's 77 tokens.
-    bgr: colours in reverse order, as in the published script; for comparison with its numbers.
+    name: a hub id, or a folder with tokenizer, preprocessor_config.json and weights as safetensors. Texts are cut at
+    the model's 77 tokens. bgr: colours in reverse order, as in the published script; to compare with its numbers.
     """
 
-    def __init__(self, name: str | Path, device: str | torch.device = "cpu", bgr: bool = False):
+    def __init__(self, name: str | Path, device: Device = "cpu", bgr: bool = False):
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
         from transformers.utils import logging
 
@@ -136,16 +114,15 @@ class ClipScore:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.images = CLIPImageProcessorPil.from_pretrained(name)
-            options = {"use_safetensors": True, "output_loading_info": True}
-            model, info = CLIPModel.from_pretrained(name, trust_remote_code=False, **options)
+            options = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+            model, info = CLIPModel.from_pretrained(name, **options)
             if info["missing_keys"]:
                 raise ValueError(f"it has no weights {min(info['missing_keys'])}")
             require_finite(model.state_dict(), name)
         except Exception as error:  # transformers raises many kinds for a file that is missing, damaged or of others
             reason = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"cannot load CLIP from {name} ({reason}): give --clip a folder or hub id with safetensors, or none"
-            ) from None
+            advice = "give --clip a folder or hub id with safetensors, or none"
+            raise UserError(f"cannot load CLIP from {name} ({reason}): {advice}") from None
         self.model, self.device, self.bgr = model.float().to(device).eval(), device, bgr
 
     @torch.no_grad()
@@ -153,21 +130,18 @@ class ClipScore:
         """frames (n, H, W, 3) bytes, RGB."""
         limit = self.model.config.text_config.max_position_embeddings
         text = self.tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt").to(self.device)
-        if self.bgr:
-            frames = frames[..., ::-1]
-        pixels = self.images(list(frames), return_tensors="pt")["pixel_values"].to(self.device)  # (n, 3, 224, 224)
+        frames = list(frames[..., ::-1] if self.bgr else frames)
+        pixels = self.images(frames, return_tensors="pt")["pixel_values"].to(self.device)  # (n, 3, 224, 224)
         return self.model(**text, pixel_values=pixels).logits_per_image.mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ours, not the paper's: copy-paste (Sec. 3.2) and drift (Eq. 10), which it discusses and does not measure
+# --- Ours, not the paper's: copy-paste (Sec. 3.2) and drift (Eq. 10), which it discusses and does not measure ---------
 
 
 def identity_drift(e: Tensor, valid: Tensor) -> float | None:
     """Eq. 10 as a measurement: mean over frames of 1 - cos(e_f, ē), ē the mean of e_f. Lower is steadier.
 
-    e (n, E), valid (n,). None where fewer than two frames have a face. A still image scores 0, so does a wrong face
-    that stays: read it beside FaceSim.
+    A still image scores 0, so does a wrong face that stays: read it beside FaceSim. None with fewer than two faces.
     """
     return temporal_identity_loss(e[None].float(), valid[None])[0].item() if valid.sum() > 1 else None
 
@@ -195,9 +169,8 @@ def head_pose(landmarks: Tensor) -> Tensor:
 def pose_copy(landmarks: Tensor, reference: Tensor, valid: Tensor, sigma: float = 0.2) -> float | None:
     """How closely the video repeats the photo's head pose: mean over frames of exp(-|p_f - p_ref|^2 / (2 sigma^2)).
 
-    p is `head_pose`; landmarks (n, 5, 2), reference (5, 2). 1: exactly the photo's pose in every frame; 0.61 at a
-    distance of sigma, 0.2 or about 11 degrees. High is copy-paste, unless the prompt asks for that pose. None without
-    a face.
+    p is `head_pose`. 1: exactly the photo's pose in every frame; 0.61 at a distance of sigma, about 11 degrees. High is
+    copy-paste, unless the prompt asks for that pose. None without a face.
     """
     if not valid.any():
         return None
@@ -206,10 +179,10 @@ def pose_copy(landmarks: Tensor, reference: Tensor, valid: Tensor, sigma: float 
 
 
 def colors_outside(image: np.ndarray, box: np.ndarray, bins: int = 8) -> np.ndarray | None:
-    """Joint RGB histogram, (bins^3,) with sum 1, of the pixels outside FACE_MARGIN times the face's box.
+    """Joint RGB histogram, (bins^3,) with sum 1, of an image's (H, W, 3) pixels outside FACE_MARGIN times the box.
 
-    image (H, W, 3) bytes; box left, top, right, bottom. Each pixel is shared out among its nearest bins (trilinear),
-    so a slight change of colour is a slight change of the histogram. None where the face leaves less than 5 %.
+    Each pixel is shared out among its nearest bins (trilinear), so a slight change of colour is a slight change of the
+    histogram. None where the face leaves less than 5 %.
     """
     center, half = (box[:2] + box[2:]) / 2, FACE_MARGIN * (box[2:] - box[:2]) / 2
     (left, top), (right, bottom) = np.maximum(center - half, 0).astype(int), np.ceil(center + half).astype(int)
@@ -233,21 +206,21 @@ def background_copy(
 
     h is `colors_outside`: backgrounds and clothes, by colour, wherever they are in the picture. 1: the same colours in
     the same shares; 0: none in common. High is copy-paste, unless the prompt describes the photo. None without a face,
-    or where the faces fill the pictures. frames (n, H, W, 3), reference (H', W', 3) bytes.
+    or where the faces fill the pictures.
     """
     h_ref = colors_outside(reference, box.numpy())
-    if h_ref is None:
-        return None
     histograms = [colors_outside(frames[i], boxes[i].numpy()) for i in torch.nonzero(valid)[:, 0].tolist()]
-    shared = [np.minimum(h, h_ref).sum() for h in histograms if h is not None]
+    shared = [np.minimum(h, h_ref).sum() for h in histograms if h is not None and h_ref is not None]
     return float(np.mean(shared)) if shared else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
+# --- All of it --------------------------------------------------------------------------------------------------------
 
 
-def read_reference(photo: Image.Image, reader: FaceReader) -> tuple[np.ndarray, Faces]:
+Photo = tuple[np.ndarray, Faces]  # pixels (1, H, W, 3), and the face in them
+
+
+def read_reference(photo: Image.Image, reader: FaceReader) -> Photo:
     """Pixels (1, H, W, 3) and face of a photo. UserError without a face: nothing can be said about identity."""
     pixels = np.array(photo)[None]
     faces = reader.read(pixels)
@@ -256,10 +229,10 @@ def read_reference(photo: Image.Image, reader: FaceReader) -> tuple[np.ndarray, 
     return pixels, faces
 
 
-def copies(frames: np.ndarray, faces: Faces, reference: tuple[np.ndarray, Faces]) -> tuple[float | None, float | None]:
+def copies(frames: np.ndarray, faces: Faces, photo: Photo) -> tuple[float | None, float | None]:
     """`background_copy` and `pose_copy` of a video from a photo."""
-    (pixels,), ref = reference
-    background = background_copy(frames, faces.boxes, faces.valid, pixels, ref.boxes[0])
+    pixels, ref = photo
+    background = background_copy(frames, faces.boxes, faces.valid, pixels[0], ref.boxes[0])
     return background, pose_copy(faces.landmarks, ref.landmarks[0], faces.valid)
 
 
@@ -267,17 +240,13 @@ def measure(
     frames: np.ndarray,
     for_clip: np.ndarray | None,
     prompt: str,
-    reference: tuple[np.ndarray, Faces],
-    other: tuple[np.ndarray, Faces] | None,
+    reference: Photo,
+    other: Photo | None,
     reader: FaceReader,
     clip: ClipScore | None,
 ) -> dict[str, float | int | None]:
-    """All scores of one video. `other` is the photo of another case: the video repeats that one by chance.
-
-    frames, for_clip (n, H, W, 3) bytes; the photos from `read_reference`.
-    """
-    _, ref = reference
-    faces = reader.read(frames)
+    """All scores of one video from its frames. `other` is the photo of another case: it is repeated by chance."""
+    ref, faces = reference[1], reader.read(frames)
     background, pose = copies(frames, faces, reference)
     background_chance, pose_chance = copies(frames, faces, other) if other else (None, None)
     return {

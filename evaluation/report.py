@@ -1,7 +1,7 @@
 """The results of an evaluation: scores of each video, means with intervals, Table 1's row, a sheet of pictures."""
 
 import csv
-from collections import defaultdict
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,14 @@ from PIL import Image, ImageDraw
 
 from common.errors import whole_file
 
-TABLE = {  # Table 1's columns in its order: heading, digits
+# Columns: heading, digits. Table 1's in its order, the last four VBench's; then ours, which are not in the paper.
+QUALITY = {"aq": ("AQ", 3), "iq": ("IQ", 3), "ms": ("MS", 3), "dd": ("DD", 2)}
+TABLE = {
     "facesim_arc": ("FaceSim-Arc", 3),
     "facesim_cur": ("FaceSim-Cur", 3),
     "clip_score": ("CLIP-Score", 2),
-    "aq": ("AQ", 3),
-    "iq": ("IQ", 3),
-    "ms": ("MS", 3),
-    "dd": ("DD", 2),
-}
-OURS = {  # not in the paper
+} | QUALITY
+OURS = {
     "face_rate": ("frames with a face ↑", 3),
     "background_copy": ("background copied (ours) ↓", 3),
     "background_chance": ("background, by chance", 3),
@@ -35,23 +33,22 @@ LEGEND = (
 COLUMNS = ["id", "facesim_arc", "facesim_cur", "face_rate", "retried", "clip_score", "aq", "iq", "ms", "dd"]
 COLUMNS += ["background_copy", "background_chance", "pose_copy", "pose_chance", "identity_drift"]
 COLUMNS += ["video", "reference", "problem"]
-FILL = {  # the way to fill a column that is empty
-    "facesim_cur": "give --curricular glint360k_curricular_face_r101_backbone.bin (docs/table1.md says from where)",
-    "clip_score": "give --clip openai/clip-vit-base-patch32",
-    **dict.fromkeys(("aq", "iq", "ms", "dd"), "run make vbench once, then add --vbench"),
+FILL = {  # how to fill columns that are empty
+    "give --curricular glint360k_curricular_face_r101_backbone.bin (docs/table1.md says from where)": ["facesim_cur"],
+    "give --clip openai/clip-vit-base-patch32": ["clip_score"],
+    "run make vbench once, then add --vbench": list(QUALITY),
 }
 RESAMPLES = 2000
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """One line for each case, scored or not; empty cells where nothing was measured."""
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(file.getvalue().encode(errors="backslashreplace"))
 
 
 def bootstrap(values: np.ndarray, groups: list[str], seed: int = 0) -> tuple[float, float] | None:
@@ -60,15 +57,13 @@ def bootstrap(values: np.ndarray, groups: list[str], seed: int = 0) -> tuple[flo
     A group is a reference: the videos of one face rise and fall together, so drawing them one by one would make the
     interval too narrow. None with fewer than two groups.
     """
-    sums, counts = defaultdict(float), defaultdict(int)
-    for value, group in zip(values, groups):
-        sums[group] += value
-        counts[group] += 1
-    if len(sums) < 2:
+    number = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+    if len(number) < 2:
         return None
-    s, n = np.array([sums[g] for g in sums]), np.array([counts[g] for g in sums])
-    drawn = np.random.default_rng(seed).integers(len(s), size=(RESAMPLES, len(s)))
-    low, high = np.percentile(s[drawn].sum(1) / n[drawn].sum(1), [2.5, 97.5])
+    places = [number[group] for group in groups]
+    sums, counts = np.bincount(places, values), np.bincount(places)
+    drawn = np.random.default_rng(seed).integers(len(number), size=(RESAMPLES, len(number)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -106,11 +101,9 @@ def markdown(name: str, rows: list[dict[str, Any]], cases: int, how: str) -> str
     lines += ["", LEGEND]
     if faceless := sum(row["face_rate"] == 0 for row in rows):
         lines += ["", f"{faceless} videos show no face in any frame; their FaceSim of 0 counts in the means."]
-    empty = defaultdict(list)
-    for key, way in FILL.items():
-        if not sums[key]:
-            empty[way].append(TABLE[key][0])
-    lines += ["", *[f"- {', '.join(titles)} empty: {way}." for way, titles in empty.items()]] if empty else []
+    empty = {way: [TABLE[key][0] for key in keys if not sums[key]] for way, keys in FILL.items()}
+    if ways := [f"- {', '.join(titles)} empty: {way}." for way, titles in empty.items() if titles]:
+        lines += ["", *ways]
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,10 @@ def stamp(files: Iterable[Path | None], texts: Iterable[object] = ()) -> str:
     """A hash of texts, and of files by name, size and time of change."""
     parts = [str(text) for text in texts]
     for file in files:
-        try:
+        parts.append(str(file))
+        with suppress(TypeError, OSError, ValueError):  # None, no file, or a name that no file can have
             status = os.stat(file)
-            parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
-        except (TypeError, OSError, ValueError):  # None, no file, or a name that no file can have
-            parts.append(str(file))
+            parts[-1] = f"{file.name} {status.st_size} {status.st_mtime_ns}"
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 

@@ -1,9 +1,5 @@
 """AQ, IQ, MS and DD of Table 1: VBench's own package, in an environment of its own, and its results read back.
 
-    scored videos ──> links vbench/videos/<id>@<stamp>.mp4 ──> python -m vbench.launch.evaluate ──> *_eval_results.json
-                                                               (.venv-vbench, made by make vbench)        │
-    {id: {"aq": ..., "iq": ..., "ms": ..., "dd": ...}}  <───────────────── read_vbench ───────────────────┘
-
     aq  aesthetic_quality    LAION's predictor on CLIP ViT-L/14, mean over frames, 0 to 1
     iq  imaging_quality      MUSIQ (SPAQ), longer side at 512, mean over frames; its 0 to 100 is 0 to 1 here
     ms  motion_smoothness    AMT predicts every second frame; scaled down where GPU memory is small, so name the GPU
@@ -23,38 +19,19 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from common.errors import UserError
-from common.schema import foreign_record, parse_json
+from common.schema import foreign_record, parse_json, validate
 
-DIMENSIONS = {
-    "aq": "aesthetic_quality",
-    "iq": "imaging_quality",
-    "ms": "motion_smoothness",
-    "dd": "dynamic_degree",
-}
+DIMENSIONS = {"aq": "aesthetic_quality", "iq": "imaging_quality", "ms": "motion_smoothness", "dd": "dynamic_degree"}
 SCALE = {"iq": 100}  # its figures per video are divided by this
 PYTHON = Path(__file__).parent.parent / ".venv-vbench" / "bin" / "python"
 
 
 @foreign_record
 class _Score:
+    """Of one video. A results file has for each dimension the mean, then a list of these."""
+
     video_path: str
     video_results: bool | Annotated[float, Field(allow_inf_nan=True)]  # NaN is a missing score, not a damaged file
-
-
-@foreign_record
-class _Scores:
-    """A results file of VBench: for each dimension the mean, then the scores of the videos."""
-
-    aesthetic_quality: tuple[Any, list[_Score]] = (None, ())
-    imaging_quality: tuple[Any, list[_Score]] = (None, ())
-    motion_smoothness: tuple[Any, list[_Score]] = (None, ())
-    dynamic_degree: tuple[Any, list[_Score]] = (None, ())
-
-
-def vbench_command(videos: Path, out: Path, gpus: int = 1) -> list[str]:
-    launcher = [str(PYTHON), "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    options = ["--videos_path", str(videos), "--output_path", str(out), "--mode", "custom_input"]
-    return [*launcher, "-m", "vbench.launch.evaluate", *options, "--dimension", *DIMENSIONS.values()]
 
 
 def run_vbench(videos: dict[str, tuple[Path, str]], folder: Path, gpus: int = 1) -> None:
@@ -71,8 +48,11 @@ def run_vbench(videos: dict[str, tuple[Path, str]], folder: Path, gpus: int = 1)
     try:
         for name, (file, stamp) in videos.items():
             (links / f"{name}@{stamp}.mp4").symlink_to(file.resolve())  # VBench takes only files named .mp4
+        command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        command += ["-m", "vbench.launch.evaluate", "--videos_path", links, "--output_path", folder]
+        command += ["--mode", "custom_input", "--dimension", *DIMENSIONS.values()]
         # In a folder without Python files: from here, this repository's modules would hide those of its packages.
-        subprocess.run(vbench_command(links, folder, gpus), cwd=folder, check=True)
+        subprocess.run(command, cwd=folder, check=True)
     except subprocess.CalledProcessError as error:
         raise UserError(f"VBench ended with code {error.returncode}, its last lines say why") from None
     except OSError as error:
@@ -82,18 +62,19 @@ def run_vbench(videos: dict[str, tuple[Path, str]], folder: Path, gpus: int = 1)
 def read_vbench(folder: Path, stamps: dict[str, str]) -> dict[str, dict[str, float]]:
     """Scores from all *_eval_results.json in `folder`, the newest last: {id: {"aq": 0.57, ...}}, ids of `stamps` only.
 
-    A result counts for the file with the stamp in its name, so a video that was made anew has none. Results that were
-    made without eval.py, on <id>.mp4, count too.
+    A result counts for the file with the stamp in its name, so a video made a second time has none. Results on
+    <id>.mp4, made without eval.py, count too.
     """
     scores: dict[str, dict[str, float]] = {}
     for file in sorted(folder.glob("*_eval_results.json"), key=os.path.getmtime):
         try:
-            results = parse_json(_Scores, file.read_bytes(), file)
+            results = parse_json(dict[str, Any], file.read_bytes(), file)
+            for key, dimension in DIMENSIONS.items():
+                _, entries = validate(tuple[Any, list[_Score]], results.get(dimension, (None, ())), file)
+                for entry in entries:
+                    name, _, stamp = Path(entry.video_path).stem.partition("@")
+                    if name in stamps and stamp in ("", stamps[name]) and math.isfinite(entry.video_results):
+                        scores.setdefault(name, {})[key] = float(entry.video_results) / SCALE.get(key, 1)
         except UserError as error:
             raise UserError(f"{error}: not a results file of VBench, move it away") from None
-        for key, dimension in DIMENSIONS.items():
-            for entry in getattr(results, dimension)[1]:
-                name, _, stamp = Path(entry.video_path).stem.partition("@")
-                if name in stamps and stamp in ("", stamps[name]) and math.isfinite(entry.video_results):
-                    scores.setdefault(name, {})[key] = float(entry.video_results) / SCALE.get(key, 1)
     return scores

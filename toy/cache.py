@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from checkpoint import open_checkpoint
-from clips.cache import PAPER, fill, made_with
+from clips.cache import PAPER, Models, fill, made_with
 from clips.manifest import Clip, with_face
 from common.device import own_place, resolve_device
 from common.errors import Parser, UserError, one_line_errors
@@ -54,9 +54,11 @@ def prepare_toy(
     settings |= {"seed": seed, "manifest": "toy", "toy": count, "world": digest.hexdigest()[:16]}
     if temptation != APART:
         settings |= {"reference": temptation.reference, "share": temptation.share}
-    settings = made_with(settings, checkpoint, gemma, faces, torch.float32, count, SHARD_GB)
+    models = Models(checkpoint, gemma, faces, device, torch.float32)
+    settings = made_with(settings, models, count, SHARD_GB)
     own = [k // settings["rows_per_shard"] % place.world == place.rank for k in range(count)]
-    clips = [Clip(k + 1, Path("toy"), toy_words(seed, k, frames, fps) if own[k] else "") for k in range(count)]
+    words = [toy_words(seed, k, frames, fps) if own[k] else "" for k in range(count)]
+    clips = [Clip(line=k + 1, video=Path("toy"), caption=text) for k, text in enumerate(words)]
 
     def load(clip: Clip, settings: dict[str, Any], detector: FaceDetector) -> dict[str, Any]:
         """The fields of manifest.load_clip, drawn."""
@@ -64,8 +66,7 @@ def prepare_toy(
         portrait = Image.fromarray(drawn["reference"])
         return {"frames": drawn["frames"], "note": ""} | with_face(portrait, detector, clip.name)
 
-    models = ckpt, gemma, faces, device, torch.float32
-    fill(Path(out), clips, settings, load, *models, workers=1, rank=place.rank, world=place.world)
+    fill(Path(out), clips, settings, load, models, workers=1)
 
 
 def add_temptation(parser: argparse.ArgumentParser) -> None:
