@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
@@ -23,13 +22,12 @@ from pydantic import Field
 from clips.cache import prepare
 from clips.vip200k import vip200k
 from common.device import own_place, resolve_device
-from common.errors import Parser, one_line_errors
+from common.errors import Parser, one_line_errors, whole_file
 from common.outputs import refuse_overwrite
 from common.schema import Count, PositiveFloat, record, validate
 from common.sizes import amount
 from config import ASSETS
 from data import CachedClips, letterbox
-from evaluation.report import draw_sheet
 from text import GEMMA
 
 
@@ -103,16 +101,18 @@ def make_manifest(arguments: list[str]) -> None:
 
 
 def show(folder: Path) -> None:
-    """Print what a cache holds, and draw its first references as the trainer letterboxes them."""
+    """Print what a cache holds, and draw its first references, letterboxed as for the trainer."""
     clips = CachedClips(folder)
     for key, value in clips.settings.items():
         print(f"{key:24}{value}")
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     left_out = sum("reason" in line for line in clips.report)
     print(f"{len(clips):,} clips, {left_out:,} rows left out, {amount(size)}")
-    height, width = clips.settings["height"], clips.settings["width"]
-    photos = np.stack([letterbox(clips[k]["image"], height, width) for k in range(min(8, len(clips)))])
-    draw_sheet(folder / "references.png", [("references", Image.fromarray(photos[0]), photos[1:])])
+    sheet = Image.new("RGB", (4 * 256, 2 * 256))
+    for k in range(min(8, len(clips))):
+        sheet.paste(letterbox(clips[k]["image"], 252, 252), (k % 4 * 256, k // 4 * 256))
+    with whole_file(folder / "references.png") as temporary:
+        sheet.save(temporary)
     print(f"wrote {folder / 'references.png'}")
 
 
