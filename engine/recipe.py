@@ -112,8 +112,8 @@ def merged_metadata(base: Checkpoint, loras: list[LoRA]) -> dict[str, Any]:
 
 def text_encoder(checkpoint: Checkpoint) -> str | None:
     """ "embedded" for the model in assets/ and for everything made from it, None where Gemma 3 12B is needed."""
-    embedded = checkpoint.path.resolve() == (ASSETS / "tiny.safetensors").resolve()
-    return "embedded" if embedded else checkpoint.ours.get("gemma")
+    files = {path.resolve() for path, _ in checkpoint.places.values()}  # its own, and --base
+    return "embedded" if (ASSETS / "tiny.safetensors").resolve() in files else checkpoint.ours.get("gemma")
 
 
 def encoder_metadata(base: Checkpoint) -> dict[str, str]:

@@ -243,3 +243,4 @@ def export_run(config: Config, base: Checkpoint, out: Path) -> None:
         write_changed(out, base, trained, lambda name: read_weights(folder, {name: trained[name]})[name], ours)
         options = f"--ckpt {out}"
     print(f'wrote {out} from {folder}: sample with  python sample.py {options} --ref face.jpg --prompt "..."')
+    print("It is for video only: in ComfyUI leave out the audio latent, which would change the picture.")
