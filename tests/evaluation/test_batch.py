@@ -184,7 +184,7 @@ def test_gemma_reads_all_prompts_and_is_freed_before_the_dit_comes(command, list
 def test_one_folder_has_one_kind_of_video(command, listed, tmp_path):
     assert command("--batch", listed({"id": "a"}), *SHORT, "--out", tmp_path / "v")[0] == 0
     code, _, stderr = command("--batch", listed({"id": "b"}), *SHORT, "--s-ref", 2, "--out", tmp_path / "v")
-    assert code == 2 and "s_ref = 3.0" in stderr and "another --out" in stderr
+    assert code == 2 and "s_r = 3.0" in stderr and "another --out" in stderr
     assert len(stderr.splitlines()) == 1
 
 
