@@ -211,16 +211,15 @@ def table(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Nam
     lines = [f"\n## {size[0]}x{size[1]}, {size[2]} frames\n", head]
 
     def add(row: Row) -> None:
-        floor = f"{1000 * max(row.flops / limits[0], row.weights / limits[1]):,.1f}"
+        flops, floor = row.flops / 1e12, 1000 * max(row.flops / limits[0], row.weights / limits[1])
         long = "guided steps" in row.name  # the row before warmed up the same functions
         try:
             seconds, peak = measure(row.run, options.device, 1 if long else options.repeat, warm=long)
+            speed = f"{flops / seconds:,.2f} | {row.flops / seconds / limits[0]:.0%}"
+            memory = f"{peak / GIB:.1f}" if peak else ""
+            lines.append(f"| {row.name} | {1000 * seconds:,.1f} | {flops:,.2f} | {speed} | {floor:,.1f} | {memory} |")
         except torch.OutOfMemoryError:
-            lines.append(f"| {row.name} | out of memory | {row.flops / 1e12:,.2f} | | | {floor} | |")
-            return
-        cells = [row.name, f"{1000 * seconds:,.1f}", f"{row.flops / 1e12:,.2f}", f"{row.flops / seconds / 1e12:,.2f}"]
-        cells += [f"{row.flops / seconds / limits[0]:.0%}", floor, f"{peak / GIB:.1f}" if peak else ""]
-        lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {row.name} | out of memory | {flops:,.2f} | | | {floor:,.1f} | |")
         print(lines[-1], flush=True)
 
     try:

@@ -20,10 +20,8 @@ def notes_on_recipe(checkpoint: Checkpoint, loras: list[LoRA], recipe: Recipe, w
     """Placement, fit and size against those that the weights were trained with."""
     trained = {key: value for file in (checkpoint, *loras) for key, value in file.ours.items()}
     if with_photo and "training" not in trained and not loras:
-        yield (
-            f"{checkpoint.path.name} has never seen a reference image, so the photo has no meaning to it: add a LoRA "
-            "that was trained with one (--lora), or train it (docs/training.md)"
-        )
+        cure = "add a LoRA that was trained with one (--lora), or train it (docs/training.md)"
+        yield f"{checkpoint.path.name} has never seen a reference image, so the photo has no meaning to it: {cure}"
     reference = {"placement": recipe.reference.placement, "fit": recipe.reference.fit}
     for key, value in reference.items() if with_photo else ():
         if trained.get(key, value) != value:
@@ -37,12 +35,9 @@ def notes_on_recipe(checkpoint: Checkpoint, loras: list[LoRA], recipe: Recipe, w
 
 def notes_on_photo(image: Image.Image, detector: FaceDetector, checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
     """The faces in the photo as it is, before the fit."""
-    drawn_only = text_encoder(checkpoint) == "embedded"
-    if drawn_only and not looks_drawn(image):
-        yield (
-            "the embedded model knows drawn people only: the video of a real photograph will not resemble the person, "
-            "and the similarity below is a toy recognizer's"
-        )
+    if text_encoder(checkpoint) == "embedded" and not looks_drawn(image):
+        effect = "the video will not resemble the person in a real photograph; the similarity is a toy recognizer's"
+        yield f"the embedded model knows drawn people only: {effect}"
     _, boxes = detector.faces(to_tensor(image))  # (k, 4) left, top, right, bottom; the largest first
     if not len(boxes):
         yield "no face was found in the photo: take a frontal close-up of one person"
@@ -50,8 +45,8 @@ def notes_on_photo(image: Image.Image, detector: FaceDetector, checkpoint: Check
     if len(boxes) > 1:
         yield f"the photo shows {len(boxes)} faces: similarity counts the largest, the model sees all of them"
     left, top, right, bottom = boxes[0].tolist()
-    if max(right - left, bottom - top) < SMALL_FACE:
-        yield f"the face in the photo is {max(right - left, bottom - top):.0f} pixels large: take a closer one"
+    if (side := max(right - left, bottom - top)) < SMALL_FACE:
+        yield f"the face in the photo is {side:.0f} pixels large: take a closer one"
     if recipe.reference.fit == "cover":
         x0, y0, x1, y1 = cover_box(*image.size, recipe.width, recipe.height)
         inside = max(0, min(right, x1) - max(left, x0)) * max(0, min(bottom, y1) - max(top, y0))

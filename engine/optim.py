@@ -4,10 +4,9 @@
         float32     4 + 4 + 4 + 4 bytes               210 GB: shards only (FSDP2)
         bf16        2 + 2 + 2 + 2                     105 GB: whole on one card of 141 GB
 
-bf16 has 8 significant bits, and an update of 1e-5 of a weight would be rounded away, always. Stochastic rounding
-keeps it on average: a number between two bf16 neighbours becomes the upper one as often as it is near it, so the mean
-of what is stored is what float32 would have stored. The same holds for the moments, whose decay of 1 - 0.999 a step is
-below half a bf16 digit too.
+bf16 has 8 significant bits, so rounding to nearest would always lose an update of 1e-5 of a weight. Stochastic rounding
+keeps it on average: a number between two bf16 neighbours becomes the upper one the more often the nearer it is, and the
+mean equals the float32 number. The moments, whose decay of 1 - 0.999 a step is below half a bf16 digit, need it too.
 
 A step reads and writes 14 bytes a parameter. On a GPU it is compiled into one kernel that does no more than that, so
 the bits for the rounding are a hash of the number's place rather than drawn into memory.
