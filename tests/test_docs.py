@@ -40,8 +40,8 @@ def exists(name):
 
 
 def test_the_look_up_tells_what_exists():
-    assert exists("engine.state.load") and exists("vae.VideoVAE.decode") and exists("optim.lr")
-    assert not exists("engine.state.lode") and not exists("vae.VideoVAE.lode") and not exists("nothing.at.all")
+    assert exists("engine.state.resume") and exists("vae.VideoVAE.decode") and exists("optim.lr")
+    assert not exists("engine.state.resumed") and not exists("vae.VideoVAE.lode") and not exists("nothing.at.all")
 
 
 def test_every_function_that_checks_input_exists():

@@ -617,7 +617,7 @@ def test_a_merged_checkpoint_samples_like_the_lora(face, model, golden, tmp_path
 
     problem = {key: golden[key] for key in ("noise", "sigmas", "context", "null_context")}
     problem |= {"positions": golden["video_positions"], "z_ref": golden["ref"]}
-    problem |= {"place": RefPositions(golden["tass_positions"])}
+    problem |= {"ref_positions": RefPositions(golden["tass_positions"])}
     exported = sample_latents(LTXVideo.from_checkpoint(out), **problem, s_y=2.0, s_r=2.0)
     stored = {name.removeprefix("diffusion_model."): tensor for name, tensor in load_file(face).items()}
     beside = sample_latents(adapted(stored, 4, 4 * 1.2), **problem, s_y=2.0, s_r=2.0)
