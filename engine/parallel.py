@@ -134,10 +134,10 @@ def reshard(model: nn.Module) -> None:
 def gather_rows(rows: Tensor, stop_reason: str) -> tuple[Tensor, bool]:
     """Per-sample figures of all ranks, on the CPU, and whether any rank has a reason to stop."""
     flagged = torch.cat([rows, torch.full_like(rows[:1], float(bool(stop_reason)))])
-    everyone = flagged.new_empty(dist.get_world_size(), *flagged.shape)
-    dist.all_gather_into_tensor(everyone.flatten(0, 1), flagged)
-    everyone = everyone.cpu()
-    return everyone[:, :-1].flatten(0, 1), bool(everyone[:, -1, 0].any())
+    everyone = [torch.empty_like(flagged) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, flagged)
+    table = torch.stack(everyone).cpu()
+    return table[:, :-1].flatten(0, 1), bool(table[:, -1, 0].any())
 
 
 class StopSignal:
