@@ -1,4 +1,4 @@
-"""Data of training: clips out of a cache, references augmented anew, and the randomness of each sample.
+"""Training data: clips out of a cache, references augmented anew, and the randomness of each sample.
 
     cache ──> CachedClips[i] ─┬─> latents, features, e_ref ──────────────────────────────────┬─> batch
                               └─> image ──> augment_reference ──> letterbox ──> ref_image ───┤
@@ -8,8 +8,8 @@
 Latents of a video never change, so the cache holds them. The reference is augmented anew in each epoch, so the cache
 holds its pixels, and the VAE encodes them in the training loop. e_ref comes from the unaugmented reference.
 
-Everything random is a function of the run's seed and the number of the sample. So one process and many compute the
-same thing, and a resumed run continues as if it had not stopped.
+Everything random in this file follows from the run's seed and the number of the sample. So one process and many draw
+the same numbers, and a resumed run continues as if it had not stopped.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ from vae import latent_scale
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference: Sec. 3.1 and Eq. 5
 
-AUGMENT = asdict(Augment())  # probability of each operation, drawn independently of the others, and its strength
+AUGMENT = asdict(Augment())  # probability and strength of each operation; the operations are drawn independently
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -102,12 +102,12 @@ def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
 def reference_tensor(
     image: Image.Image, height: int, width: int, rng: Generator | None = None, fit: str = "letterbox", **strength: float
 ) -> Tensor:
-    """ref_image (3, H, W) in [-1, 1], as the VAE takes it: augmented if `rng` is there, unchanged otherwise."""
+    """ref_image (3, H, W) in [-1, 1], as the VAE takes it: augmented if `rng` is there, then fitted to the size."""
     return to_tensor(FITS[fit](augment_reference(image, rng, **strength) if rng else image, height, width))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Order and randomness, functions of the run's seed. The first number of each spawn key is a stream of its own.
+# Order and randomness, functions of the run's seed. The first number of a spawn key separates the random streams.
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> Generator:
@@ -130,7 +130,7 @@ class Draws(NamedTuple):
     eps: Tensor  # (N, C) noise
     drop_text: bool
     drop_ref: bool
-    window_start: int  # first latent frame of those that the identity losses decode
+    window_start: int  # first latent frame of the window for the identity losses
 
 
 def draw_sample(
@@ -157,7 +157,7 @@ def draw_sample(
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Of the parts of a checkpoint that a cache depends on: VAE encoder and text projection. Fine-tunes share it."""
+    """Hash of the VAE's config, statistics and first layer, and of the text projection's bias. Fine-tunes share it."""
     sha = hashlib.sha256(json.dumps(checkpoint.config["vae"], sort_keys=True).encode())
     for name in sorted(checkpoint.tensors):
         if name.startswith(("vae.per_channel_statistics.", "vae.encoder.conv_in.")) or name == PROJECTION + "bias":
@@ -166,7 +166,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def fingerprint_gemma(gemma: str | Path) -> str:
-    """Of a folder's files, or the name itself where Gemma comes from the hub."""
+    """A hash of the folder's files, or the name itself where Gemma comes from the hub."""
     folder = Path(gemma)
     return fingerprint_files(folder.iterdir()) if folder.is_dir() else str(gemma)
 
@@ -187,7 +187,7 @@ def check_cache_fits(
 ) -> None:
     """Raise UserError if a cache was made with another VAE, text path or face pack than a run has.
 
-    An empty name is not compared, nor is a Gemma that is no local folder: training itself needs no Gemma.
+    An empty name is not compared, nor is a Gemma that is not a local folder: training itself needs no Gemma.
     """
     shape = latent_shape(settings, checkpoint.config["vae"])
     now: dict[str, Any] = {"checkpoint": fingerprint(checkpoint), "latent_shape": shape}
@@ -233,7 +233,7 @@ class TrainingClips(Dataset):
         return item | {"draws": draws, "number": number, "problem": problem}
 
     def _stand_in(self, index: int) -> dict[str, Any]:
-        """A batch must keep its size on every rank, so zeros take the place of a damaged clip."""
+        """A batch must keep its size on every rank, so zeros and the empty prompt take the place of a damaged clip."""
         clips = self.clips
         latents, e_ref = torch.zeros(clips.latent_shape, dtype=torch.bfloat16), torch.zeros(clips.e_ref_shape)
         item = {"name": clips.names[index], "caption": "", "image": Image.new("RGB", (1, 1))}
@@ -264,7 +264,7 @@ def unpack(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_batches(config: Config, clips: CachedClips, first: int, steps: int) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches of steps `first` to `steps`; sample j of a step goes to rank j modulo their number.
+    """This rank's micro-batches of steps `first` to `steps` - 1. Sample j goes to rank j mod the number of ranks.
 
     A batch: latents (B, C, T, h, w), ref_images (B, 3, H, W), e_ref (B, E), features (list of (tokens, D)), draws (list
     of Draws), and lists of names, captions, numbers (of the samples) and problems ("", or why zeros stand in).

@@ -10,8 +10,8 @@ embeddings. So the gradient must run from the embedding back to the pixels:
                                InsightFace, no gradient
 
 The lower branch is a constant: a loss that could move the landmarks would learn to fool the crop. The warp and Phi
-are torch operations, equal to insightface's own (`norm_crop`, then onnxruntime), so training and evaluation compute
-the same number. Phi is read from the recognition ONNX of a model pack, node by node (common/onnx_reader.py).
+are torch operations, equal to insightface's own (`norm_crop`, then onnxruntime) up to interpolation. Training and
+evaluation use them both. Phi is read from the recognition ONNX of a model pack, node by node (common/onnx_reader.py).
 
     detector, phi = FaceDetector("buffalo_l"), ArcFace.from_onnx(recognition_file("buffalo_l"))
     landmarks, boxes, valid = detector.detect(frames)       # valid is m_f of Eq. 9
@@ -85,7 +85,7 @@ class FaceDetector:
         """The face of each frame (n, 3, H, W), RGB in [-1, 1] -> landmarks (n, 5, 2), boxes (n, 4), valid (n,).
 
         Landmarks (x, y) and boxes (left, top, right, bottom) are float32 pixel coordinates on the device of `frames`,
-        0 at the centre of the first pixel; a box may reach beyond the frame. valid is m_f of Eq. 9; rows without a
+        0 at the center of the first pixel; a box may reach beyond the frame. valid is m_f of Eq. 9; rows without a
         face are zeros. The paper leaves open which of several faces counts: here the one with the largest box.
         """
         n = len(frames)
@@ -99,7 +99,7 @@ class FaceDetector:
     def faces(self, frame: Tensor) -> tuple[Tensor, Tensor]:
         """All k faces of one frame (3, H, W), the largest box first -> landmarks (k, 5, 2), boxes (k, 4), on the CPU.
 
-        Coordinates as in `detect`. A strip 64 times longer than wide holds no face: the detector gives it no width.
+        Coordinates as in `detect`. Frames with sides in a ratio above 64 are skipped: one side could become 0.
         """
         strip = max(frame.shape[1:]) > 64 * min(frame.shape[1:])
         image = to_bytes(frame).flip(0).permute(1, 2, 0).contiguous().cpu().numpy()  # (H, W, 3), BGR as in OpenCV
@@ -115,10 +115,10 @@ class FaceDetector:
 def similarity_matrix(landmarks: Tensor, size: int = CROP) -> Tensor:
     """landmarks (n, 5, 2) in pixels -> (n, 2, 3): x_crop = M [x, y, 1], the least-squares similarity, no reflection.
 
-    Both point sets are centred and read as complex numbers s and d. The z that minimizes |d - z s|^2 is
+    Both point sets are centered and read as complex numbers s and d. The z that minimizes |d - z s|^2 is
     sum(conj(s) d) / sum(|s|^2): its modulus is the scale, its argument the rotation (Umeyama's solution in the plane,
     skimage's SimilarityTransform). Detached, and in float64, because a shift of a thousand pixels needs the digits.
-    Landmarks that are not finite, or lie within about half a pixel of each other, are no face: their matrix is zero.
+    Landmarks that are not finite, or lie within about half a pixel of their mean, give a zero matrix.
     """
     source, target = landmarks.detach().double(), ARCFACE_TEMPLATE.to(landmarks.device).double() * (size / CROP)
     source_mean, target_mean = source.mean(1), target.mean(0)  # (n, 2), (2,)
@@ -136,8 +136,8 @@ def align(frames: Tensor, landmarks: Tensor, size: int = CROP) -> Tensor:
 
     Equals insightface's `norm_crop` within interpolation error (OpenCV may round coordinates to 1/32 pixel). Like
     `norm_crop` it does not smooth: a face much larger than 112 pixels is subsampled with aliasing, as in ArcFace's
-    training. Outside the frame is black, -1, blended in at the border. The landmarks are constants; those of no face
-    give a black crop and a gradient of zero. At least float32: bfloat16 cannot tell one pixel from the next.
+    training. Pixels outside the frame are black, -1, blended in at the border. The landmarks are constants. Without a
+    face they give a black crop and a gradient of zero. At least float32: bfloat16 cannot tell one pixel from the next.
     """
     n, _, height, width = frames.shape
     dtype = torch.promote_types(frames.dtype, torch.float32)
@@ -148,7 +148,7 @@ def align(frames: Tensor, landmarks: Tensor, size: int = CROP) -> Tensor:
     inverse = rotation.mT / torch.where(usable, area, 1)
     index = torch.arange(size, dtype=matrix.dtype, device=frames.device)
     crop_xy = torch.stack(torch.meshgrid(index, index, indexing="xy")).flatten(1)  # (2, size * size)
-    frame_xy = inverse @ (crop_xy - shift)  # (n, 2, size * size), pixel centres at integers
+    frame_xy = inverse @ (crop_xy - shift)  # (n, 2, size * size), pixel centers at integers
     # grid_sample puts -1 and 1 at the outer edges of the frame; its zeros begin half a pixel further out.
     grid = (2 * frame_xy + 1) / frame_xy.new_tensor([[width], [height]]) - 1
     grid = torch.where(usable, grid, -3).mT.reshape(n, size, size, 2).to(dtype)
@@ -172,7 +172,7 @@ def recognition_file(pack: str | Path, root: str | Path = "~/.insightface") -> P
 
 
 class ArcFace(nn.Module):
-    """Phi of Eq. 8: crops (n, 3, 112, 112), RGB in [-1, 1] -> embeddings (n, E), raw as the file has them.
+    """Phi of Eq. 8: crops (n, 3, 112, 112), RGB in [-1, 1] -> embeddings (n, E), raw, as the network returns them.
 
     Not normalized to length one: the cosines of Eq. 9 and 10 do that. Frozen: the weights follow `.to`, take no
     gradient and stay out of the state_dict (their home is the ONNX file). On a CPU it equals onnxruntime within 1e-4.
@@ -180,16 +180,17 @@ class ArcFace(nn.Module):
 
     @classmethod
     def from_onnx(cls, path: str | Path) -> "ArcFace":
-        """Read a recognition ONNX (w600k_r50, glint360k_r100, any IResNet-like export). UserError if it is none."""
+        """Read a recognition ONNX (w600k_r50, glint360k_r100, any IResNet-like export). UserError if it is not one."""
         model = read_onnx(path)
         if not _is_recognition(model.graph):
             shapes = ", ".join(str(shape) for shape in input_shapes(model.graph).values())
-            raise UserError(f"{path} is no face recognition model: its input is {shapes}, not one of [n, 3, 112, 112]")
+            needs = "expected one input [n, 3, 112, 112] and one output"
+            raise UserError(f"{path} is not a face recognition model: its inputs are {shapes}, {needs}")
         # insightface's own rule for graphs that normalize by themselves (mxnet's): they are fed 0..255.
         names = [node.name for node in model.graph.node[:8]]
         raw_pixels = all(any(name.startswith(kind) for name in names) for kind in (("Sub", "_minus"), ("Mul", "_mul")))
         arcface = cls(OnnxGraph(model, path), raw_pixels)
-        with blame(f"{path} is damaged", f"; take it anew from {RELEASES}"), torch.no_grad():
+        with blame(f"{path} is damaged", f"; download it again from {RELEASES}"), torch.no_grad():
             arcface(torch.zeros(1, 3, CROP, CROP))  # two weights whose sizes do not fit together, for instance
         return arcface
 

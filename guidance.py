@@ -104,7 +104,8 @@ def sample_latents(
     # --- streams 0, 1, 2 (v_0, v_y, v_yr) in groups. The two without reference have equal lengths, so they run as one
     # batch. With more processes than groups, each stream becomes a group of its own.
     weights, contexts = stream_weights(s_y, s_r), (null_context, context, context)
-    groups = [group for group in ([k for k in (0, 1) if weights[k]], [2] if weights[2] else []) if group]
+    without = [k for k in (0, 1) if weights[k]]
+    groups = [group for group in (without, [2] * bool(weights[2])) if group]  # e.g. [[0, 1], [2]], or [[1]]
     groups = [[k] for group in groups for k in group] if world > len(groups) else groups
     constants_of: dict[int, Constants] = {}  # by the first stream of a group
 
@@ -177,10 +178,10 @@ def generate_batch(
     """B videos (B, 3, F, H, W), roughly in [-1, 1]. Each shows the face of its reference and follows its context.
 
     ref_images (B, 3, H, W) in [-1, 1], fitted to the video's size, or None for text-to-video; context (B, S, D),
-    null_context (1, S, D); sizes in pixels. `reference` sets placement and timestep (None: the paper's); its `fit` is
-    the caller's. `sigmas` replace the schedule of `steps`. `dtype` is that of the DiT's computation (None: of its
-    weights). `options` go to `sample_latents`. Noise is drawn on the CPU, for each video from its own seed: one seed
-    gives the same noise on any device. Rank 0 decodes and returns the videos; other ranks return None.
+    null_context (1, S, D); sizes in pixels. `reference` sets placement and timestep (None: the defaults). The caller
+    has applied its `fit`. `sigmas` replace the schedule of `steps`. `dtype` is that of the DiT's computation (None: of
+    its weights). `options` go to `sample_latents`. Noise is drawn on the CPU, for each video from its own seed: one
+    seed gives the same noise on any device. Rank 0 decodes and returns the videos; other ranks return None.
     """
     # --- positions and reference
     reference = reference or ReferenceSettings()

@@ -63,27 +63,19 @@ def predict_x0(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return _wide(z_t) - _over(t, z_t) * _wide(v)
 
 
-def flow_loss(v: Tensor, z_0: Tensor, eps: Tensor, mask: Tensor | None = None) -> Tensor:
+def flow_loss(v: Tensor, z_0: Tensor, eps: Tensor) -> Tensor:
     """L_flow: mean squared error between v and ε - z_0. v, z_0, eps (B, N, C) -> (B,).
 
     The mean runs over all N video tokens and all C channels with equal weight. Faces get no extra weight.
-    The reference is a condition, not a target: its tokens are dropped from v̂ before this function (section 3.1), so
+    The reference is a condition, not a target: its tokens are dropped from v̂ before this function (Sec. 3.1), so
     the black bars of its letterbox are in no average either. The video itself is cut to size and has no bars.
-
-    mask (B, N), optional: True where a token counts, for batches padded to one length. The mean is then over the
-    tokens that count, so padding changes nothing, whatever it holds; a sample with none gives 0.
     """
     assert v.shape == z_0.shape == eps.shape, (
         f"velocity {tuple(v.shape)}, latent {tuple(z_0.shape)} and noise {tuple(eps.shape)} differ: "
-        "all are the video's tokens, without the reference's"
+        "all three must hold the video's tokens, without the reference's"
     )
     error = _wide(v) - (_wide(eps) - _wide(z_0))  # (B, N, C)
-    if mask is None:
-        return error.square().flatten(1).mean(1)  # (B,)
-    assert mask.shape == v.shape[:2], f"mask is {tuple(mask.shape)}, expected {tuple(v.shape[:2])}"
-    mask = mask.bool()
-    error = torch.where(mask[..., None], error, 0)  # before the square, whose gradient at a NaN is NaN
-    return error.square().mean(-1).sum(1) / mask.sum(1).clamp(min=1)  # (B,)
+    return error.square().flatten(1).mean(1)  # (B,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +83,7 @@ def flow_loss(v: Tensor, z_0: Tensor, eps: Tensor, mask: Tensor | None = None) -
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| over the last axis. A zero vector stays zero with gradient zero: 0/0 would give NaN, a clamp 1e12."""
+    """x / |x| over the last axis. A zero vector stays zero with gradient zero, where 0/0 is NaN."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm > 0, x, 0) / torch.where(norm > 0, norm, 1)
 
@@ -113,13 +105,13 @@ def _face_mean(x: Tensor, m: Tensor, eps: float) -> Tensor:
 def identity_loss(e: Tensor, e_ref: Tensor, valid: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 9: L_id = Σ_f m_f (1 - cos(e_f, e_ref)) / (Σ_f m_f + ε), each term in [0, 2].
 
-    e (B, F, E)      embeddings of the decoded frames, with gradient; they need no unit length
+    e (B, F, E)      embeddings of the decoded frames, with gradient; of any length
     e_ref (B, E)     of the unaugmented reference (from the cache), detached here as the paper says
     valid (B, F)     m_f: true if frame f has a face
     returns (B,)
 
     A sample without a valid face gives exactly 0 and a gradient of exactly 0, even where e holds NaN or inf. To leave
-    out a sample, set m_f = 0 in all its frames. With n faces the ε lowers the mean by a factor of about 1 - ε/n. We
+    out a sample, set m_f = 0 in all its frames. With n faces ε multiplies the mean by about 1 - ε/n. We
     keep the paper's formula.
     """
     assert e_ref.shape == (e.shape[0], e.shape[2]), f"e_ref is {tuple(e_ref.shape)}, e is {tuple(e.shape)}"
@@ -152,8 +144,8 @@ def aux_weight(t: Tensor, gamma: float = 1.0, eps: float = 1e-6) -> Tensor:
 
     It falls from 1 at t = 0 to 0 at t = 1.
 
-    Computed as ((1-t)^2 / ((1-t)^2 + (t+ε)^2))^γ: numerator and denominator are multiplied by (t+ε)^2, so no SNR can
-    overflow to inf/inf at t = 0. Larger γ confines the identity losses to lower noise.
+    Computed as ((1-t)^2 / ((1-t)^2 + (t+ε)^2))^γ: numerator and denominator are multiplied by (t+ε)^2, so t = 0 is
+    safe even with ε = 0. Larger γ confines the identity losses to lower noise.
     """
     t = _wide(t)
     signal, noise = (1 - t).square(), (t + eps).square()
@@ -170,7 +162,7 @@ def total_loss(
     gamma: float = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Eq. 11: L = L_flow + w_aux(t) (λ_id L_id + λ_tic L_tic), every argument and the result (B,).
+    """Eq. 11: L = L_flow + w_aux(t) (λ_id L_id + λ_tic L_tic), L_flow, L_id, L_tic, t and the result are (B,).
 
     Per sample, because each has its own t; gamma and eps are those of w_aux. A sample whose decode was skipped has
     l_id = l_tic = 0.
@@ -194,7 +186,7 @@ def shifted_logit_normal(
     """Training noise levels t (batch,), float32 in [floor, 1] on the CPU, distributed as in the released LTX trainer.
 
     The paper does not say how it draws t. It fine-tunes LTX-2.3, so we take the trainer's distribution:
-    1. u = sigmoid(μ + n), n ~ N(0, 1). A longer video repeats itself more, so more noise is needed to hide it: μ
+    1. u = sigmoid(μ + n), n ~ N(0, 1). More tokens repeat each other more, and more noise is needed to hide them: μ
        is the sampler's line, guidance.schedule_shift. tokens = T h w of the video; the reference does not count.
     2. u is stretched linearly so that its own 0.5 and 99.9 percentiles, sigmoid(μ + z_p), become 0 and 1.
     3. A value s below `floor` becomes 2 floor - s. A value above 1 becomes 1.

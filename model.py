@@ -43,7 +43,7 @@ class Tokens(NamedTuple):
     latents: Tensor  # (B, L, C)
     timesteps: Tensor  # (B, L) noise level of each token
     positions: Tensor  # (B, 3, L, 2) seconds, pixels, pixels
-    mask: Tensor | None = None  # (B, L) false where a sample's reference is dropped; None: nothing is masked
+    mask: Tensor | None = None  # (B, L) false at the reference of a sample that drops it; None: all true
     phase: Tensor | None = None  # (B, L) of placement "phase"; None: 0 for all tokens
 
 
@@ -79,7 +79,7 @@ def append_reference(
         torch.cat([t[:, None].expand(-1, n_video), t_ref[:, None].expand(-1, n_ref)], dim=1),  # (B, N + R)
         torch.cat([positions, ref_positions.positions.expand(batch, -1, -1, -1)], dim=2),  # (B, 3, N + R, 2)
         mask,
-        ref_positions.phase * is_ref.float().expand(batch, -1) if ref_positions.phase else None,
+        (ref_positions.phase * is_ref.float()).expand(batch, -1) if ref_positions.phase else None,
     )
 
 
@@ -121,21 +121,21 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Queries come from x (B, N, D). Keys and values come from context (B, S, D), or from x if context is None;
-        then S = N. `rotary` rotates q and k. `mask` (B, S) is false for masked keys.
+        """Queries come from x (B, L, D). Keys and values come from context (B, S, D), or from x if context is None;
+        then S = L. `rotary` rotates q and k. `mask` (B, S) is false for masked keys.
         """
         context = x if context is None else context
-        q = self.q_norm(self.to_q(x))  # (B, N, D)
+        q = self.q_norm(self.to_q(x))  # (B, L, D)
         k = self.k_norm(self.to_k(context))  # (B, S, D)
         v = self.to_v(context)  # (B, S, D)
-        q, k, v = (rearrange(a, "b n (heads d) -> b heads n d", heads=self.heads) for a in (q, k, v))  # head_dim
+        q, k, v = (rearrange(a, "b n (heads d) -> b heads n d", heads=self.heads) for a in (q, k, v))
         if rotary is not None:
             q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
         mask = None if mask is None else rearrange(mask, "b s -> b 1 1 s")  # the same for all heads and queries
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, head_dim)
-        gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, N, heads)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L, head_dim)
+        gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, L, heads)
         out = out * rearrange(gate, "b n heads -> b heads n 1")
-        return self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))  # (B, N, D)
+        return self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))  # (B, L, D)
 
 
 class LinearGELU(nn.Module):
@@ -245,7 +245,7 @@ class Block(nn.Module):
 
 
 class Constants(NamedTuple):
-    """Values that do not change between the steps of a stream: they follow from positions, phase and equal levels."""
+    """The values that all steps of a stream share: they depend on positions, phase and equal noise levels."""
 
     rotary: tuple[Tensor, Tensor]  # tables (B, heads, L, head_dim/2) in the dtype of the latents
     token_row: Tensor  # (B, L) index of each token's noise level among the distinct ones
@@ -275,7 +275,7 @@ class LTXVideo(nn.Module):
     def from_checkpoint(
         cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "LTXVideo":
-        """The model of an LTX-2.3 file. UserError that names the first tensor that is missing or does not fit."""
+        """The model of an LTX-2.3 file. UserError with the name of the first missing or misfitting tensor."""
         checkpoint = open_checkpoint(path)
         with torch.device("meta"):
             model = cls(checkpoint.config["transformer"])
@@ -320,7 +320,7 @@ class LTXVideo(nn.Module):
         positions  (B, 3, L, 2)  from rope.py
         mask       (B, L)        false for tokens masked out of attention; None: no mask, the fastest kernel
         phase      (B, L)        of placement "phase", see `rope_cos_sin`; None for 0
-        constants                of `self.constants`, for timesteps that are equal at the same tokens; None: computed
+        constants                of `self.constants`, valid while the same tokens share a noise level; None: computed
         returns    (B, L, C)     the rows of the reference have no meaning
         """
         dtype = latents.dtype

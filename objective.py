@@ -30,7 +30,7 @@ from rope import place_reference, video_positions
 from text import TextConnector, pad_features
 from vae import VideoVAE, from_tokens, to_tokens
 
-PIXELS_AT_ONCE = 2**22  # most pixels that the decoder decodes in one call: small videos share it, 480x832 does not
+PIXELS_AT_ONCE = 2**22  # windows of several samples share a call of the decoder up to this size; a larger one is alone
 
 
 @dataclass
@@ -55,8 +55,8 @@ class Objective:
         like, options = self.vae.decoder.conv_in.conv.weight, self.faces  # any weight of the VAE: device and dtype
         device = like.device
 
-        # Step 1: the reference as latents. The data workers have applied A (data.augment_reference) and the letterbox.
-        # Every reference is encoded, also a dropped one, which Step 2 masks.
+        # Step 1: the reference as latents. The data workers have applied A (data.augment_reference) and the fit.
+        # If a sample of the batch has a reference, all are encoded. Step 2 masks the dropped ones.
         has_reference = torch.tensor(
             [self.reference.use and not draw.drop_ref for draw in draws], device=device
         )  # (B,)
@@ -99,8 +99,8 @@ class Objective:
                     out[key] = out.get(key, zeros).index_put((index,), value.to(zeros))
 
         # Step 6: the sum.
-        scales = options.lambda_id, options.lambda_tic, options.gamma
-        out["loss"] = total_loss(out["flow"], out["id"], out["tic"], t, *scales)
+        scales = {name: getattr(options, name) for name in ("lambda_id", "lambda_tic", "gamma")}
+        out["loss"] = total_loss(out["flow"], out["id"], out["tic"], t, **scales)
         return out
 
     @torch.no_grad()
@@ -173,8 +173,8 @@ def decode_window(vae: VideoVAE, z_0_hat: Tensor, start: int, length: int, margi
 def windows_at_once(
     scale: tuple[int, int, int], grid: tuple[int, int, int], length: int, device: torch.device | None = None
 ) -> int:
-    """How many samples' windows of `length` latent frames are decoded together: as many as fit into PIXELS_AT_ONCE, at
-    least one. On a CPU always one, so the order of the sums does not depend on the other samples."""
+    """The number of windows of `length` latent frames decoded in one call: as many as fit into PIXELS_AT_ONCE, at least
+    one. On a CPU always one, so the order of the sums does not depend on the other samples."""
     if device is not None and device.type == "cpu":
         return 1
     pixels = math.prod(scale) * min(length, grid[0]) * grid[1] * grid[2]

@@ -1,4 +1,4 @@
-"""Where a token sits: the latent grid in seconds and pixels, TASS-RoPE for the reference, the rotary embedding.
+"""Positions of tokens: the latent grid in seconds and pixels, TASS-RoPE for the reference, the rotary embedding.
 
 Self-attention knows the position of a token only by its rotary embedding. In LTX-2.3 the position of a latent cell is
 the interval that it covers, in seconds on the time axis and in pixels on the other two. The paper appends the tokens
@@ -13,7 +13,7 @@ and its columns at w. So no reference token shares a coordinate with a video tok
                   |          | reference |
             2h    + - - - - -+-----------+      near in time, so attention finds it; apart in space, so no copying
 
-`python docs/figures.py` draws this to scale, and the placements that the paper argues against.
+`python docs/figures.py` draws this, and the placements that the paper argues against.
 The letters are those of model.py. The paper's T, H, W are the latent grid, here T, h, w.
 """
 
@@ -41,7 +41,8 @@ PLACEMENTS = {
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """How the reference image enters the model. The defaults are the paper's. Where it is silent they are LTX's."""
+    """How the reference image enters the model. The defaults are the paper's; where it is silent, LTX's; those
+    of "phase" are LTX-Best-Face-ID's."""
 
     placement: str = "tass"  # Eq. 4, or another of PLACEMENTS
     source_id: int = 2  # placement "phase": number of the source
@@ -53,7 +54,7 @@ class ReferenceSettings:
 class RefPositions(NamedTuple):
     """Positions of the reference's tokens, and the phase that marks them."""
 
-    positions: Tensor  # (B, 3, R, 2) intervals [start, end) in seconds, pixels, pixels
+    positions: Tensor  # (1 or B, 3, R, 2) intervals [start, end) in seconds, pixels, pixels
     phase: float = 0.0  # see `rope_cos_sin`; 0 for every placement but "phase"
 
 
@@ -98,7 +99,7 @@ def reference_positions(
     """Eq. 4: p_r(i, j) = TASS(i, j) = (T, h + i, w + j), for a video grid of (T, h, w) latent cells. (3, h*w, 2)
 
     The paper gives the coordinates in latent cells. They are mapped to seconds and pixels like those of video tokens,
-    so the reference sits one latent frame after the video. `placement` names TASS or another of PLACEMENTS.
+    so with TASS the reference fills the latent frame right after the video. `placement`: a name in PLACEMENTS.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}")
@@ -126,27 +127,27 @@ def rope_cos_sin(
     """Rotary tables of LTX-2.3 for positions (B, axes, N, 2): cos and sin, float32. (B, heads, N, dim/heads/2)
 
     The middle of each interval, as a fraction f of `max_pos`, gives the angle (2f - 1) * frequency. There are
-    n = dim // (2 axes) frequencies pi/2 * theta^x, with x from 0 to 1 in equal steps, for the whole width `dim`. The
+    K = dim // (2 axes) frequencies pi/2 * theta^x, with x from 0 to 1 in equal steps, for the whole width `dim`. The
     layout goes frequency by frequency with the axes side by side, and the heads take consecutive slices: early heads
-    turn slowly, late heads fast. The dim/2 - n * axes remaining slots come first and do not rotate.
+    turn slowly, late heads fast. The dim/2 - K * axes remaining slots come first and do not rotate.
 
-    `phase` (B, N) adds phase * theta^(-d/P) to slot d = 0..P-1 of every head, P = dim/heads/2. The phase marks the
-    source of a token. A shift of its position cannot (LTX-Best-Face-ID; not in the paper).
+    `phase` (B, N) adds phase * theta^(-d/P) to slot d = 0..P-1 of every head, P = dim/heads/2. It is the mark that
+    LTX-Best-Face-ID gives the reference's tokens instead of positions of their own; it is not in the paper.
     """
     axes = positions.shape[1]
-    count = dim // (2 * axes)
+    K = dim // (2 * axes)
     # Computed in float64, as the frequencies of the released model were ("frequencies_precision").
-    ladder = theta ** torch.linspace(0, 1, count, dtype=torch.float64) * (math.pi / 2)
-    ladder = ladder.to(device=positions.device, dtype=torch.float32)  # (n,)
+    ladder = theta ** torch.linspace(0, 1, K, dtype=torch.float64) * (math.pi / 2)
+    ladder = ladder.to(device=positions.device, dtype=torch.float32)  # (K,)
     max_pos = torch.tensor(max_pos, dtype=torch.float32, device=positions.device)
     fraction = positions.float().mean(-1) / max_pos[:, None]  # (B, axes, N)
-    angles = rearrange(2 * fraction - 1, "b axes n -> b n 1 axes") * ladder[:, None]  # (B, N, count, axes)
-    angles = rearrange(angles, "b n count axes -> b n (count axes)")
-    angles = F.pad(angles, (dim // 2 - count * axes, 0))  # angle 0: cos 1, sin 0. (B, N, dim/2)
+    angles = rearrange(2 * fraction - 1, "b axes n -> b n 1 axes") * ladder[:, None]  # (B, N, K, axes)
+    angles = rearrange(angles, "b n k axes -> b n (k axes)")
+    angles = F.pad(angles, (dim // 2 - K * axes, 0))  # angle 0: cos 1, sin 0. (B, N, dim/2)
     angles = rearrange(angles, "b n (heads p) -> b heads n p", heads=heads)  # (B, heads, N, P)
     if phase is not None:
-        slots = angles.shape[-1]
-        falling = theta ** (-torch.arange(slots, dtype=torch.float64, device=positions.device) / slots)  # (P,)
+        P = angles.shape[-1]
+        falling = theta ** (-torch.arange(P, dtype=torch.float64, device=positions.device) / P)  # (P,)
         angles = angles + phase[:, None, :, None] * falling.float()
     return angles.cos(), angles.sin()
 

@@ -2,7 +2,7 @@
 
 LTX-2.3 reads a prompt through all layers of Gemma 3 12B, not only through the last one:
 
-        prompt -> Gemma 3 -> 49 hidden states (S, 3840): the embeddings and the outputs of 48 layers
+        prompt -> Gemma 3 -> 49 hidden states (S, 3840): the embeddings and 48 layers, the last normed
           | each token of each hidden state divided by its root mean square
           | linear over the 49 x 3840 numbers of a token
         features (S, D), D = 4096, which a cache keeps
@@ -13,7 +13,7 @@ LTX-2.3 reads a prompt through all layers of Gemma 3 12B, not only through the l
 The linear layer over all 188,160 numbers is a sum of 49 linear layers, one for each hidden state. So a hidden state is
 projected as soon as Gemma returns it, and the stack of all 49 never exists.
 
-Letters: B batch, S text tokens, D width of the DiT.
+Letters: B batch, S slots of the context, D width of the DiT.
 """
 
 import math
@@ -48,7 +48,7 @@ class ConnectorBlock(nn.Module):
 
 
 class Connector(nn.Module):
-    """Features of S tokens to a context of the same number of slots, in which no slot has to be masked."""
+    """Features of S slots, padding among them, to a context of S slots. No slot of it is masked."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -105,7 +105,7 @@ class TextConnector(nn.Module):
         config = checkpoint.config["transformer"]
         weight = checkpoint.tensors.get(PROJECTION + "weight")
         if weight is None or len(weight["shape"]) != 2:
-            raise UserError(f"{checkpoint.path}: tensor {PROJECTION}weight is missing, or is no matrix")
+            raise UserError(f"{checkpoint.path}: tensor {PROJECTION}weight is missing, or is not a matrix")
         with torch.device("meta"):
             return cls(config, weight["shape"][1] // config["caption_channels"])
 
@@ -146,7 +146,7 @@ class TextEncoder:
         return cls(*load_gemma(gemma, device, dtype, (connector.hidden, connector.layers - 1)), connector)
 
     def cut(self, prompt: str) -> tuple[int, str] | None:
-        """None, or for a prompt of more than `max_tokens` tokens (number of tokens cut, last words that are kept)."""
+        """None if the prompt fits; otherwise the number of tokens cut off and the last words before the cut."""
         prompt = prompt.strip()
         tokens = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
         beyond = len(tokens["input_ids"]) - self.max_tokens
@@ -173,7 +173,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def features(self, prompts: list[str]) -> list[Tensor]:
-        """For each prompt the input of the connector, (S, D) without padding. It does not depend on the batch."""
+        """For each prompt the input of the connector, (tokens, D). Other prompts change it by rounding only."""
         batch = self.tokenizer(
             [prompt.strip() for prompt in prompts],
             padding=True,
@@ -206,13 +206,13 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Prompts to context (B, max_tokens, D). The empty prompt is the unconditional context."""
+        """Prompts to context (B, max_tokens, D). The empty prompt gives the unconditional context."""
         features, mask = pad_features(self.features(prompts), self.max_tokens)
         return self.connector.connector(features, mask)
 
 
 def pad_features(features: list[Tensor], slots: int) -> tuple[Tensor, Tensor]:
-    """Features (S, D) of several prompts -> one batch (B, slots, D) with zeros behind, and its mask (B, slots)"""
+    """Features (tokens, D) of several prompts -> one batch (B, slots, D), zeros last, and its mask (B, slots)"""
     padded = torch.stack([F.pad(row, (0, 0, 0, slots - len(row))) for row in features])
     counts = torch.tensor([len(row) for row in features], device=padded.device)
     return padded, torch.arange(slots, device=padded.device) < counts[:, None]

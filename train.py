@@ -7,7 +7,7 @@
     python train.py configs/paper.toml --export st-drc.safetensors   # write the model of that run
     python train.py configs/lora.toml                             # adapters on the frozen model, on one GPU
 
-The same command again continues after a stop. Ctrl-C, SIGTERM or a file named "stop" in the run's folder ends the run
+The same command continues a stopped run. Ctrl-C, SIGTERM or a file named "stop" in the run's folder ends the run
 after the current step. The run saves a checkpoint and exits with code 0. torchrun kills its workers 30 s after its own
 SIGTERM; with the file there is no time limit.
 """
@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Checkpoint
 from common.errors import Parser, UserError, one_line_errors
-from config import ASSETS, PAPER, Config, read_config
+from config import ASSETS, DEFAULTS, Config, read_config
 from data import CachedClips, check_cache_fits, training_batches
 from engine import state
 from engine.average import Average
@@ -184,7 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--export",
         metavar="FILE",
-        help="write the newest checkpoint as a model file (a LoRA file, if adapters trained)",
+        help="write the newest checkpoint as a model file (a LoRA file, if the run trained adapters)",
     )
     parser.add_argument("--plan", action="store_true", help="print memory per GPU and days; load no weights")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs for --plan (%(default)s)")
@@ -217,8 +217,8 @@ def build_objective(config: Config, ckpt: Checkpoint, clips: CachedClips, device
                 detector = FaceDetector(config.faces.pack, device)
                 arcface = ArcFace.from_onnx(recognition_file(config.faces.pack)).to(device)
             dist.barrier()
-    # A float32 DiT under DDP computes in bf16 by autocast. FSDP gathers its shards in bf16, and a frozen DiT (LoRA) and
-    # that of "adamw-bf16" are stored in bf16: those take their inputs in bf16.
+    # Precision "bf16": a float32 DiT under DDP computes by autocast and takes float32 inputs. Under FSDP, with LoRA and
+    # with "adamw-bf16" the weights are bf16 when they compute, and so are the inputs.
     cast = config.parallel.mode == "ddp" and config.optim.kind == "adamw" and not config.lora.rank
     connector = TextConnector.from_checkpoint(ckpt, device, compute_dtype).requires_grad_(False)
     connector.projection = None  # the cache holds its output
@@ -251,10 +251,10 @@ def build_optimizer(config: Config, model: nn.Module, device: torch.device) -> t
 
 
 def make_plan(config: Config, ckpt: Path) -> Plan:
-    """The plan of a run. Without the checkpoint, LTX-2.3's config; without the cache, the size of config.PAPER."""
+    """The plan of a run. Without the checkpoint, LTX-2.3's config; without the cache, the size of config.DEFAULTS."""
     ltx = Checkpoint(ckpt).config if ckpt.exists() else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     cache = Path(config.data.cache)
-    settings = CachedClips(cache).settings if (cache / "cache.json").exists() else PAPER | {"max_tokens": 1024}
+    settings = CachedClips(cache).settings if (cache / "cache.json").exists() else DEFAULTS | {"max_tokens": 1024}
     return Plan(config, ltx, tuple(settings[key] for key in ("frames", "height", "width")), settings["max_tokens"])
 
 
@@ -279,7 +279,8 @@ def gather_names(names: list[str]) -> list[str]:
 def count_skipped(config: Config, skipped: list[str], new: list[str], step: int) -> list[str]:
     """All damaged samples so far. Reports each clip once. UserError above the limit.
 
-    The limit is data.max_bad times the samples of the whole run, and at least 10: the same on all ranks and on resume.
+    The limit is data.max_bad times the samples of the whole run, and at least 10. It follows from options
+    alone, so all ranks have the same.
     """
     for name in dict.fromkeys(new):
         if name not in skipped:
@@ -288,7 +289,8 @@ def count_skipped(config: Config, skipped: list[str], new: list[str], step: int)
     limit = max(10, int(config.data.max_bad * config.optim.steps * config.optim.batch))
     if len(skipped) > limit:
         raise UserError(
-            f"step {step}: {len(skipped)} samples are damaged, and data.max_bad allows {limit}: make these clips again"
+            f"step {step}: {len(skipped)} samples are damaged, and data.max_bad allows {limit}: "
+            "make the clips reported above again"
         )
     return skipped
 

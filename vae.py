@@ -15,7 +15,7 @@ length 1. The encoder is causal, so no latent depends on a later frame. The deco
 Every size comes from the config. Inside a layer (B, C, F, H, W) are the sizes of the layer's input.
 
 With `chunk`, a few latent frames are processed at a time, and every layer keeps its last frames for the next piece: the
-same result in less memory. Overlapping pieces would cost more: the released decoder sees 14 latent frames either way.
+same result in less memory. Overlapping pieces would cost more: the released decoder sees 14 latent frames on each side.
 """
 
 import math
@@ -61,13 +61,13 @@ def pixel_norm(x: Tensor) -> Tensor:
 
 
 class Memory(dict):
-    """For a video in pieces: the frames that each layer keeps for the next piece, by layer."""
+    """For a video in pieces: the frames, or a flag, that each layer keeps for the next piece, by layer."""
 
     last = False  # true while the last piece is processed
 
 
 def run_in_pieces(layer: Callable, pieces: Iterable, memory: Memory, limit: int) -> Iterator[tuple[Tensor, bool]]:
-    """Send pieces, (frames (B, C, F, H, W), true if the last), through a layer: pieces of at most `limit` frames."""
+    """Pieces (frames (B, C, F, H, W), true if the last) through a layer, in pieces of at most `limit` frames."""
     for x, last in pieces:
         memory.last = last  # between two pieces the layers behind this one set it too
         parts = layer(x, memory).split(limit, dim=2)
@@ -135,7 +135,7 @@ class ResStack(nn.Module):
 
 
 class Downsample(nn.Module):
-    """`compress_*_res` of the encoder: conv and space-to-depth, plus a mean over the input's channels as a skip."""
+    """`compress_*_res` of the encoder: conv and space-to-depth, plus a skip: means over channel groups."""
 
     def __init__(self, channels: int, out_channels: int, stride: tuple[int, int, int]):
         super().__init__()
@@ -185,7 +185,7 @@ class Encoder(nn.Module):
         self.conv_out = Conv3d(channels, config["latent_channels"] + 1, causal=True)  # means, and an unused variance
 
     def patches(self, video: Tensor) -> Tensor:
-        """(B, 3, F, H, W) -> (B, 3 r q, F, H/q, W/r). Only here the released layout has width before height."""
+        """(B, 3, F, H, W) -> (B, 3 r q, F, H/q, W/r). The released layout has width before height in patches."""
         return rearrange(video, "b c f (h q) (w r) -> b (c r q) f h w", q=self.patch, r=self.patch)
 
     def forward(self, video: Tensor, memory: Memory | None = None) -> Tensor:
@@ -272,7 +272,7 @@ class VideoVAE(nn.Module):
         """Eq. 1, z = E_vae(video): (B, 3, F, H, W) in [-1, 1] -> latents (B, C, T, h, w), normalized per channel.
 
         The latents are the encoder's means; nothing is drawn. `chunk`: latent frames processed at a time, None for all.
-        A size that does not fill whole cells (8k+1 frames, sides 32h and 32w) raises ValueError.
+        The size must be 8k+1 frames and sides of 32h and 32w; otherwise ValueError.
         """
         frames, height, width = video.shape[2:]
         time, rows, columns = self.scale
@@ -289,7 +289,7 @@ class VideoVAE(nn.Module):
     def decode(self, z: Tensor, chunk: int | None = None) -> Tensor:
         """Eq. 7, video = D_vae(z): normalized latents (B, C, T, h, w) -> (B, 3, F, H, W), about [-1, 1], not clamped.
 
-        `chunk`: latent frames processed at a time. None for all, as under a gradient: only then blocks are recomputed.
+        `chunk`: latent frames processed at a time. None for all, as a gradient needs: blocks are recomputed.
         """
         mean, std = self.per_channel_statistics.mean_and_std()
         z = z * std + mean

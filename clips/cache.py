@@ -49,7 +49,7 @@ from face import ArcFace, FaceDetector, embed, recognition_file
 from text import GEMMA, PROJECTION, TextEncoder
 from vae import VideoVAE, latent_scale
 
-PAPER = {key: config.PAPER[key] for key in ("height", "width", "frames", "fps")}
+DEFAULTS = {key: config.DEFAULTS[key] for key in ("height", "width", "frames", "fps")}
 TYPICAL_TOKENS, TYPICAL_IMAGE = 256, 2**18  # tokens and bytes of a clip, to fix the number of clips in a shard
 
 
@@ -107,8 +107,9 @@ def prepare(
     clips, checkpoint, folder = read_manifest(manifest), open_checkpoint(ckpt), Path(out)
     files = [folder / name for name in ("cache.json", NULL, "report.jsonl", shard_file(0), text_file(0))]
     refuse_overwrite(files, [manifest, checkpoint.path])
-    settings: dict[str, Any] = PAPER | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in PAPER}
-    settings |= {k: v for k, v in zip(PAPER, (height, width, frames, fps)) if v is not None}
+    of_model = checkpoint.ours.get("defaults", {})
+    settings: dict[str, Any] = DEFAULTS | {key: of_model[key] for key in DEFAULTS if key in of_model}
+    settings |= {k: v for k, v in zip(DEFAULTS, (height, width, frames, fps)) if v is not None}
     settings["fps"] = float(settings["fps"])  # 24 and 24.0 are the same cache
     settings |= {
         "reference": reference,
@@ -159,7 +160,7 @@ def fill(
     if own:
         load = partial(load, settings=settings, detector=FaceDetector(faces, device))
         vae = VideoVAE.from_checkpoint(checkpoint, device, dtype)
-        parts_of = partial(_parts, vae=vae, arcface=ArcFace.from_onnx(recognition_file(faces)).to(device))
+        parts_of = partial(clip_tensors, vae=vae, arcface=ArcFace.from_onnx(recognition_file(faces)).to(device))
         with _Progress("videos", sum(map(len, own.values())), rank) as progress, ThreadPoolExecutor(workers) as pool:
             for k, shard in own.items():
                 _write_shard(folder, k, _ahead(pool, load, shard, workers), settings, parts_of, progress)
@@ -270,8 +271,10 @@ def _write_shard(
     text.unlink()
 
 
-def _parts(loaded: dict[str, Any], clip: Clip, features: Tensor, vae: VideoVAE, arcface: ArcFace) -> dict[str, Tensor]:
-    """The tensors of a clip in a shard. Raises Rejected if one of them is not finite."""
+def clip_tensors(
+    loaded: dict[str, Any], clip: Clip, features: Tensor, vae: VideoVAE, arcface: ArcFace
+) -> dict[str, Tensor]:
+    """The tensors of a clip in a shard: z_0 = E(video), e_ref of Eq. 8, text, photo. Rejected if not finite."""
     weight = vae.encoder.conv_in.conv.weight
     video = torch.from_numpy(loaded["frames"]).to(weight.device).permute(3, 0, 1, 2)  # (3, F, H, W)
     image, landmarks = (loaded[key].to(weight.device) for key in ("image", "landmarks"))  # (1, 3, H, W), (1, 5, 2)

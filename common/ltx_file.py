@@ -203,7 +203,7 @@ class Ours:
     """This project's entry in the metadata of a checkpoint or LoRA. Every field may be missing."""
 
     defaults: Defaults = Field(default_factory=Defaults)
-    placement: Literal["tass", "overlap", "temporal", "fixed", "remote", "phase"] = "tass"
+    placement: Text = "tass"  # rope.PLACEMENTS has the names; engine.recipe checks it
     source_id: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 2
     phase_scale: FiniteFloat = 1.0
     fit: Literal["letterbox", "cover"] = "letterbox"

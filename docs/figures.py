@@ -21,11 +21,11 @@ from config import ASSETS
 from rope import PLACEMENTS
 
 TITLES = {
-    "tass": "TASS-RoPE (the paper's): reference at (T, H+i, W+j)\nT, H, W = {}, {}, {} latent cells",
+    "tass": "TASS-RoPE (the paper's): reference at (T, h+i, w+j)\nT, h, w = {}, {}, {} latent cells",
     "overlap": "overlap: (0, i, j)\ncollides with frame 0",
     "temporal": "temporal: (T, i, j)\nsame place in space: copy-paste",
-    "fixed": "fixed: (100, H+i, W+j)\ngap depends on the length",
-    "remote": "remote: (T+100, H+i, W+j)\ntoo far to pass on detail",
+    "fixed": "fixed: (100, h+i, w+j)\ngap depends on the length",
+    "remote": "remote: (T+100, h+i, w+j)\ntoo far to pass on detail",
 }
 
 
@@ -63,8 +63,8 @@ def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None
         ax.set_title(title.format(frames, height, width), fontsize=12 if main else 9)
         far = [origin[0]] if origin[0] > frames else []
         ax.set_xticks([0, frames, *far], ["0", "T"] if main else None)
-        ax.set_yticks([0, width, 2 * width], ["0", "W", "2W"])
-        ax.set_zticks([0, height, 2 * height], ["0", "H", "2H"])
+        ax.set_yticks([0, width, 2 * width], ["0", "w", "2w"])
+        ax.set_zticks([0, height, 2 * height], ["0", "h", "2h"])
         ax.tick_params(labelsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#4c78a8", "#f58518")]
     names = ["video tokens", "reference tokens"]

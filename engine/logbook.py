@@ -1,6 +1,7 @@
 """What a person sees of a run: one line per `log.every` steps, the same figures in log.jsonl, and TensorBoard."""
 
 import json
+import math
 import re
 import resource
 import sys
@@ -17,6 +18,14 @@ from config import Config, as_dict
 from engine.plan import CARDS, Plan
 
 
+def _step(line: str) -> float:
+    """The step of a line of log.jsonl; infinity for a damaged one, such as the half of a line that a kill leaves."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+
+
 class Log:
     COLUMNS = ("loss", "flow", "id", "tic", "w_aux", "t", "faces", "frames", "skipped")
 
@@ -28,9 +37,9 @@ class Log:
         if not enabled:
             return
         path = run / "log.jsonl"
-        kept = [line for line in path.open() if json.loads(line)["step"] <= first] if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         with whole_file(path) as temporary:  # steps after the checkpoint come again
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(line for line in lines if _step(line) <= first))
         self.file = self.sinks.enter_context(path.open("a", buffering=1))
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

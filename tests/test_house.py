@@ -172,8 +172,8 @@ def test_all_python_without_tests_is_below_10000_lines():
 def test_readme_states_how_long_the_method_is():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     stated = re.search(r"[Tt]he method\b[^.\n]{0,100}?\b(\d[\d,]*) lines", readme)
-    assert stated, "README says: the method is N lines"
-    assert int(stated[1].replace(",", "")) == sum(lines(ROOMS[name]) for name in METHOD)
+    assert stated, "README says: the method is about N lines"
+    assert int(stated[1].replace(",", "")) == round(sum(lines(ROOMS[name]) for name in METHOD), -2)
 
 
 def test_readme_fits_on_a_few_screens():

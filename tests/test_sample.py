@@ -209,6 +209,13 @@ def test_loras_that_disagree_need_a_decision(monkeypatch, write_lora):
     assert settings_for(monkeypatch, "--lora", f"{one}:0", "--lora", two)["placement"] == "phase"
 
 
+def test_a_placement_that_nobody_knows_is_refused(monkeypatch, write_lora):
+    lora = write_lora("moon.safetensors", {"placement": "moon"})
+    with pytest.raises(UserError, match=r"moon\.safetensors: placement 'moon' is not one of tass, .*--placement"):
+        settings_for(monkeypatch, "--lora", lora)
+    assert settings_for(monkeypatch, "--lora", lora, "--placement", "tass")["placement"] == "tass"
+
+
 def test_a_distilled_checkpoint_takes_eight_single_steps(command, face, monkeypatch, tmp_path):
     """Recognized by its name: its own sigmas, one stream, and that one has the reference."""
     ckpt = tmp_path / "ltx-2.3-22b-distilled.safetensors"
@@ -683,7 +690,7 @@ def test_more_processes_than_streams_are_refused(command, face, monkeypatch, tmp
     monkeypatch.setattr(sample.dist, "get_world_size", lambda: 3)
     for words, count in ((["--ref", face, "--s-text", "4", "--s-ref", "4"], 2), ([], 2), (["--s-text", "1"], 1)):
         code, _, stderr = command("--prompt", "A man.", *words, *SHORT, "--out", tmp_path / "clip.mp4")
-        assert code == 2 and f"3 processes and {count} streams to share" in stderr
+        assert code == 2 and f"there are 3 processes for {count} stream" in stderr
 
 
 @pytest.mark.parametrize("options, where", [((), "cuda"), (("--text-on-cpu",), "cpu")])
