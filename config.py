@@ -40,7 +40,7 @@ except ModuleNotFoundError:  # Python 3.10
 ASSETS = Path(__file__).parent / "assets"  # the embedded models: the default where no checkpoint is named
 # Guidance scales of the paper; size, frames, fps and steps are ours, since it names none. A checkpoint's own metadata
 # (`defaults`) may name others.
-DEFAULTS = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": STEPS, "s_text": S_Y, "s_ref": S_R}
+VIDEO = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": STEPS, "s_text": S_Y, "s_ref": S_R}
 
 
 @record

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Checkpoint
 from common.errors import Parser, UserError, one_line_errors
-from config import ASSETS, DEFAULTS, Config, read_config
+from config import ASSETS, VIDEO, Config, read_config
 from data import CachedClips, check_cache_fits, training_batches
 from engine import state
 from engine.average import Average
@@ -251,10 +251,10 @@ def build_optimizer(config: Config, model: nn.Module, device: torch.device) -> t
 
 
 def make_plan(config: Config, ckpt: Path) -> Plan:
-    """The plan of a run. Without the checkpoint, LTX-2.3's config; without the cache, the size of config.DEFAULTS."""
+    """The plan of a run. Without the checkpoint, LTX-2.3's config; without the cache, the size of config.VIDEO."""
     ltx = Checkpoint(ckpt).config if ckpt.exists() else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     cache = Path(config.data.cache)
-    settings = CachedClips(cache).settings if (cache / "cache.json").exists() else DEFAULTS | {"max_tokens": 1024}
+    settings = CachedClips(cache).settings if (cache / "cache.json").exists() else VIDEO | {"max_tokens": 1024}
     return Plan(config, ltx, tuple(settings[key] for key in ("frames", "height", "width")), settings["max_tokens"])
 
 

@@ -49,7 +49,7 @@ from face import ArcFace, FaceDetector, embed, recognition_file
 from text import GEMMA, PROJECTION, TextEncoder
 from vae import VideoVAE, latent_scale
 
-DEFAULTS = {key: config.DEFAULTS[key] for key in ("height", "width", "frames", "fps")}
+VIDEO = {key: config.VIDEO[key] for key in ("height", "width", "frames", "fps")}
 TYPICAL_TOKENS, TYPICAL_IMAGE = 256, 2**18  # tokens and bytes of a clip, to fix the number of clips in a shard
 
 
@@ -108,8 +108,8 @@ def prepare(
     files = [folder / name for name in ("cache.json", NULL, "report.jsonl", shard_file(0), text_file(0))]
     refuse_overwrite(files, [manifest, checkpoint.path])
     of_model = checkpoint.ours.get("defaults", {})
-    settings: dict[str, Any] = DEFAULTS | {key: of_model[key] for key in DEFAULTS if key in of_model}
-    settings |= {k: v for k, v in zip(DEFAULTS, (height, width, frames, fps)) if v is not None}
+    settings: dict[str, Any] = VIDEO | {key: of_model[key] for key in VIDEO if key in of_model}
+    settings |= {k: v for k, v in zip(VIDEO, (height, width, frames, fps)) if v is not None}
     settings["fps"] = float(settings["fps"])  # 24 and 24.0 are the same cache
     settings |= {
         "reference": reference,

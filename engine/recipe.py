@@ -1,6 +1,6 @@
 """The recipe of a video: size, steps, guidance and reference, out of five sources.
 
-options of the user  >  distilled models  >  --preset  >  LoRA metadata  >  checkpoint metadata  >  config.DEFAULTS
+options of the user  >  distilled models  >  --preset  >  LoRA metadata  >  checkpoint metadata  >  config.VIDEO
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import Any
 from checkpoint import Checkpoint, distilled_sign
 from common.errors import UserError
 from common.sizes import require_video_size
-from config import ASSETS, DEFAULTS, Config
+from config import ASSETS, VIDEO, Config
 from engine.lora_files import LoRA, describe, open_loras
 from guidance import DISTILLED_SIGMAS
 from rope import PLACEMENTS, ReferenceSettings
@@ -85,7 +85,7 @@ def sampling_settings(ours: dict[str, Any]) -> dict[str, Any]:
     """The settings for sampling in this project's metadata of a checkpoint or LoRA."""
     defaults = ours.get("defaults", {})
     settings = {key: ours[key] for key in REFERENCE if key in ours}
-    return settings | {key: defaults[key] for key in DEFAULTS if key in defaults}
+    return settings | {key: defaults[key] for key in VIDEO if key in defaults}
 
 
 def lora_settings(loras: list[LoRA], decided: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def lora_settings(loras: list[LoRA], decided: dict[str, Any]) -> dict[str, Any]:
 def merged_metadata(base: Checkpoint, loras: list[LoRA]) -> dict[str, Any]:
     """This project's metadata of `base` with LoRAs merged in. Settings of the LoRAs replace those of the base."""
     settings, sign = lora_settings(loras, {}), distilled_sign(base.path, base.metadata)
-    defaults = base.ours.get("defaults", {}) | {key: settings.pop(key) for key in DEFAULTS if key in settings}
+    defaults = base.ours.get("defaults", {}) | {key: settings.pop(key) for key in VIDEO if key in settings}
     ours = base.ours | settings | {"defaults": defaults} | encoder_metadata(base)
     ours["loras"] = [f"{lora.path.name}:{lora.strength:g}" for lora in loras]
     return ours | ({"distilled": f"{base.path.name}, by {sign}"} if sign else {})
@@ -130,16 +130,16 @@ def export_guidance(config: Config, base: Checkpoint) -> dict[str, float]:
     """The guidance scales that an export carries as defaults: the run's, or, where those are the paper's, the ones of
     the base model (the tiny model's are lower)."""
     scales = {key: getattr(config.guidance, key) for key in ("s_text", "s_ref")}
-    of_base = DEFAULTS | base.ours.get("defaults", {})
-    return {key: of_base[key] if scales.items() <= DEFAULTS.items() else scales[key] for key in scales}
+    of_base = VIDEO | base.ours.get("defaults", {})
+    return {key: of_base[key] if scales.items() <= VIDEO.items() else scales[key] for key in scales}
 
 
 def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> Recipe:
     """The recipe of a command's options. It prints where a preset, a LoRA or a distilled model decides."""
     preset = PRESETS.get(options.preset, {})
-    names = (*DEFAULTS, *REFERENCE, "prompt_prefix")
+    names = (*VIDEO, *REFERENCE, "prompt_prefix")
     chosen = {key: value for key in names if (value := getattr(options, key)) is not None}
-    settings = DEFAULTS | REFERENCE | {"prompt_prefix": ""} | sampling_settings(checkpoint.ours)
+    settings = VIDEO | REFERENCE | {"prompt_prefix": ""} | sampling_settings(checkpoint.ours)
     if from_loras := lora_settings(loras, preset | chosen):
         print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in from_loras.items())}")
     settings |= from_loras | preset
@@ -159,7 +159,7 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
         raise UserError(f"{files}: placement {settings['placement']!r} is not one of {known}: decide with --placement")
     check_numbers(settings, latent_scale(checkpoint.config["vae"]))
     return Recipe(
-        **{key: settings[key] for key in (*DEFAULTS, "prompt_prefix")},
+        **{key: settings[key] for key in (*VIDEO, "prompt_prefix")},
         reference=ReferenceSettings(**{key.removeprefix("ref_"): settings[key] for key in REFERENCE}),
         sigmas=DISTILLED_SIGMAS if distilled and settings["steps"] == DISTILLED["steps"] else None,
     )

@@ -697,7 +697,7 @@ def test_packs_that_are_not_there(tmp_path, monkeypatch):
 
 def test_packs_without_the_model(tmp_path):
     build_detector(tmp_path / "det.onnx")
-    with pytest.raises(UserError, match=r"not a face recognition model"):
+    with pytest.raises(UserError, match=r"no face recognition model"):
         recognition_file(tmp_path)
     (tmp_path / "det.onnx").unlink()
     build_iresnet(tmp_path / "rec.onnx")

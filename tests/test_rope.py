@@ -264,7 +264,7 @@ def test_only_the_placement_phase_has_one():
 
 
 def draw(root, out):
-    command = [sys.executable, root / "rope.py", "--out", out]
+    command = [sys.executable, root / "docs" / "figures.py", "--out", out]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -281,5 +281,6 @@ def test_command_draws_video_and_reference(root, tmp_path):
 
 @pytest.mark.slow
 def test_command_with_nowhere_to_draw_says_so_in_one_line(root, tmp_path):
-    done = draw(root, tmp_path / "no" / "such" / "folder" / "tass.png")
+    (tmp_path / "file").touch()
+    done = draw(root, tmp_path / "file" / "tass.png")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

@@ -94,7 +94,7 @@ def test_a_real_photograph_to_a_video(root, tmp_path):
     assert settings["prompt"] == prompt and settings["ref"] == str(photo) and settings["seed"] == 0
     assert (settings["s_y"], settings["s_r"], settings["placement"]) == (2.0, 3.0, "tass")
     with Image.open(out.with_suffix(".png")) as sheet:
-        assert sheet.size == (7 * 164 - 4, 160 + 16)
+        assert sheet.size == (7 * 164 - 4, 160 + 2 * 16)  # names above, the prompt below
         first = np.asarray(sheet.crop((0, 16, 160, 176))).astype(int)
     with Image.open(photo) as original:  # wider than high: bars above and below
         band = round(160 * original.height / original.width)
@@ -397,7 +397,7 @@ def test_check_prints_the_totals_of_the_released_layout(root, released, released
     for title, shapes in parts.items():
         (line,) = [line for line in lines if line.startswith(title)]
         count, parameters = totals(shapes)
-        assert line.split()[-3:] == [f"{count:,}", f"{parameters:,}", f"{2 * parameters:,}"]
+        assert line.split()[-4:] == [f"{count:,}", f"{parameters:,}", f"{2 * parameters:,}", "BF16"]
     (line,) = [line for line in lines if line.startswith("ignored")]
     assert line.split()[-1] == f"{len(released['ignored']):,}"
     assert lines[-1] == "nothing is missing"

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from checkpoint import open_checkpoint
-from clips.cache import DEFAULTS, Models, fill, made_with
+from clips.cache import VIDEO, Models, fill, made_with
 from clips.manifest import Clip, with_face
 from common.device import own_place, resolve_device
 from common.errors import Parser, UserError, one_line_errors
@@ -45,7 +45,7 @@ def prepare_toy(
     """Make, or complete, a cache of `count` clips of the training split, in the checkpoint's own size: the shards of
     this process. UserError if the size is no square."""
     place, checkpoint = own_place(), open_checkpoint(ckpt)
-    settings = DEFAULTS | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in DEFAULTS}
+    settings = VIDEO | {k: v for k, v in checkpoint.ours.get("defaults", {}).items() if k in VIDEO}
     frames, height, width, fps = (settings[key] for key in ("frames", "height", "width", "fps"))
     if height != width:
         raise UserError(f"{ckpt} makes {height}x{width}, and the drawn world is square")

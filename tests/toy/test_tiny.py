@@ -11,7 +11,7 @@ import train
 from checkpoint import Checkpoint, write_modules
 from common.errors import UserError
 from common.media import read_image, read_video
-from config import DEFAULTS, read_config
+from config import VIDEO, read_config
 from engine import lora
 from model import LTXVideo
 from text import TextConnector
@@ -121,7 +121,7 @@ def test_an_unknown_part_is_said(in_process):
 
 
 def test_the_guidance_of_the_checkpoint_is_what_sample_py_takes():
-    assert tiny.DEFAULTS.keys() == DEFAULTS.keys()
+    assert tiny.DEFAULTS.keys() == VIDEO.keys()
 
 
 def test_the_committed_examples_are_of_this_world(root, tmp_path, in_process):
