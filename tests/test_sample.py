@@ -397,7 +397,8 @@ def test_check_prints_the_totals_of_the_released_layout(root, released, released
     for title, shapes in parts.items():
         (line,) = [line for line in lines if line.startswith(title)]
         count, parameters = totals(shapes)
-        assert line.split()[-4:] == [f"{count:,}", f"{parameters:,}", f"{2 * parameters:,}", "BF16"]
+        assert line.removesuffix("BF16").split()[-3:] == [f"{count:,}", f"{parameters:,}", f"{2 * parameters:,}"]
+        assert line.endswith("BF16") == (title != "all that is needed")
     (line,) = [line for line in lines if line.startswith("ignored")]
     assert line.split()[-1] == f"{len(released['ignored']):,}"
     assert lines[-1] == "nothing is missing"
