@@ -73,7 +73,7 @@ def augment_reference(image: Image.Image, rng: Generator, **strength: float) -> 
     a = AUGMENT | strength
     flip, rotate, crop, jitter = rng.random(4) < [a["flip"], a["rotate"], a["crop"], a["jitter"]]
     angle = rng.uniform(-1, 1) * a["degrees"]
-    kept, place = rng.uniform(a["keep"], 1, 2), rng.random(2)
+    share, place = rng.uniform(a["keep"], 1, 2), rng.random(2)
     factors = 1 + rng.uniform(-1, 1, 3) * [a["brightness"], a["contrast"], a["saturation"]]
     hue = rng.uniform(-1, 1) * a["hue"]
 
@@ -82,7 +82,7 @@ def augment_reference(image: Image.Image, rng: Generator, **strength: float) -> 
     if rotate:
         image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(0, 0, 0))
     if crop:
-        size = np.ceil(kept * image.size).astype(int)
+        size = np.ceil(share * image.size).astype(int)
         left, top = np.floor(place * (image.size - size + 1)).astype(int)
         image = image.crop((left, top, left + size[0], top + size[1]))
     if jitter:

@@ -185,13 +185,13 @@ def generate_batch(
     """
     # --- positions and reference
     reference = reference or ReferenceSettings()
-    like, (cell_frames, cell_height, cell_width) = vae.decoder.conv_in.conv.weight, vae.scale  # its device and dtype
+    like, (cell_frames, cell_height, cell_width) = vae.decoder.conv_in.conv.weight, vae.scale  # like: device, dtype
     dtype, batch = dtype or next(model.parameters()).dtype, len(seeds)
     grid = ((frames - 1) // cell_frames + 1, height // cell_height, width // cell_width)  # (T, h, w)
     positions = video_positions(*grid, fps, vae.scale).expand(batch, -1, -1, -1).to(like.device)  # (B, 3, N, 2)
     z_ref = ref_positions = None
     if ref_images is not None:
-        z_ref = to_tokens(vae.encode(ref_images[:, :, None].to(like)))  # Eq. 1: an image is a video of one frame
+        z_ref = to_tokens(vae.encode(ref_images[:, :, None].to(like)))  # Eq. 1 of a video of one frame: (B, R, C)
         ref_positions = place_reference(grid, fps, vae.scale, reference)
         ref_positions = ref_positions._replace(positions=ref_positions.positions.to(like.device))
 

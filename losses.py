@@ -198,10 +198,10 @@ def shifted_logit_normal(
     # seed means the same on every machine.
     x = torch.randn(batch, generator=generator, dtype=torch.float64).exp()
     uniform = floor + (1 - floor) * torch.rand(batch, generator=generator, dtype=torch.float64)
-    replaced = torch.rand(batch, generator=generator, dtype=torch.float64) < uniform_share
+    is_uniform = torch.rand(batch, generator=generator, dtype=torch.float64) < uniform_share
     # (sigmoid(μ+n) - sigmoid(μ+z_low)) / (sigmoid(μ+z_high) - sigmoid(μ+z_low)), rearranged in x = e^n. For long videos
     # all three sigmoids round to 1 and the plain form is 0/0; this one has no difference of nearly equal numbers.
     c = math.exp(-mu)
-    stretched = (x - low) / (high - low) * (c + high) / (c + x)
-    shifted = torch.where(stretched < floor, 2 * floor - stretched, stretched).clamp(max=1)
-    return torch.where(replaced, uniform, shifted).float()
+    s = (x - low) / (high - low) * (c + high) / (c + x)
+    s = torch.where(s < floor, 2 * floor - s, s).clamp(max=1)
+    return torch.where(is_uniform, uniform, s).float()

@@ -79,7 +79,7 @@ def append_reference(
         torch.cat([t[:, None].expand(-1, n_video), t_ref[:, None].expand(-1, n_ref)], dim=1),  # (B, N + R)
         torch.cat([positions, ref_positions.positions.expand(batch, -1, -1, -1)], dim=2),  # (B, 3, N + R, 2)
         mask,
-        (ref_positions.phase * is_ref.float()).expand(batch, -1) if ref_positions.phase else None,
+        (ref_positions.phase * is_ref.float()).expand(batch, -1) if ref_positions.phase else None,  # (B, N + R)
     )
 
 
@@ -187,8 +187,8 @@ class AdaLN(nn.Module):
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """t (U,), or (B,) for the prompt -> modulation (U, rows, D), and the embedding (U, D) behind it."""
-        embedded = self.emb["timestep_embedder"](t, dtype)  # (U, D)
-        return rearrange(self.linear(F.silu(embedded)), "u (rows d) -> u rows d", rows=self.rows), embedded
+        embedding = self.emb["timestep_embedder"](t, dtype)  # (U, D)
+        return rearrange(self.linear(F.silu(embedding)), "u (rows d) -> u rows d", rows=self.rows), embedding
 
 
 class Block(nn.Module):
@@ -230,7 +230,7 @@ class Block(nn.Module):
 
         # The noise level modulates the context too. Text tokens have none of their own; they use the sample's sigma.
         shift_ca, scale_ca, gate_ca = (F.embedding(token_row, row) for row in rows[6:9])  # (B, L, D)
-        shift_kv, scale_kv = (self.prompt_scale_shift_table + prompt_modulation).unsqueeze(2).unbind(1)  # (B, 1, D)
+        shift_kv, scale_kv = (self.prompt_scale_shift_table + prompt_modulation).unsqueeze(2).unbind(1)  # 2 x (B, 1, D)
         context = modulate(context, shift_kv, scale_kv)  # (B, S, D)
         x = x + gate_ca * self.attn2(modulate(rms_norm(x), shift_ca, scale_ca), context)
 
@@ -325,14 +325,14 @@ class LTXVideo(nn.Module):
         """
         dtype = latents.dtype
         rotary, token_row, examples = constants or self.constants(timesteps, positions, phase, dtype)
-        modulation, embedded = self.adaln_single(timesteps.flatten()[examples], dtype)  # (U, 9, D), (U, D)
+        modulation, embedding = self.adaln_single(timesteps.flatten()[examples], dtype)  # (U, 9, D), (U, D)
         prompt_modulation, _ = self.prompt_adaln_single(sigma, dtype)  # (B, 2, D)
 
         x = self.patchify_proj(latents)  # (B, L, D)
         for block in self.transformer_blocks:
             x = block(x, context, modulation, prompt_modulation, token_row, rotary, mask)
 
-        shift, scale = (self.scale_shift_table + embedded.unsqueeze(1)).unbind(1)  # (U, D)
+        shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)  # 2 x (U, D)
         x = F.layer_norm(x, (self.dim,), eps=1e-6)
-        x = modulate(x, F.embedding(token_row, shift), F.embedding(token_row, scale))
+        x = modulate(x, F.embedding(token_row, shift), F.embedding(token_row, scale))  # (B, L, D)
         return self.proj_out(x)  # (B, L, C)

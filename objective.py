@@ -52,8 +52,8 @@ class Objective:
     def __call__(self, model: nn.Module, batch: dict[str, Any], draws: list[Draws]) -> dict[str, Tensor]:
         """The values of a batch (`data.training_batches`), each (B,): loss, flow, id, tic, w_aux, t, frames (number of
         decoded frames) and faces (number of those with a face)."""
-        like, options = self.vae.decoder.conv_in.conv.weight, self.faces  # any weight of the VAE: device and dtype
-        device = like.device
+        like, options = self.vae.decoder.conv_in.conv.weight, self.faces
+        device = like.device  # `like` is any weight of the VAE and gives device and dtype
 
         # Step 1: the reference as latents. The data workers have applied A (data.augment_reference) and the fit.
         # If a sample of the batch has a reference, all are encoded. Step 2 masks the dropped ones.

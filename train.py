@@ -100,7 +100,7 @@ def train(
     batches = training_batches(config, clips, first, end)
     for step in range(first, end):
         begin, done = time.perf_counter(), step + 1
-        rows, names, damaged = [], [], []
+        rows, names, problems = [], [], []
 
         # -- loss and gradients
         micro_batches = [next(batches) for _ in range(math.ceil(batch // world / micro_batch))]
@@ -119,7 +119,7 @@ def train(
             out["skipped"] = ~intact
             rows.append(torch.stack([out[key].detach().float() for key in Log.COLUMNS], dim=1))
             names += micro["names"]
-            damaged += [f"{name} ({why})" for name, why in zip(micro["names"], micro["problems"]) if why]
+            problems += [f"{name} ({why})" for name, why in zip(micro["names"], micro["problems"]) if why]
 
         # -- figures of all ranks; damaged samples, numbers that are not finite
         reason = stop.signal or ('the file "stop"' if (run / "stop").exists() else "")
@@ -128,7 +128,7 @@ def train(
             bad = gather_names([name for name, row in zip(names, torch.cat(rows)) if not row.isfinite().all()])
             raise UserError(f"step {done}: the loss is not finite for {', '.join(bad)}: lower optim.lr and run again")
         if table[:, Log.COLUMNS.index("skipped")].any():
-            skipped = count_skipped(config, skipped, gather_names(damaged), done)
+            skipped = count_skipped(config, skipped, gather_names(problems), done)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not math.isfinite(norm):

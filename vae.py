@@ -91,8 +91,8 @@ class Conv3d(nn.Module):
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """(B, C, F, H, W) -> (B, C', F, H, W). With `memory` x is a piece, and the output has F-1 to F+1 frames:
         a frame of the decoder's output waits for the input frame after it."""
-        kept = [] if memory is None else memory.get(self, [])  # the last two frames before this piece
-        parts = [*(kept or [x[:, :, :1]] * (2 if self.causal else 1)), x]
+        past = [] if memory is None else memory.get(self, [])  # the last two frames before this piece
+        parts = [*(past or [x[:, :, :1]] * (2 if self.causal else 1)), x]
         if not self.causal and (memory is None or memory.last):
             parts.append((x if x.shape[2] else parts[0])[:, :, -1:])
         x = torch.cat(parts, dim=2)
@@ -161,9 +161,9 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """(B, C, k+1, H, W) -> (B, C', 2k+1, 2H, 2W) with the stride (2, 2, 2)"""
         x = depth_to_space(self.conv(x, memory), self.stride)  # (B, C', 2k+2, 2H, 2W)
-        begun = Memory() if memory is None else memory
-        if self.stride[0] == 2 and x.shape[2] and self not in begun:
-            begun[self] = True
+        memory = Memory() if memory is None else memory
+        if self.stride[0] == 2 and x.shape[2] and self not in memory:
+            memory[self] = True
             x = x[:, :, 1:]  # the video's first latent frame stands for 1 frame, not for 2
         return x
 
