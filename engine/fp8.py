@@ -98,14 +98,23 @@ def load_fp8(
     sources = {name: file_name(f"{name}.weight", model.PREFIXES) for name in block_linears(model)}
     changes = changes or {}
     in_fp8 = {name: source for name, source in sources.items() if checkpoint.tensors[source]["dtype"] in FP8}
+    unchanged = {name for name, source in in_fp8.items() if source not in changes}
+    # Bytes and scales of all layers get their place before the first matrix is read. Between freed matrices they would
+    # split the heap, which then grows to two or three times the model.
+    shapes = {n: checkpoint.tensors[s]["shape"] for n, s in (in_fp8 or sources).items() if n not in unchanged}
+    places = {
+        name: (torch.empty(shape, dtype=torch.uint8, device=device), torch.empty(shape[0], 1, device=device))
+        for name, shape in shapes.items()
+    }
     for name, source in (in_fp8 or sources).items():
-        if in_fp8 and source not in changes:
+        if name in unchanged:
             weight = checkpoint.read(source, device)
             quantized, scale, stored = weight.view(torch.uint8), checkpoint.scale(source, device), weight.dtype
         else:
             weight = checkpoint.read(source, device, torch.float32 if in_fp8 else dtype)
-            quantized, scale = quantize(changes[source](weight) if source in changes else weight)
-            stored = E4M3
+            quantized, scale, stored = *places[name], E4M3
+            for place, value in zip(places[name], quantize(changes[source](weight) if source in changes else weight)):
+                place.copy_(value)
         model.set_submodule(name, FP8Linear(quantized, scale, model.get_submodule(name).bias, stored))
         del weight
     checkpoint.load(model, model.PREFIXES, device, dtype)  # what is still on the meta device

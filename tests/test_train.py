@@ -186,7 +186,7 @@ def test_from_nothing_on_drawn_clips(from_nothing):
 def test_clips_of_another_world_are_not_trained_on(from_nothing, monkeypatch):
     """Drawn before toy.py changed, here how far a head is turned at rest."""
     monkeypatch.setitem(toy.POSE, "yaw", (0, 9, -36, 36))
-    with pytest.raises(UserError, match="was made with world"):
+    with pytest.raises(UserError, match="was begun with world"):
         prepare_toy(from_nothing[0] / "cache", 6, ASSETS / "tiny.safetensors", ASSETS / "gemma", ASSETS / "faces")
 
 
