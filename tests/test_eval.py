@@ -786,7 +786,7 @@ def test_results_of_other_videos_are_not_replaced(command, tmp_path):
 OUT_OF_RANGE = [("--det-size", value) for value in ("-1", "33", "1000000000", "x")]
 OUT_OF_RANGE += [("--gpus", value) for value in ("0", "-1", "1.5")] + [("--device", "banana"), ("--device", "meta")]
 OUT_OF_RANGE += [(option, "") for option in ("--clip", "--curricular", "--out", "--videos", "--cases", "--faces")]
-OUT_OF_RANGE += [("--faces", "./no"), ("--curricular", "./no"), ("--clip", "./no"), ("--protocol", "consisid")]
+OUT_OF_RANGE += [("--faces", "./no"), ("--curricular", "./no"), ("--clip", "./no")]
 
 
 @pytest.mark.parametrize("option, value", OUT_OF_RANGE)

@@ -1,6 +1,7 @@
 """train.py on the clips in assets/: many processes and one, stops and continuations, the export, errors."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -502,6 +503,31 @@ def test_too_many_damaged_clips_end_the_run(clips, tmp_path, monkeypatch, capsys
     assert run_here(command(tmp_path / "cache", tmp_path / "run", **options), monkeypatch) == 2
     assert "11 samples are damaged, and data.max_bad allows 10" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("step-*"))
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient", "weights"])
+def test_numbers_that_are_not_finite_end_the_run(broken, clips, tmp_path, monkeypatch, capsys):
+    """The second step breaks: by a first step of 1e12, by its gradient, by its update. The last checkpoint stays."""
+    options = {"optim__steps": 3, "optim__batch": 1, "parallel__micro_batch": 1, "faces__pack": ""}
+    options |= {"log__save_every": 1, "optim__warmup": 0}
+    clip, rate, norms = torch.nn.utils.clip_grad_norm_, train.learning_rate, []
+
+    def infinite_at_second_step(*arguments):
+        norms.append(clip(*arguments))
+        return norms[-1] if len(norms) == 1 else torch.tensor(math.inf)
+
+    if broken == "loss":
+        options["optim__lr"] = 1e12
+    elif broken == "gradient":
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", infinite_at_second_step)
+    else:
+        monkeypatch.setattr(train, "learning_rate", lambda config, step: math.nan if step else rate(config, step))
+    assert run_here(command(clips, tmp_path / "run", **options), monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert "step 2: " in error and "not finite" in error and len(error.splitlines()) == 1
+    assert {"loss": "the loss is", "gradient": "the gradient is", "weights": "nothing was saved"}[broken] in error
+    assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-000001"]
+    assert all(t.isfinite().all() for t in weights(tmp_path / "run", 1).values())
 
 
 def test_dry_run_writes_nothing(clips, tmp_path, monkeypatch, capsys):
