@@ -148,8 +148,11 @@ class Parallel:
     precision: Literal["bf16", "fp32"] = (
         "bf16"  # of the computation; trained weights are float32, or bf16 with adamw-bf16
     )
-    recompute: bool = True  # keep only the blocks' inputs for the backward pass
+    # What a block keeps for the backward pass, and computes again: engine/parallel.py. A number: of blocks under "all",
+    # the others under "products". auto: what fits the GPU, by engine/plan.py; "all" on a CPU.
+    recompute: Literal["auto", "all", "products", "none"] | Count = "auto"
     compile: bool = False  # torch.compile the blocks: a slow start, faster steps
+    fp8: bool = False  # products of the inner blocks' large linear layers in 8 bits, by torchao (engine/fp8_training.py)
 
 
 @record
@@ -249,6 +252,8 @@ def _check_together(config: Config) -> None:
         raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
     if lora.rank and config.model.scratch:
         raise UserError("model.scratch draws new weights and lora.rank above 0 freezes them: leave one out")
+    if parallel.fp8 and (lora.rank or parallel.precision != "bf16"):
+        raise UserError('parallel.fp8 is for training all weights: set parallel.precision = "bf16" and lora.rank = 0')
     if optim.ema and in_bf16:
         raise UserError('optim.ema averages float32 weights: set it to 0 with optim.kind = "adamw-bf16"')
     if in_bf16 and (lora.rank or parallel.precision != "bf16"):

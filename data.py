@@ -280,4 +280,5 @@ def training_batches(config: Config, clips: CachedClips, first: int, steps: int)
     workers = config.data.workers
     spawn = "spawn" if workers else None  # forking after threads have started can hang
     options = {"num_workers": workers, "multiprocessing_context": spawn, "collate_fn": collate}
+    options["pin_memory"] = torch.cuda.is_available()  # a copy to the GPU then runs beside its work
     return map(unpack, DataLoader(TrainingClips(clips, config), batch_sampler=numbers(), **options))

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from checkpoint import Checkpoint, open_checkpoint
 from rope import RefPositions, apply_rope, rope_cos_sin
@@ -201,11 +200,11 @@ class Block(nn.Module):
         self.attn1 = Attention(dim, heads)
         self.attn2 = Attention(dim, heads)
         self.ff = FeedForward(dim)
-        self.recompute = False  # True: keep only the block's input, and run the block again in the backward pass
+        self.recompute: Callable | None = None  # runs `run`, keeping less for the backward pass (engine/parallel.py)
 
     def forward(self, *inputs: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return recompute(self.run, *inputs, use_reentrant=False)
+            return self.recompute(self.run, *inputs)
         return self.run(*inputs)
 
     def run(
@@ -297,7 +296,7 @@ class LTXVideo(nn.Module):
         """Compile every block. They share one code object: one graph for each input shape, for all blocks and steps."""
         torch._dynamo.config.optimize_ddp = False  # DDP's own mode would cut the graph at every bucket of gradients
         for block in self.transformer_blocks.children():
-            block.run = torch.compile(block.run, dynamic=False, backend=backend)
+            block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
         return self
 
     def forward(

@@ -18,16 +18,19 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from checkpoint import Checkpoint
+from common.device import upload
 from common.errors import Parser, UserError, one_line_errors
 from config import ASSETS, VIDEO, Config, read_config
 from data import CachedClips, check_cache_fits, training_batches
@@ -37,7 +40,7 @@ from engine.check import require_bf16
 from engine.logbook import Log
 from engine.lora import seed_dropout
 from engine.optim import AdamWBF16
-from engine.parallel import StopSignal, build_model, gather_rows, join_processes
+from engine.parallel import StopSignal, build_model, gather_rows, join_processes, usable_memory
 from engine.plan import Plan
 from engine.samples import draw_samples, encode_samples
 from face import ArcFace, FaceDetector, recognition_file
@@ -84,7 +87,9 @@ def train(
 
     # ---- frozen parts, the DiT, the optimizer
     objective = build_objective(config, ckpt, clips, device)
-    model = build_model(config, ckpt, device)
+    plan = make_plan(config, ckpt.path)
+    recompute = plan.recompute(world, usable_memory(device))
+    model = build_model(config, ckpt, device, recompute)
     optimizer = build_optimizer(config, model, device)
     average = Average(model, config.optim.ema) if config.optim.ema else None
     first, skipped, samples = 0, [], []
@@ -92,12 +97,12 @@ def train(
         state.write_record(run, config, clips.settings)
         samples = encode_samples(config, ckpt, clips.settings, run, device)
         first, skipped = state.resume(run, model, optimizer, average, options.from_previous)
-    log = Log(config, make_plan(config, ckpt.path), run, first, enabled=rank == 0 and not options.dry_run)
+    log = Log(config, plan, run, first, enabled=rank == 0 and not options.dry_run)
 
     # ---- steps
     stop, stop_now = StopSignal(), False
     end = first + 1 if options.dry_run else config.optim.steps
-    batches = training_batches(config, clips, first, end)
+    batches = ahead(training_batches(config, clips, first, end), device)
     for step in range(first, end):
         begin, done = time.perf_counter(), step + 1
         rows, names, problems = [], [], []
@@ -113,7 +118,7 @@ def train(
             wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
             with wait:
                 out = objective(model, micro, micro["draws"])
-                intact = torch.tensor([not problem for problem in micro["problems"]], device=device)
+                intact = upload(torch.tensor([not problem for problem in micro["problems"]]), device)
                 loss = torch.where(intact, out["loss"], 0)  # a damaged sample adds 0
                 (loss.sum() * world / batch).backward()  # DDP and FSDP average over ranks, hence * world
             out["skipped"] = ~intact
@@ -121,20 +126,8 @@ def train(
             names += micro["names"]
             problems += [f"{name} ({why})" for name, why in zip(micro["names"], micro["problems"]) if why]
 
-        # -- figures of all ranks; damaged samples, numbers that are not finite
-        reason = stop.signal or ('the file "stop"' if (run / "stop").exists() else "")
-        table, stop_now = gather_rows(torch.cat(rows), reason)  # (batch, columns), of all ranks
-        if not table.isfinite().all():
-            bad = gather_names([name for name, row in zip(names, torch.cat(rows)) if not row.isfinite().all()])
-            raise UserError(f"step {done}: the loss is not finite for {', '.join(bad)}: lower optim.lr and run again")
-        if table[:, Log.COLUMNS.index("skipped")].any():
-            skipped = count_skipped(config, skipped, gather_names(problems), done)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-        if not math.isfinite(norm):
-            raise UserError(f"step {done}: the gradient is not finite (norm {norm}): lower optim.lr and run again")
-
-        # -- update
+        # -- update, queued on the GPU before anything here waits for it
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip, foreach=True)
         lr = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -142,6 +135,18 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         if average:
             average.update(step)
+
+        # -- figures of all ranks; damaged samples, numbers that are not finite, of which nothing is saved
+        reason = stop.signal or ('the file "stop"' if (run / "stop").exists() else "")
+        table, stop_now = gather_rows(torch.cat(rows), reason)  # (batch, columns), of all ranks
+        if not table.isfinite().all():
+            bad = gather_names([name for name, row in zip(names, torch.cat(rows)) if not row.isfinite().all()])
+            raise UserError(f"step {done}: the loss is not finite for {', '.join(bad)}: lower optim.lr and run again")
+        if table[:, Log.COLUMNS.index("skipped")].any():
+            skipped = count_skipped(config, skipped, gather_names(problems), done)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not math.isfinite(norm):
+            raise UserError(f"step {done}: the gradient is not finite (norm {norm}): lower optim.lr and run again")
 
         # -- log, samples, checkpoint, stop
         if options.dry_run:
@@ -188,7 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="print memory per GPU and days; load no weights")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs for --plan (%(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="achieved share of the peak, for --plan (%(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="useful share of the peak, all recomputed, for --plan")
     options = parser.parse_args()
     if options.export is not None and not options.export.strip():
         raise UserError("--export needs the name of a file")
@@ -225,7 +230,7 @@ def build_objective(config: Config, ckpt: Checkpoint, clips: CachedClips, device
     return Objective(
         vae=VideoVAE.from_checkpoint(ckpt, device, compute_dtype).requires_grad_(False),
         connector=connector,
-        null_features=clips.null_features,
+        null_features=clips.null_features.to(device),
         slots=clips.settings["max_tokens"],
         fps=clips.settings["fps"],
         detector=detector,
@@ -260,6 +265,16 @@ def make_plan(config: Config, ckpt: Path) -> Plan:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # steps
+
+
+def ahead(batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The same micro-batches on the device. Each is read, and its copy queued, before the one in front is computed."""
+    sent = (tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch) for batch in batches)
+    now = next(sent)
+    for following in sent:
+        yield now
+        now = following
+    yield now
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -7,6 +7,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from common.errors import UserError
 from common.schema import record, validate
@@ -52,3 +53,8 @@ def own_place() -> Place:
     if place.RANK >= place.WORLD_SIZE:
         raise UserError(f"environment: RANK = {place.RANK} is not below WORLD_SIZE = {place.WORLD_SIZE}: use torchrun")
     return Place(place.RANK, place.WORLD_SIZE, place.LOCAL_RANK)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`, without waiting for what runs there."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

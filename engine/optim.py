@@ -9,7 +9,8 @@ keeps it on average: a number between two bf16 neighbours becomes the upper one 
 mean equals the float32 number. The moments, whose decay of 1 - 0.999 a step is below half a bf16 digit, need it too.
 
 A step reads and writes 14 bytes a parameter. On a GPU it is compiled into one kernel that does no more than that, so
-the bits for the rounding are a hash of the number's place rather than drawn into memory.
+the bits for the rounding are a hash of the number's place rather than drawn into memory. Nothing in a step waits for
+the GPU, so its kernels are queued while the backward pass runs.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from common.device import upload
 
 PIECE = 2**24  # numbers of a weight that are in float32 at a time, where the step is not one kernel
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,7 +47,9 @@ def adamw(
     """One step of AdamW for flat pieces of a weight, its gradient and its moments, in place. `seed` () is an int32, a
     new one for each piece and step. `factors` (3,) are 1 - lr decay, lr / (1 - beta_1^step), 1 / (1 - beta_2^step),
     in a tensor, because other numbers would compile the function again."""
-    bits = hash_bits(torch.arange(w.numel(), dtype=torch.int32, device=w.device) + seed)
+    if w.numel() % 16 == 0:  # tells the compiler that it may load 16 bytes at a time
+        w, g, m, v = (t.view(-1, 16) for t in (w, g, m, v))
+    bits = hash_bits(torch.arange(w.numel(), dtype=torch.int32, device=w.device).view_as(w) + seed)
     keep, rate, correction = factors.unbind()
     g = g.float()
     m_new = betas[0] * m.float() + (1 - betas[0]) * g
@@ -81,11 +86,11 @@ class AdamWBF16(torch.optim.Optimizer):
                 continue
             (beta_1, beta_2), lr = group["betas"], group["lr"]
             factors = [1 - lr * group["weight_decay"], lr / (1 - beta_1**step), 1 / (1 - beta_2**step)]
-            factors = torch.tensor(factors, device=device)
+            factors = upload(torch.tensor(factors), device)
             seeds = np.random.SeedSequence([self.seed, step, number]).generate_state(len(weights)).astype(np.int32)
-            for weight, seed in zip(weights, torch.from_numpy(seeds).to(device).unbind()):
+            for weight, seed in zip(weights, upload(torch.from_numpy(seeds), device).unbind()):
                 whole = (weight, weight.grad, *(self.state[weight][key] for key in MOMENTS))
                 flat = [(t.to_local() if isinstance(t, DTensor) else t).view(-1) for t in whole]
                 size = len(flat[0]) if self.compiled else PIECE
                 for k, pieces in enumerate(zip(*(t.split(max(1, size)) for t in flat))):
-                    self.update(*pieces, seed + k * size, factors, group["betas"], group["eps"])
+                    self.update(*pieces, seed + k * size if k else seed, factors, group["betas"], group["eps"])

@@ -5,12 +5,20 @@
         hsdp    fsdp within a group, the groups as replicas of each other: `parallel.replicas`
 
 Both come with PyTorch and run under torchrun, on one node or many; on CPUs too, over gloo.
+
+A block keeps for its backward pass, in numbers a token of the model's width, and computes the rest again:
+
+        all          1      its input
+        products    14      the outputs of matrix products and attention as well; norms, modulation, gates run again
+        none        40      everything
 """
 
+import logging
 import os
 import signal
 import warnings
 import zlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,14 +29,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from checkpoint import Checkpoint, file_name
 from common.device import own_place
 from common.errors import UserError
 from config import Config, Parallel
 from engine.fp8 import load_fp8
+from engine.fp8_training import multiply_in_fp8
 from engine.lora import new_lora
+from engine.plan import USABLE
 from model import LTXVideo
+
+ATEN = torch.ops.aten
+PRODUCTS = [ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN._scaled_mm.default]
+PRODUCTS += [
+    getattr(ATEN, f"_scaled_dot_product_{kernel}").default
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+]
+KEEP_INPUTS = partial(checkpoint, use_reentrant=False)
+KEEP_PRODUCTS = partial(KEEP_INPUTS, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS))
 
 
 def join_processes() -> torch.device:
@@ -45,17 +65,25 @@ def join_processes() -> torch.device:
     return device
 
 
-def build_model(config: Config, source: Checkpoint, device: torch.device) -> nn.Module:
+def usable_memory(device: torch.device) -> float:
+    """Bytes that a run may plan with; of a CPU 0, for which nothing is chosen to fit."""
+    return USABLE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0.0
+
+
+def build_model(config: Config, source: Checkpoint, device: torch.device, recompute: str | int) -> nn.Module:
     """The DiT in float32, whole on every rank (DDP) or in shards that no rank ever puts together (FSDP2). For the
     optimizer "adamw-bf16" it is in bf16. With adapters (lora.rank above 0) it is whole, frozen, and in the precision of
-    the computation or in fp8; the adapters are float32."""
+    the computation or in fp8; the adapters are float32. `recompute` is not "auto": Plan.recompute chooses."""
     run, lora, seed = config.parallel, config.lora, config.run.seed
     in_bf16 = config.optim.kind == "adamw-bf16" or (lora.rank and run.precision == "bf16")
     held = torch.bfloat16 if in_bf16 else torch.float32
     with torch.device("meta"):
         model = LTXVideo(source.config["transformer"]).to(held)
-    set_recompute(model, run.recompute)
+    set_recompute(model, recompute)
+    if run.fp8:
+        multiply_in_fp8(model, device)
     if run.compile:
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel("ERROR")  # warns of KEEP_PRODUCTS
         model.compile_blocks()
     if run.mode == "fsdp":
         shard(model, run, device)
@@ -118,9 +146,13 @@ def first_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator) * (2 / sum(shape)) ** 0.5
 
 
-def set_recompute(model: LTXVideo, on: bool) -> None:
-    for block in model.transformer_blocks:
-        block.recompute = on
+def set_recompute(model: LTXVideo, how: str | int) -> None:
+    """`how`: "all", "products", "none", or the number of blocks under "all" where the others are under "products". They
+    are the first ones: the backward pass comes to them when the others have freed what they kept."""
+    blocks = model.transformer_blocks
+    whole = {"all": len(blocks), "products": 0, "none": 0}.get(how, how)
+    for k, block in enumerate(blocks):
+        block.recompute = None if how == "none" else KEEP_INPUTS if k < whole else KEEP_PRODUCTS
 
 
 def reshard(model: nn.Module) -> None:

@@ -6,8 +6,9 @@ A DiT step at width D over N tokens (video and reference) with S text tokens cos
         text attention      4 N D^2 (q, out) + 4 S D^2 (k, v)   + 4 N S D
         feed-forward       16 N D^2
 
-multiply-adds counted as two. The backward pass costs twice the forward. Recomputing blocks costs a forward more, which
-is spent but not useful, so MFU does not count it. Frozen weights (LoRA) need no gradient of their own: the products
+multiply-adds counted as two. The backward pass costs twice the forward. Recomputing all blocks costs a forward more,
+recomputing all but their products a tenth of one (measured; docs/performance.md). That is spent but not useful, so MFU
+does not count it, and is higher where less is recomputed. Frozen weights (LoRA) need no gradient of their own: the products
 with D^2 above then cost twice their forward in all, not three times.
 """
 
@@ -31,6 +32,8 @@ from text import TextConnector
 from vae import VideoVAE, latent_scale
 
 GIB = 2**30
+USABLE = 0.9  # of a card's memory, beside the driver's and the allocator's share
+AGAIN = {"all": 1.0, "products": 0.1, "none": 0.0}  # part of the time of a forward pass that is spent again
 # Dense bf16 TFLOP/s and GB by the makers' data sheets.
 CARDS = {"H20-96": (148, 96), "H20-141": (148, 141), "A100-80": (312, 80), "H100-80": (989, 80),
          "H200-141": (989, 141), "L40S-48": (362, 48)}  # fmt: skip
@@ -93,12 +96,25 @@ class Plan:
         adapted = find_targets(self.dit, config.lora.targets).values() if self.rank else []
         self.trained = sum(self.rank * sum(weight.shape) for weight in adapted) or parameters(self.dit)
 
+    @property
+    def low(self) -> int:
+        """Bytes of a number in products."""
+        return 2 if self.config.parallel.precision == "bf16" else 4
+
+    @property
+    def autocast(self) -> bool:
+        run = self.config.parallel
+        return run.mode == "ddp" and self.low == 2 and not self.rank and self.config.optim.kind == "adamw"
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number between products."""
+        return 4 if self.autocast else self.low
+
     def flops_per_sample(self) -> float:
         """Useful operations of one training sample, all parts: what MFU is counted with."""
         transformer, keep = self.ltx["transformer"], 1 - self.config.dropout.reference
-        with_reference = dit_flops(transformer, self.tokens, self.reference_tokens, self.text_tokens)
-        without = dit_flops(transformer, self.tokens, 0, self.text_tokens)
-        total = 3 * (keep * with_reference + (1 - keep) * without)
+        total = 3 * self.forward_flops()
         if self.rank:
             tokens = self.tokens + keep * self.reference_tokens
             # No gradients of the frozen weights; the adapters' own operations, the text's k and v counted as the rest.
@@ -107,6 +123,15 @@ class Plan:
         total += connector_flops(transformer, self.text_tokens) + keep * encode * (self.reference_tokens > 0)
         # The decoder's weights are frozen: forward, and the gradient of its input.
         return total + 2 * decode * self.decoded_share()
+
+    def forward_flops(self) -> float:
+        """Operations of the DiT's forward pass for a sample, of which some drop the reference."""
+        with_reference, without = (
+            dit_flops(self.ltx["transformer"], self.tokens, tokens, self.text_tokens)
+            for tokens in (self.reference_tokens, 0)
+        )
+        keep = 1 - self.config.dropout.reference
+        return keep * with_reference + (1 - keep) * without
 
     def decoded_share(self) -> float:
         """Share of samples whose w_aux is high enough for the identity losses (Eq. 12)."""
@@ -117,16 +142,39 @@ class Plan:
         t = shifted_logit_normal(100_000, tokens, torch.Generator().manual_seed(0))
         return (aux_weight(t, faces.gamma) >= faces.min_weight).float().mean().item()
 
-    def memory(self, gpus: int) -> dict[str, float]:
-        """Bytes per GPU by part, each at its largest moment of a step; not all are that large at once."""
+    def recompute(self, gpus: int, room: float) -> str | int:
+        """parallel.recompute, or for "auto" the way that computes least again of those that need at most `room` bytes
+        per GPU, "all" if none does."""
+        if (how := self.config.parallel.recompute) != "auto":
+            return how
+        ways = ("none", "products", *range(1, len(self.dit.transformer_blocks)))
+        rest = sum(self.memory(gpus, "all").values()) - self.activations("all")
+        return next((how for how in ways if rest + self.activations(how) <= room), "all")
+
+    def activations(self, how: str | int) -> float:
+        """Bytes that autograd keeps of the blocks. Of one block it keeps, counted (tests/engine/test_plan.py) in rows of
+        the model's width, 40 a token and 5 a text token, of which 13 and 2 are outputs of products and attention.
+        Autocast (bf16 under ddp) keeps all but the products in float32, and their inputs twice."""
+        run, n, s = self.config.parallel, self.tokens + self.reference_tokens, self.text_tokens
+        row, layers = run.micro_batch * self.dit.dim, len(self.dit.transformer_blocks)
+        everything = row * (2 * (62 * n + 8 * s) if self.autocast else self.low * (40 * n + 5 * s))
+        if how == "none":
+            return everything * layers
+        whole = min(layers, {"all": layers, "products": 0}.get(how, how))
+        products = row * self.low * (13 * n + 2 * s)
+        # Everything of the block that the backward pass begins with, less what it kept.
+        return row * self.wide * n * layers + products * max(0, layers - whole - 1) + everything
+
+    def memory(self, gpus: int, how: str | int = "") -> dict[str, float]:
+        """Bytes per GPU by part, each at its largest moment of a step; not all are that large at once. `how`: another
+        parallel.recompute."""
         run = self.config.parallel
         if gpus < 1 or (run.mode == "fsdp" and gpus % run.replicas):
             raise UserError(f"parallel.replicas = {run.replicas} does not divide {gpus} GPUs")
         blocks, weights = self.dit.transformer_blocks, parameters(self.dit)
         block = parameters(blocks[0])
         rest = weights - block * len(blocks)
-        low = 2 if run.precision == "bf16" else 4  # bytes of what is computed in
-        n, s, d = self.tokens + self.reference_tokens, self.text_tokens, self.dit.dim
+        low, how = self.low, how or ("all" if run.recompute == "auto" else run.recompute)
 
         parts = {"frozen: DiT": low * weights} if self.rank else {}
         if self.rank and self.config.lora.fp8:
@@ -144,19 +192,13 @@ class Plan:
         if run.mode == "fsdp":
             # The root's weights, and a block in use beside the one that is fetched; a block's gradient on its way out.
             parts["gathered weights and gradients"] = low * (rest + 2 * block) + (low + 4) * block
-        elif low == 2 and not self.rank and not in_bf16:
+        elif self.autocast:
             parts["bf16 copies of weights"] = 2 * weights
-        # What autograd keeps of one block for its backward pass, counted (tests/test_plan.py) in rows of the model's
-        # width. Autocast (bf16 under ddp) keeps all but the matrix products in float32, and their inputs twice.
-        autocast = run.mode == "ddp" and low == 2 and not self.rank and not in_bf16
-        row, wide = run.micro_batch * d, 4 if autocast else low
-        inside = row * (2 * (62 * n + 8 * s) if autocast else low * (40 * n + 5 * s))
-        if run.recompute:
-            parts["activations, blocks recomputed"] = wide * row * n * len(blocks) + inside
-        else:
-            parts["activations"] = inside * len(blocks)
+        kept = {"all": "blocks recomputed", "products": "products kept", "none": "all kept"}
+        parts[f"activations, {kept.get(how, f'{how} blocks recomputed')}"] = self.activations(how)
         # In the backward pass of a block, gradients of the feed-forward's width; counted as well.
-        parts["gradients in flight, rotary tables"] = wide * row * 8 * n
+        tokens = run.micro_batch * (self.tokens + self.reference_tokens)
+        parts["gradients in flight, rotary tables"] = self.wide * tokens * 8 * self.dit.dim
         parts["frozen: connector, VAE"] = low * (parameters(self.connector) + parameters(self.vae))
         if self.config.faces.pack:
             parts["frozen: ArcFace, fp32"] = 4 * 65e6
@@ -207,14 +249,24 @@ class Plan:
             f"| **sum, without fragmentation** | **{total / GIB:.1f}** |\n",
             f"{per_step / optim.batch / 1e12:,.1f} TFLOP a sample, {per_step / 1e15:,.2f} PFLOP a step "
             f"(identity losses on {self.decoded_share():.0%} of samples)",
-            f"\n| card | memory | at {mfu:.0%} MFU, {optim.steps:,} steps |\n|---|---|---:|",
+            f"\n| card | memory | {optim.steps:,} steps | recompute | MFU |\n|---|---|---:|---|---:|",
         ]
-        holding = cards_that_hold(total)
-        for name, (tflops, _) in CARDS.items():
-            verdict = "fits" if name in holding else f"needs {total / GIB:.0f} GiB"
-            seconds = per_step * optim.steps / (gpus * tflops * 1e12 * mfu)
-            lines.append(f"| {gpus} x {name} | {verdict} | {seconds / 86400:,.1f} days |")
+        for name, (tflops, gigabytes) in CARDS.items():
+            how = self.recompute(gpus, room := USABLE * gigabytes * 1e9)
+            needed = sum(self.memory(gpus, how).values())
+            verdict = f"{needed / GIB:.0f} GiB" if needed <= room else f"needs {needed / GIB:.0f} GiB"
+            reached = self.mfu(mfu, how)
+            seconds = per_step * optim.steps / (gpus * tflops * 1e12 * reached)
+            days = f"{seconds / 86400:,.1f} days"
+            lines.append(f"| {gpus} x {name} | {verdict} | {days} | {how} | {reached:.0%} |")
         return "\n".join(lines + self.ways(gpus))
+
+    def mfu(self, mfu: float, how: str | int) -> float:
+        """The MFU where `how` blocks are recomputed and `mfu` is reached with all of them: the same time for an
+        operation, fewer operations."""
+        useful, forward, layers = self.flops_per_sample(), self.forward_flops(), len(self.dit.transformer_blocks)
+        again = AGAIN[how] if how in AGAIN else AGAIN["products"] + (1 - AGAIN["products"]) * min(1, how / layers)
+        return mfu * (useful + forward) / (useful + again * forward)
 
     def ways(self, gpus: int) -> list[str]:
         """A table of the ways to hold the weights, gradients and moments of the whole model."""
@@ -231,5 +283,5 @@ class Plan:
 
 
 def cards_that_hold(size: float) -> list[str]:
-    """Cards with room for `size` bytes beside the driver's and the allocator's share."""
-    return [card for card, (_, gigabytes) in CARDS.items() if size < 0.9 * gigabytes * 1e9]
+    """Cards with room for `size` bytes."""
+    return [card for card, (_, gigabytes) in CARDS.items() if size < USABLE * gigabytes * 1e9]

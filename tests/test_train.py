@@ -135,7 +135,7 @@ def one_process(clips, tmp_path_factory) -> Path:
         # Sampling between the steps, whose forward passes without backward must not leave anything behind.
         {"parallel__mode": "fsdp", "log__sample_every": 1, "guidance__steps": 2, "log__save_every": 1},
         {"parallel__mode": "fsdp", "parallel__replicas": 2},
-        {"parallel__mode": "fsdp", "parallel__recompute": "true"},
+        {"parallel__mode": "fsdp", "parallel__recompute": "products"},
     ],
     ids=["ddp", "fsdp-samples", "hsdp", "fsdp-recompute"],
 )
@@ -459,7 +459,7 @@ def test_adapters_train_in_bf16_beside_a_model_in_bf16_or_fp8(fp8, clips, tmp_pa
     """As on a GPU: frozen weights of two bytes or one, adapters of four, no autocast."""
     built, build = [], train.build_model
     monkeypatch.setattr(train, "build_model", lambda *arguments: built.append(build(*arguments)) or built[-1])
-    options = {"parallel__precision": "bf16", "parallel__recompute": "true", "lora__fp8": str(fp8).lower()}
+    options = {"parallel__precision": "bf16", "parallel__recompute": "all", "lora__fp8": str(fp8).lower()}
     options |= {"optim__batch": 1} | ({"faces__pack": ""} if fp8 else {})
     assert run_here([*lora_command(clips, tmp_path / "run", **options), "--dry-run"], monkeypatch) == 0
     assert "loss" in capsys.readouterr().out
@@ -512,8 +512,8 @@ def test_numbers_that_are_not_finite_end_the_run(broken, clips, tmp_path, monkey
     options |= {"log__save_every": 1, "optim__warmup": 0}
     clip, rate, norms = torch.nn.utils.clip_grad_norm_, train.learning_rate, []
 
-    def infinite_at_second_step(*arguments):
-        norms.append(clip(*arguments))
+    def infinite_at_second_step(*arguments, **options):
+        norms.append(clip(*arguments, **options))
         return norms[-1] if len(norms) == 1 else torch.tensor(math.inf)
 
     if broken == "loss":
