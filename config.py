@@ -195,9 +195,9 @@ DEFAULTS = json.loads(json.dumps(asdict(Config())))  # as plain JSON values
 # Options that a run may change when it is continued; any other change would make it another run.
 CHANGEABLE = {("run", "out"), ("data", "workers"), ("data", "max_bad"), ("optim", "steps")}
 CHANGEABLE |= {(section, key) for section in ("parallel", "log", "guidance") for key in DEFAULTS[section]}
-CHANGEABLE -= {("parallel", "precision")}
+CHANGEABLE -= {("parallel", "precision"), ("parallel", "fp8")}
 # Options that older runs do not record. They ran with the default values.
-MISSING_IN_OLD_RUNS = {("data", "max_bad"), *(("augment", key) for key in DEFAULTS["augment"])}
+MISSING_IN_OLD_RUNS = {("data", "max_bad"), ("parallel", "fp8"), *(("augment", key) for key in DEFAULTS["augment"])}
 # Paths of which only the last part is compared, so files may move.
 PATHS = {("model", "ckpt"), ("model", "gemma"), ("data", "cache"), ("faces", "pack")}
 

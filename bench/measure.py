@@ -147,7 +147,7 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
 
     if options.fp8 or options.offload:
         return
-    set_recompute(model.train().requires_grad_(True), True)
+    set_recompute(model.train().requires_grad_(True), "all")
     window, start = min(4, grid[0]), min(1, grid[0] - 1)  # two latent frames, and one on either side as context
     length = window - start - 1 if window > 2 else 1
     _, decode = vae_flops(ltx["vae"], window, height, width)

@@ -103,6 +103,7 @@ CHOICES = {
     "optim.kind": ["adamw", "adamw-bf16"],
     "parallel.mode": ["ddp", "fsdp"],
     "parallel.precision": ["bf16", "fp32"],
+    "parallel.recompute": ["auto", "all", "products", "none"],
 }
 ABOVE_ZERO = ["optim.steps", "optim.batch", "optim.lr", "optim.clip", "parallel.micro_batch", "parallel.replicas"]
 ABOVE_ZERO += ["faces.window", "faces.context", "log.every", "log.save_every", "log.keep", "guidance.steps"]

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint import Checkpoint
 from common.errors import UserError
 from config import read_config
+from engine.parallel import set_recompute
 from engine.plan import CARDS, GIB, Plan, connector_flops, dit_flops, parameters, vae_flops
 from model import LTXVideo
 from text import TextConnector
@@ -221,8 +222,8 @@ def test_switches_that_cost_or_save_memory(paper):
     assert two["activations, blocks recomputed"] == 2 * plain["activations, blocks recomputed"]
     decoder = "decoder under the identity losses"
     assert plain[decoder] < two[decoder] < 2 * plain[decoder]  # a window each, but one block of one at a time
-    kept = changed(paper, parallel__recompute=False).memory(8)
-    assert kept["activations"] == 48 * 2 * 4096 * (40 * 6630 + 5 * 1024)
+    kept = changed(paper, parallel__recompute="none").memory(8)
+    assert kept["activations, all kept"] == 48 * 2 * 4096 * (40 * 6630 + 5 * 1024)
     single = changed(paper, parallel__precision="fp32").memory(8)
     assert single["activations, blocks recomputed"] == 2 * plain["activations, blocks recomputed"]
     assert single["DiT weights, fp32"] == plain["DiT weights, fp32"]
@@ -279,20 +280,19 @@ def test_what_autograd_keeps_of_a_block(autocast, mask, tiny_config):
     assert (per_n / 2, per_s / 2) == pytest.approx((62, 8) if autocast else (80, 10), rel=0.02)
 
     precision = "bf16" if autocast else "fp32"
-    changes = [f"parallel.precision={precision}", "parallel.recompute=false", "parallel.micro_batch=3"]
+    changes = [f"parallel.precision={precision}", "parallel.recompute=none", "parallel.micro_batch=3"]
     config = read_config(None, changes)
     plan = Plan(config, tiny_config, (17, 64, 64), 64)
     n, s = plan.tokens + plan.reference_tokens, 64
-    assert plan.memory(1)["activations"] == pytest.approx(4 * 3 * D * (per_n * n + per_s * s), rel=0.02)
+    assert plan.activations("none") == pytest.approx(4 * 3 * D * (per_n * n + per_s * s), rel=0.02)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "all"])
 def test_what_autograd_keeps_of_the_tiny_model(tiny, tiny_config, recompute):
     """All four blocks and the two ends, batch 2."""
     model = LTXVideo.from_checkpoint(tiny)
-    for block in model.transformer_blocks:
-        block.recompute = recompute
-    changes = ["parallel.precision=fp32", f"parallel.recompute={str(recompute).lower()}", "parallel.micro_batch=2"]
+    set_recompute(model, recompute)
+    changes = ["parallel.precision=fp32", f"parallel.recompute={recompute}", "parallel.micro_batch=2"]
     config = read_config(None, changes)
     plan = Plan(config, tiny_config, (17, 64, 64), 64)
     n = plan.tokens + plan.reference_tokens
@@ -300,28 +300,23 @@ def test_what_autograd_keeps_of_the_tiny_model(tiny, tiny_config, recompute):
     inputs = (*inputs, torch.rand(2, 3, n, 2))
     _, kept = kept_for_backward(lambda: model(*inputs), list(model.parameters()))
     ends = 4 * 2 * n * (4 * D + 2 * 16)  # the last LayerNorm and modulation, latents, velocity
-    if not recompute:
-        assert kept == pytest.approx(plan.memory(1)["activations"] + ends, rel=0.05)
-    else:
-        one_block = 4 * 2 * D * (40 * n + 5 * 64)
-        planned = plan.memory(1)["activations, blocks recomputed"]
-        assert kept + one_block == pytest.approx(planned + ends, rel=0.05)
+    one_block = 4 * 2 * D * (40 * n + 5 * 64) if recompute == "all" else 0  # in the backward pass
+    assert kept + one_block == pytest.approx(plan.activations(recompute) + ends, rel=0.05)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "products", 2, "all"])
 @pytest.mark.parametrize("frames, side, batch", [(5, 64, 1), (9, 96, 2), (17, 96, 1)])
 def test_the_plan_s_sum_is_the_peak_of_a_step(frames, side, batch, recompute, tiny, tiny_config):
     """Every tensor alive, counted over two steps as train.py makes them, gradients kept as DDP keeps them.
 
     In float32: the CPU has no fused RMS norm for bf16 and keeps more of a block than a GPU does.
     """
-    changes = ["parallel.precision=fp32", f"parallel.recompute={str(recompute).lower()}", "faces.pack="]
+    changes = ["parallel.precision=fp32", f"parallel.recompute={recompute}", "faces.pack="]
     config = read_config(None, [*changes, f"parallel.micro_batch={batch}"])
     plan = Plan(config, tiny_config, (frames, side, side), 64)
     n = plan.tokens + plan.reference_tokens
     model = LTXVideo.from_checkpoint(tiny).train()
-    for block in model.transformer_blocks:
-        block.recompute = recompute
+    set_recompute(model, recompute)
     optimizer = torch.optim.AdamW(model.parameters())
     inputs = (torch.randn(batch, n, 16), torch.full((batch, n), 0.5), torch.full((batch,), 0.5))
     inputs = (*inputs, torch.randn(batch, 64, D), torch.rand(batch, 3, n, 2))
@@ -420,21 +415,50 @@ def cell(plan: Plan, card: str, column: int, gpus: int = 8, mfu: float = 0.4) ->
 
 def test_days(paper):
     seconds = 20_000 * 32 * paper.flops_per_sample() / (8 * 148e12 * 0.4)
-    assert cell(paper, "H20-96", 3) == f"{seconds / 86400:.1f} days"
-    assert float(cell(paper, "H20-96", 3, gpus=32).split()[0]) == pytest.approx(seconds / 86400 / 4, abs=0.06)
-    assert float(cell(paper, "H20-96", 3, mfu=0.2).split()[0]) == pytest.approx(seconds / 86400 * 2, abs=0.06)
+    everything = changed(paper, parallel__recompute="all")
+    assert cell(everything, "H20-96", 3) == f"{seconds / 86400:.1f} days"
+    assert float(cell(everything, "H20-96", 3, gpus=32).split()[0]) == pytest.approx(seconds / 86400 / 4, abs=0.06)
+    assert float(cell(everything, "H20-96", 3, mfu=0.2).split()[0]) == pytest.approx(seconds / 86400 * 2, abs=0.06)
+
+
+def test_less_recomputed_is_less_time(paper):
+    """By hand: 3 forward passes are useful; a fourth, a tenth of one, none, or of 12 in 48 blocks each runs again."""
+    useful, forward = paper.flops_per_sample(), 0.8 * 192.9e12 + 0.2 * 179.8e12  # docs/performance.md
+    for how, again in (("all", 1), ("products", 0.1), ("none", 0), (12, 0.25 + 0.75 * 0.1), (100, 1)):
+        want = 0.4 * (useful + forward) / (useful + again * forward)
+        assert paper.mfu(0.4, how) == pytest.approx(want, rel=1e-3)
+        days = 20_000 * 32 * useful / (8 * 148e12 * want) / 86400
+        shown = cell(changed(paper, parallel__recompute=how), "H20-96", 3)
+        assert float(shown.split()[0]) == pytest.approx(days, abs=0.06)
+
+
+def test_auto_computes_least_again_of_what_fits(paper):
+    """Each way needs more room than the next; with a byte less than it needs, auto takes the next."""
+    ways = ["none", "products", *range(1, 48), "all"]
+    needed = [sum(paper.memory(8, how).values()) for how in ways]
+    assert needed == sorted(needed, reverse=True) and needed[-1] == sum(paper.memory(8).values())
+    for k in (0, 1, 2, 30, 48):
+        assert paper.recompute(8, needed[k]) == ways[k]
+        assert paper.recompute(8, needed[k] - 1) == ways[min(k + (k < 49), 49)]
+    assert paper.recompute(8, 0) == "all"
+    assert changed(paper, parallel__recompute=5).recompute(8, 0) == 5  # by hand
+    # On each card of the report, by its own memory.
+    for card in ("H20-96", "H20-141", "H100-80", "H200-141"):
+        how = paper.recompute(8, 0.9 * CARDS[card][1] * 1e9)
+        assert cell(paper, card, 4) == str(how)
+        assert cell(paper, card, 2) == f"{sum(paper.memory(8, how).values()) / GIB:.0f} GiB"
 
 
 @pytest.mark.slow
 def test_what_fits(paper):
     """The paper's run on 8 H20 needs shards; whole on every card it fits none."""
-    assert cell(paper, "H20-96", 2) == "fits"
+    assert cell(paper, "H20-96", 2).endswith(" GiB") and "needs" not in cell(paper, "H20-96", 2)
     ddp = changed(paper, parallel__mode="ddp")
     for card in CARDS:
         assert cell(ddp, card, 2).startswith("needs ") and cell(ddp, card, 2).endswith(" GiB")
-    for size, verdict in ((0.8 * 96e9, "fits"), (97 * GIB, "needs 97 GiB")):
-        plan = deepcopy(paper)
-        plan.memory = lambda gpus, size=size: {"all": size}
+    for size, verdict in ((70 * GIB, "70 GiB"), (97 * GIB, "needs 97 GiB")):
+        plan = changed(paper, parallel__recompute="all")
+        plan.memory = lambda gpus, how="", size=size: {"all": size}
         assert cell(plan, "H20-96", 2) == verdict
 
 
@@ -453,6 +477,6 @@ def test_plan_needs_neither_checkpoint_nor_data_nor_memory(root, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     report, _, memory = run.stdout.partition("KiB")
-    assert "13.12 B parameters" in report and "| 8 x H20-96 | fits |" in report
+    assert "13.12 B parameters" in report and "| 8 x H20-96 | 73 GiB |" in report
     assert int(memory) < 4 * 2**20  # the weights alone are 52 GB; PyTorch with CUDA takes 1.7 GB by itself
     assert list(tmp_path.iterdir()) == []
