@@ -152,7 +152,9 @@ class Parallel:
     # the others under "products". auto: what fits the GPU, by engine/plan.py; "all" on a CPU.
     recompute: Literal["auto", "all", "products", "none"] | Count = "auto"
     compile: bool = False  # torch.compile the blocks: a slow start, faster steps
-    fp8: bool = False  # products of the inner blocks' large linear layers in 8 bits, by torchao (engine/fp8_training.py)
+    fp8: bool = (
+        False  # products of the inner blocks' large linear layers in 8 bits, by torchao (engine/fp8_training.py)
+    )
 
 
 @record

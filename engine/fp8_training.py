@@ -20,6 +20,8 @@ from model import LTXVideo
 def multiply_in_fp8(model: LTXVideo, device: torch.device) -> None:
     """Make the large linear layers of a DiT's inner blocks multiply in 8 bits, under their old names. UserError where
     torchao is missing or the GPU cannot. A CPU gives the same numbers, slowly."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"{torch.cuda.get_device_name(device)} cannot multiply in 8 bits: set parallel.fp8 = false")
     logging.disable(logging.WARNING)  # from torchao: kernels of its own that do not load and are not needed
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -27,8 +29,6 @@ def multiply_in_fp8(model: LTXVideo, device: torch.device) -> None:
         raise UserError("parallel.fp8 needs torchao: pip install torchao") from None
     finally:
         logging.disable(logging.NOTSET)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(f"{torch.cuda.get_device_name(device)} cannot multiply in 8 bits: set parallel.fp8 = false")
 
     def large(layer: nn.Module, name: str) -> bool:
         return isinstance(layer, nn.Linear) and min(layer.weight.shape) >= model.dim
