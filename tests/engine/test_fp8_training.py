@@ -79,21 +79,20 @@ def test_where_the_library_or_the_card_cannot_is_one_line(model, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode, kind", [("ddp", "adamw"), ("fsdp", "adamw"), ("fsdp", "adamw-bf16")])
 def test_it_trains_is_continued_and_exported(mode, kind, clips, tmp_path, monkeypatch):  # noqa: F811
-    """On two processes; the second step after a restart. The losses are near those in bf16, and not the same."""
+    """On two processes; the second step after a restart. The loss is near the one in bf16, and not the same."""
     pytest.importorskip("torchao")
     options = {"parallel__mode": mode, "parallel__precision": "bf16", "optim__kind": kind, "faces__pack": '""'}
-    options |= {"optim__lr": 1e-3, "optim__warmup": 0}
-    runs = [tmp_path / "fp8", tmp_path / "bf16"]
-    for run, fp8 in zip(runs, ("true", "false")):
-        done = torchrun(2, command(clips, run, optim__steps=1, parallel__fp8=fp8, **options))
-        assert "Warning" not in done.stderr and "torchao" not in done.stderr, done.stderr
-        torchrun(2, command(clips, run, optim__steps=2, parallel__fp8=fp8, **options))
-    ours, theirs = (losses(run) for run in runs)
+    run, plain = tmp_path / "fp8", tmp_path / "bf16"
+    done = torchrun(2, command(clips, run, optim__steps=1, parallel__fp8="true", **options))
+    assert "Warning" not in done.stderr and "torchao" not in done.stderr, done.stderr
+    torchrun(2, command(clips, run, optim__steps=2, parallel__fp8="true", **options))
+    torchrun(2, command(clips, plain, optim__steps=1, **options))
+    (ours, _), (theirs,) = losses(run), losses(plain)
     assert ours == pytest.approx(theirs, rel=0.03) and ours != theirs
-    saved = weights(runs[0], 2)
-    assert saved.keys() == weights(runs[1], 2).keys()
+    saved = weights(run, 2)
+    assert saved.keys() == weights(plain, 1).keys()
     out = tmp_path / "trained.safetensors"
-    words = command(clips, runs[0], optim__steps=2, parallel__fp8="true", **options)
+    words = command(clips, run, optim__steps=2, parallel__fp8="true", **options)
     assert run_here([*words, "--export", str(out)], monkeypatch) == 0
     name = "transformer_blocks.1.ff.net.2.weight"
     exported = Checkpoint(out).read(f"model.diffusion_model.{name}")

@@ -11,13 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch._dynamo.testing import CompileCounter
-
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path += [str(ROOT), str(ROOT / "tests")]
-
 from test_objective import FPS, SLOTS, Faces, make_batch, randn, throw
+from torch._dynamo.testing import CompileCounter
 
 from checkpoint import Checkpoint
 from config import Faces as FaceOptions
@@ -52,7 +47,9 @@ def test_no_new_graph_in_later_steps(how, small):
 def test_two_processes_with_the_identity_losses(small, root):
     """Each process has samples of its own; under DDP and FSDP2 every way gives the loss and gradients of "none"."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launcher, __file__, small, root / "assets" / "faces"], capture_output=True, text=True)
+    words = [*launcher, __file__, small, root / "assets" / "faces"]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("largest difference")]
     assert len(lines) == 2 * 3 and all(float(line.split()[-1]) <= 1e-6 for line in lines), done.stdout
@@ -93,5 +90,4 @@ def compare(ckpt: str, faces: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
     compare(*sys.argv[1:])
