@@ -7,9 +7,9 @@ A DiT step at width D over N tokens (video and reference) with S text tokens cos
         feed-forward       16 N D^2
 
 multiply-adds counted as two. The backward pass costs twice the forward. Recomputing all blocks costs a forward more,
-recomputing all but their products a tenth of one (measured; docs/performance.md). That is spent but not useful, so MFU
-does not count it, and is higher where less is recomputed. Frozen weights (LoRA) need no gradient of their own: the products
-with D^2 above then cost twice their forward in all, not three times.
+all but their products a tenth of one (docs/performance.md). That is spent but not useful, so MFU does not count it, and
+is higher where less is recomputed. Frozen weights (LoRA) need no gradient of their own: the products with D^2 above
+then cost twice their forward in all, not three times.
 """
 
 import math
@@ -152,8 +152,8 @@ class Plan:
         return next((how for how in ways if rest + self.activations(how) <= room), "all")
 
     def activations(self, how: str | int) -> float:
-        """Bytes that autograd keeps of the blocks. Of one block it keeps, counted (tests/engine/test_plan.py) in rows of
-        the model's width, 40 a token and 5 a text token, of which 13 and 2 are outputs of products and attention.
+        """Bytes that autograd keeps of the blocks. Of one block it keeps 40 rows of the model's width a token and 5 a
+        text token, counted (tests/engine/test_plan.py); 13 and 2 of them are outputs of products and attention.
         Autocast (bf16 under ddp) keeps all but the products in float32, and their inputs twice."""
         run, n, s = self.config.parallel, self.tokens + self.reference_tokens, self.text_tokens
         row, layers = run.micro_batch * self.dit.dim, len(self.dit.transformer_blocks)

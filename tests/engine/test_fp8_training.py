@@ -68,7 +68,7 @@ def test_inner_blocks_large_layers_alone_and_under_their_names(model):
 
 def test_where_the_library_or_the_card_cannot_is_one_line(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(UserError, match="parallel.fp8 needs torchao: pip install torchao"):
+    with pytest.raises(UserError, match=r"parallel\.fp8 needs torchao: pip install torchao"):
         multiply_in_fp8(model, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
