@@ -1,4 +1,4 @@
-"""A training step of the full-size DiT, compiled: ways to recompute, products in 8 bits, the optimizer, gradients' error.
+"""A training step of the full-size DiT, compiled: ways to recompute, products in 8 bits, optimizer, gradients' error.
 
     python -m bench.train_step                     # all 48 blocks, on a GPU of 141 GB
     python -m bench.train_step --layers 16         # of 80 GB; the last column computes the share of 48 blocks from it
@@ -138,7 +138,7 @@ def whole_step(step: Step, options: argparse.Namespace) -> None:
 
 
 def gradient_errors(ltx: dict[str, Any], options: argparse.Namespace) -> None:
-    """Relative error of weight gradients of four random blocks, bf16 and fp8 beside float32. Layers of the middle two."""
+    """Relative error of weight gradients of the second of four random blocks, bf16 and fp8 against float32."""
     layers, found = 4, {}
     for kind in ("float32", "bf16", "fp8"):
         step = Step(ltx, layers, options, torch.float32)  # the same weights for all, drawn from one seed

@@ -1,6 +1,6 @@
 """Matrix products of training in 8 bits, by torchao: weights, gradients and moments stay as they are.
 
-        y = x W^T    dx = g W    dW = g^T x        each operand as scale * Q, a scale for each row or column it sums over
+        y = x W^T    dx = g W    dW = g^T x        each operand as scale * Q, a scale for each row or column in a sum
 
 Q is float8 e4m3, and the scales are powers of two, taken from the operands on the fly. H100, H200 and H20 multiply such
 numbers twice as fast as bf16; the sum is in float32, the result in bf16. The first and the last block stay in bf16, as
