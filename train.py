@@ -89,6 +89,8 @@ def train(
     objective = build_objective(config, ckpt, clips, device)
     plan = make_plan(config, ckpt.path)
     recompute = plan.recompute(world, usable_memory(device))
+    if device.type == "cuda":
+        report(f"parallel.recompute = {recompute}")
     model = build_model(config, ckpt, device, recompute)
     optimizer = build_optimizer(config, model, device)
     average = Average(model, config.optim.ema) if config.optim.ema else None

@@ -76,7 +76,7 @@ def speed(step: Step, name: str, ways: list, ceiling: float, options: argparse.N
     """A row for each way to recompute. The time of a further block is that of the measured blocks less half of them."""
     blocks, whole = step.model.transformer_blocks, step.dit["num_layers"]
     count = len(blocks)
-    half = nn.ModuleList([*blocks[: count // 4 + 1], *blocks[count - count // 4 + 1 :]])
+    half = nn.ModuleList([*blocks[: count // 2 - 1], blocks[-1]])  # without inner blocks: those of more layers
     for how in ways:
         try:
             seconds = {}
