@@ -435,11 +435,11 @@ def test_less_recomputed_is_less_time(paper):
 def test_auto_computes_least_again_of_what_fits(paper):
     """Each way needs more room than the next; with a byte less than it needs, auto takes the next."""
     ways = ["none", "products", *range(1, 48), "all"]
-    needed = [sum(paper.memory(8, how).values()) for how in ways]
-    assert needed == sorted(needed, reverse=True) and needed[-1] == sum(paper.memory(8).values())
-    for k in (0, 1, 2, 30, 48):
-        assert paper.recompute(8, needed[k]) == ways[k]
-        assert paper.recompute(8, needed[k] - 1) == ways[min(k + (k < 49), 49)]
+    kept = [paper.activations(how) for how in ways]
+    assert kept == sorted(kept, reverse=True) and paper.memory(8) == paper.memory(8, "all")
+    for k in (0, 1, 2, 30):
+        needed = sum(paper.memory(8, ways[k]).values())
+        assert paper.recompute(8, needed + 1) == ways[k] and paper.recompute(8, needed - 1) == ways[k + 1]
     assert paper.recompute(8, 0) == "all"
     assert changed(paper, parallel__recompute=5).recompute(8, 0) == 5  # by hand
     # On each card of the report, by its own memory.
