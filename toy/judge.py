@@ -46,7 +46,7 @@ from model import LTXVideo
 from text import TextEncoder
 from toy import eye
 from toy import world as toy
-from toy.adherence import moves, shows_background
+from toy.adherence import moves, shows_background, shows_shirt
 from toy.eye import CLASSES, SCENE, Eye
 from vae import VideoVAE
 
@@ -78,6 +78,7 @@ class VideoRow:
     motion: bool = Field(title="motions right ↑")
     direction: bool | None = Field(title="direction right ↑")  # None: the prompt has no motion with a direction
     background: bool = Field(title="background right ↑")
+    shirt: bool | None = Field(title="shirt right ↑")  # None: the prompt does not name it
     skin: bool = Field(title="skin ↑")
     hair: bool = Field(title="hair ↑")
     style: bool = Field(title="style ↑")
@@ -192,6 +193,7 @@ def measure(videos: np.ndarray, clips: Clips, reader: FaceReader, eye: Eye, ref_
             "motion": all(right.values()),
             "direction": all(directed) if directed else None,
             "background": shows_background(frames, scene),
+            "shirt": shows_shirt(seen["scene"], scene) if f"{scene.shirt} shirt" in clip["caption"] else None,
             "motions": right,
             "skin": abs(float(seen["skin"].mean()) - clip["identity"]["skin"]) < 0.15,
             "shown": [None if n in moved else float(v) for n, v in zip(SCENE, seen["scene"].mean(0))],

@@ -4,15 +4,11 @@
     toy/judge.py ──> judge.safetensors              the network that measures videos, on drawn clips
     toy/text.py  ──> gemma, projection, connector ─┐
     toy/vae.py   ──> VAE ──────────────────────────┴─> start.safetensors
-    toy/cache.py ──> cache of 16,000 clips
-    train.py     ──> the DiT, from random weights, flow loss                 (configs/tiny.toml)
-    train.py     ──> the same from there, with other noise and a risen learning rate
-    train.py     ──> once more, with batches of 256
-    train.py     ──> adapters to it, with the identity losses
-    engine.lora  ──> both merged ──> tiny.safetensors
+    toy/cache.py ──> cache of 15,000 clips
+    train.py     ──> the DiT, from random weights, flow loss (configs/tiny.toml) ──> tiny.safetensors
 
     python -m toy.make                     # parts that are there are kept: run it again to continue
-    python -m toy.make --parts video,identity --out runs/other
+    python -m toy.make --parts cache,video --out runs/other
     python -m toy.make --publish           # then replace the models in assets/
 
 Each part is one of the repository's own commands, shown as it runs. The last lines list the minutes of each part.
@@ -43,24 +39,19 @@ from vae import VideoVAE
 
 HERE = Path(__file__).parent.parent
 DEFAULTS = {"height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "steps": 30, "s_text": 2.0, "s_ref": 3.0}
-ON_GPU = {"parallel.micro_batch": 256, "parallel.precision": "bf16", "data.workers": 4}  # a step in one piece
+# Of the DiT, as changes to configs/tiny.toml. A batch of 256 is eight times the work of one of 32.
+TRAIN = "model.ckpt={out}/start.safetensors model.gemma={out}/gemma data.cache={out}/cache run.out={out}/video "
+TRAIN += "optim.steps=2660 optim.batch=256 optim.lr=2e-3 optim.warmup=150 optim.ema=0.998 log.sample_every=0"
+ON_GPU = " parallel.micro_batch=256 parallel.precision=bf16 parallel.compile=true data.workers=8"
 PROGRAMS = {  # as typed after `python`
     "faces": "-m toy.faces --out {out}/faces",
     "judge": "-m toy.judge --train {out}/judge.safetensors",
     "text": "-m toy.text --gemma {out}/gemma --out {out}/text.safetensors",
     "vae": "-m toy.vae --out {out}/vae.safetensors",
-    "cache": "-m toy.cache --count 16000 --ckpt {out}/start.safetensors --gemma {out}/gemma --faces {faces} "
+    "cache": "-m toy.cache --count 15000 --ckpt {out}/start.safetensors --gemma {out}/gemma --faces {faces} "
     "--out {out}/cache",
 }
-MERGE = "-m engine.lora --ckpt {out}/large.safetensors --lora {out}/identity.safetensors --out {out}/tiny.safetensors"
-STAGES = {  # of the DiT, as changes to configs/tiny.toml; the identity losses count at low noise, so no noise_tokens
-    "video": "model.ckpt={out}/start.safetensors",
-    "more": "model.ckpt={out}/video.safetensors optim.steps=10500 optim.lr=1.2e-3 optim.warmup=100 run.seed=1",
-    "large": "model.ckpt={out}/more.safetensors optim.steps=2620 optim.batch=256 optim.lr=2.5e-3 run.seed=2",
-    "identity": "model.ckpt={out}/large.safetensors optim.steps=300 optim.lr=1e-3 optim.warmup=20 optim.ema=0 "
-    "optim.noise_tokens=0 lora.rank=32 faces.pack={out}/faces faces.window=1 faces.lambda_id=0.5",
-}
-PARTS = (*PROGRAMS, *STAGES)
+PARTS = (*PROGRAMS, "video")
 
 
 def read_part(module: nn.Module, path: Path) -> nn.Module:
@@ -110,13 +101,9 @@ def commands(part: str, out: Path) -> list[list[str]]:
 
     if part in PROGRAMS:
         return [(torchrun() if part == "cache" else []) + words(PROGRAMS[part])]
-    changes = words(f"{STAGES[part]} run.out={{out}}/{part} model.gemma={{out}}/gemma data.cache={{out}}/cache")
-    changes += [] if part == "video" else ["model.scratch=false"]
-    if part == "large" and torch.cuda.is_available():
-        changes += [f"{key}={value}" for key, value in ON_GPU.items()]
+    changes = words(TRAIN + (ON_GPU if torch.cuda.is_available() else ""))
     train = [str(HERE / "train.py"), str(HERE / "configs" / "tiny.toml"), *(f"--set={change}" for change in changes)]
-    export = [*train, "--export", str(out / f"{part}.safetensors")]
-    return [[*torchrun(), *train], export, *([words(MERGE)] if part == "identity" else [])]
+    return [[*torchrun(), *train], [*train, "--export", str(out / "tiny.safetensors")]]
 
 
 def make(part: str, out: Path) -> dict[str, int]:
@@ -137,10 +124,9 @@ def make(part: str, out: Path) -> dict[str, int]:
 
 def publish(out: Path, assets: Path) -> None:
     """Copy the models to assets/, where sample.py and train.py expect them."""
-    made = [path for name in ("tiny", "large", "more", "video") if (path := out / f"{name}.safetensors").is_file()]
-    if not made:
-        raise UserError(f"{out}/video.safetensors is not there: make the part video first")
-    shutil.copyfile(made[0], assets / "tiny.safetensors")
+    if not (out / "tiny.safetensors").is_file():
+        raise UserError(f"{out}/tiny.safetensors is not there: make the part video first")
+    shutil.copyfile(out / "tiny.safetensors", assets / "tiny.safetensors")
     shutil.copyfile(out / "judge.safetensors", assets / "judge.safetensors")
     for name in ("faces", "gemma"):
         shutil.copytree(out / name, assets / name, dirs_exist_ok=True)

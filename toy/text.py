@@ -33,11 +33,11 @@ from toy.world import BACKGROUNDS, BEHIND, MOVES, PERSON, SPLITS, TEMPLATES, cap
 
 HIDDEN, LAYERS, TOKENS = 64, 4, 48  # Gemma's width and depth; the longest caption has about 40 tokens
 # Differences of the tiny checkpoint from configs/ltx-2.3.json
-TRANSFORMER = {"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 7}
-TRANSFORMER |= {"in_channels": 128, "out_channels": 128, "cross_attention_dim": 192, "caption_channels": HIDDEN}
+TRANSFORMER = {"num_attention_heads": 8, "attention_head_dim": 32, "num_layers": 8}
+TRANSFORMER |= {"in_channels": 48, "out_channels": 48, "cross_attention_dim": 256, "caption_channels": HIDDEN}
 # The largest positions in seconds, pixels, pixels: twice the default video and a margin
 TRANSFORMER |= {"positional_embedding_max_pos": [4, 128, 128], "connector_positional_embedding_max_pos": [64]}
-TRANSFORMER |= {"connector_num_attention_heads": 6, "connector_attention_head_dim": 32, "connector_num_layers": 1}
+TRANSFORMER |= {"connector_num_attention_heads": 8, "connector_attention_head_dim": 32, "connector_num_layers": 1}
 TRANSFORMER |= {"connector_num_learnable_registers": 16}
 GEMMA = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": LAYERS}
 GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
@@ -51,11 +51,12 @@ SLOTS = {  # facts of a caption -> number of possible answers
     "color": len(COLORS),
     "other color": len(COLORS) + 1,  # of a gradient or of shapes; the last one: plain
     "background": len(BACKGROUNDS),
+    "shirt": len(COLORS) + 1,  # or not named
 }
 
 
 def sentences(count: int, seed: int, split: str = "train") -> tuple[list[str], Tensor]:
-    """Captions and their facts, in the order of SLOTS: (count, 6)."""
+    """Captions and their facts, in the order of SLOTS: (count, 7)."""
     texts, answers = [], []
     for k in range(count):
         rng = np.random.default_rng((seed, SPLITS.index(split), k))
@@ -65,7 +66,8 @@ def sentences(count: int, seed: int, split: str = "train") -> tuple[list[str], T
         color, other = (list(COLORS).index(name) for name in (scene.color, scene.second))
         other = len(COLORS) if scene.background == "plain" else other
         background = list(BACKGROUNDS).index(scene.background)
-        answers.append([*moves[:2], JOINED.index(scene.joined), color, other, background])
+        shirt = list(COLORS).index(scene.shirt) if f"{scene.shirt} shirt" in texts[-1] else len(COLORS)
+        answers.append([*moves[:2], JOINED.index(scene.joined), color, other, background, shirt])
     return texts, torch.tensor(answers)
 
 
@@ -147,8 +149,8 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/text.safetensors", help="projection and connector (%(default)s)")
     parser.add_argument("--gemma", default="runs/toy/gemma", help="folder of the tiny Gemma (%(default)s)")
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The tiny VAE: pixels of the drawn world to 128 channels per cell of 4 frames x 16 x 16 pixels, and back.
+"""The tiny VAE: pixels of the drawn world to 48 channels per cell of 4 frames x 8 x 8 pixels, and back.
 
 Layout and code are those of the released VAE. The training takes a CPU less than an hour: the best *linear* code is
 known in closed form, the network starts there, and only the decoder is trained.
@@ -20,7 +20,9 @@ import json
 import math
 import time
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial, reduce
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -38,23 +40,25 @@ from toy.descend import descend
 from toy.world import toy_clip
 from vae import Conv3d, ResStack, VideoVAE, pixel_norm, space_to_depth
 
-CHANNELS = 128
+CHANNELS = 48
 SPACE, TIME = ["compress_space", {"multiplier": 2}], ["compress_time", {"multiplier": 1}]
 CONFIG = {
-    "patch_size": 8,
+    "patch_size": 4,
     "latent_channels": CHANNELS,
     "encoder_base_channels": 40,
     "decoder_base_channels": 64,
     "encoder_blocks": [["compress_space_res", {"multiplier": 4}], *[["compress_time_res", {"multiplier": 1}]] * 2],
-    "decoder_blocks": [["res_x", {"num_layers": 3}], TIME, SPACE, TIME],  # from the pixels, as in the released config
+    # from the pixels, as in the released config
+    "decoder_blocks": [["res_x", {"num_layers": 2}], SPACE, TIME, ["res_x", {"num_layers": 2}], TIME],
 }
 SIZE, FPS, FRAMES = 64, 12.0, 17
-CELL = 4, 16  # frames and pixels to a side
+CELL = 4, 8  # frames and pixels to a side
 OFFSET = 6.0, 3.0  # encoder, decoder: added to the input of the last PixelNorm and SiLU, in units of its spread.
 # Far from zero both are nearly linear. Decoded from the encoder's: 24.6 dB with 3, 25.3 with 6, 25.7 without them.
+ROWS = 12  # equations for each unknown of a least-squares fit
 FACE = 4.0  # extra weight of a pixel at an eye, the nose or the mouth
 SPREAD = 4.0  # pixels from a landmark at which the extra weight is 0.6 of FACE
-NOISE = 0.1  # in the latents of step 4, because a DiT's latents are inexact
+NOISE = 0.3  # at most, in the latents of step 4: a DiT's latents are inexact, and the decoder learns to clean them
 EVERY = 250  # steps between two pictures of decoded clips
 Function = Callable[[Tensor], Tensor]
 
@@ -66,15 +70,27 @@ def face_weight(points: np.ndarray, size: int) -> np.ndarray:
     return 1 + FACE * np.exp(-distance / (2 * SPREAD**2)).max(1)
 
 
+def draw_clip(seed: int, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """A clip's frames (F, H, W, 3) as bytes, and the weights of its pixels in half precision (F, H, W)."""
+    clip = toy_clip(seed, number, FRAMES, SIZE, FPS, split)
+    return clip["frames"], face_weight(clip["landmarks"], SIZE).astype(np.float16)
+
+
 def draw_clips(seed: int, count: int, split: str = "train") -> tuple[Tensor, Tensor]:
-    """Clips as bytes (count, 3, F, H, W), and the weights of their pixels in half precision (count, 1, F, H, W)."""
+    """Clips (count, 3, F, H, W) as bytes, and the weights of their pixels (count, 1, F, H, W). Every core draws."""
     video = torch.empty(count, 3, FRAMES, SIZE, SIZE, dtype=torch.uint8)
     weight = torch.empty(count, 1, FRAMES, SIZE, SIZE, dtype=torch.float16)
-    for k in tqdm(range(count), "drawing", unit="clip", leave=False):
-        clip = toy_clip(seed, k, FRAMES, SIZE, FPS, split)
-        video[k] = torch.from_numpy(clip["frames"]).permute(3, 0, 1, 2)
-        weight[k, 0] = torch.from_numpy(face_weight(clip["landmarks"], SIZE))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        drawn = pool.map(partial(draw_clip, seed, split), range(count), chunksize=10)
+        for k, (frames, weights) in enumerate(tqdm(drawn, "drawing", total=count, unit="clip", leave=False)):
+            video[k], weight[k, 0] = torch.from_numpy(frames).permute(3, 0, 1, 2), torch.from_numpy(weights)
     return video, weight
+
+
+@cache
+def test_clips() -> Tensor:
+    """32 clips of the test split as bytes, drawn once."""
+    return draw_clips(0, 32, "test")[0]
 
 
 def cells(video: Tensor, time: int, side: int) -> Tensor:
@@ -118,8 +134,11 @@ class Components:
 
 @torch.no_grad()
 def fit(conv: Conv3d, inputs: Tensor, targets: Tensor, ridge: float = 1e-4) -> None:
-    """Set the kernel by least squares, from `inputs` (B, C, F, H, W) and `targets` (B, C', F, H, W)."""
+    """Set the kernel by least squares, from `inputs` (B, C, F, H, W) and `targets` (B, C', F, H, W), as many clips of
+    them as give ROWS equations for each unknown."""
     gram, product = 0.0, 0.0
+    count = math.ceil(ROWS * 27 * inputs.shape[1] / inputs[0, 0].numel())
+    inputs, targets = inputs[:count], targets[:count]
     for x, y in zip(inputs.split(20), targets.split(20)):
         first, last = x[:, :, :1], x[:, :, -1:]
         x = torch.cat([first, first, x] if conv.causal else [first, x, last], 2)
@@ -139,17 +158,18 @@ def halve_time(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def keep_most(covariance: Tensor, frames: int, steps: int = 300) -> list[Tensor]:
-    """Kernels of two `compress_time_res` that lose the least of `frames` frames with this covariance: by descent on the
-    variance that no linear map can recover. It needs the covariance, not the clips."""
+    """Kernels of the log2(frames) `compress_time_res` that lose the least of `frames` frames with this covariance: by
+    descent on the variance that no linear map can recover. It needs the covariance, not the clips."""
     channels = len(covariance) // frames
     everything = torch.eye(len(covariance)).to(covariance).unflatten(1, (frames, channels))
     single = covariance.unflatten(0, (frames, -1)).unflatten(2, (frames, -1)).diagonal(0, 0, 2).sum(-1)
     start = torch.linalg.eigh(single)[1].flip(1)[:, : channels // 2].T
-    kernels = [nn.Parameter(start.clone()), nn.Parameter(torch.randn_like(start) / channels**0.5)]
+    others = (torch.randn_like(start) / channels**0.5 for _ in range(1, int(math.log2(frames))))
+    kernels = [nn.Parameter(kernel) for kernel in (start.clone(), *others)]
     optimizer = torch.optim.Adam(kernels, 0.02)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     for _ in range(steps):
-        short = halve_time(halve_time(everything, kernels[0]), kernels[1]).flatten(1)  # (frames * C, C)
+        short = reduce(halve_time, kernels, everything).flatten(1)  # (frames * C, C)
         inner, product = short.T @ covariance @ short, covariance @ short
         inner = inner + 1e-4 * inner.diagonal().mean() * torch.eye(channels).to(inner)
         loss = covariance.trace() - (torch.linalg.solve(inner, product.T) * product.T).sum()
@@ -229,7 +249,8 @@ def set_decoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
         target = batched(Components(video, weight, time, side, count).of, video)
         last = (time, side) == (1, decoder.patch)
         if last:  # its norm must not follow the brightness, the first component: spread it over all channels
-            target = torch.einsum("bkfhw,kc->bcfhw", target[:, :-1], cosines(count).to(target))
+            target = target[:, : count - 1]
+            target = torch.einsum("bkfhw,kc->bcfhw", target, cosines(count)[: target.shape[1]].to(target))
         target = target / target.square().mean().sqrt()
         fit(block.conv, x, space_to_depth(first_repeated(target, block.stride[0]), block.stride))
         if last:
@@ -239,21 +260,18 @@ def set_decoder(vae: VideoVAE, video: Tensor, weight: Tensor) -> None:
 
 
 def train_decoder(vae: VideoVAE, video: Tensor, weight: Tensor, steps: int, batch: int, lr: float, show: Path) -> None:
-    """Step 4, on short clips first, which cost less and train the same convolutions."""
+    """Step 4. On a GPU the products are in bf16."""
     with torch.no_grad():
         latents = batched(vae.encode, video)
+    device = latents.device
 
     def loss(step: int) -> Tensor:
-        picks = torch.randint(len(video), (batch,))
-        cell = 5 if step > 0.85 * steps else 3
-        first = int(torch.randint(0, 2, (1,))) if cell == 3 else 0  # a window's first latent frame is one pixel frame
-        z = latents[picks, :, first : first + cell]
-        decoded = vae.decode(z + NOISE * torch.rand(1, device=z.device) * torch.randn_like(z))
-        span = slice(first * 4, first * 4 + decoded.shape[2])
-        error = (decoded - from_bytes(video[picks, :, span])).abs()
-        count = weight[picks, :, span].float()
-        if first:  # the decoder treats a first latent frame as one pixel frame, and here it stands for four
-            error, count = error[:, :, 1:], count[:, :, 1:]
+        picks = torch.randint(len(video), (batch,)).to(device)
+        z, count = latents[picks], weight[picks].float()
+        noise = NOISE * torch.rand(batch, 1, 1, 1, 1, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            decoded = vae.decode(z + noise * torch.randn_like(z))
+        error = (decoded.float() - from_bytes(video[picks])).abs()
         return (error * count).mean() / count.mean()
 
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr, (0.9, 0.98), weight_decay=1e-3)
@@ -265,7 +283,7 @@ def train_decoder(vae: VideoVAE, video: Tensor, weight: Tensor, steps: int, batc
 @torch.no_grad()
 def describe(vae: VideoVAE, path: Path, title: str) -> None:
     """PSNR in dB on the test split, also with noise in the latents. `path`: a sheet, true above decoded frames."""
-    video = from_bytes(draw_clips(0, 32, "test")[0]).to(next(vae.parameters()).device)
+    video = from_bytes(test_clips()).to(next(vae.parameters()).device)
     z = vae.encode(video)
     noise = 0.1 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
     decoded, noisy = vae.decode(z).clamp(-1, 1), vae.decode(z + noise).clamp(-1, 1)
@@ -281,10 +299,10 @@ def describe(vae: VideoVAE, path: Path, title: str) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/vae.safetensors", help="in the released layout (%(default)s)")
-    parser.add_argument("--clips", type=int, default=2500, help="drawn clips (%(default)s)")
-    parser.add_argument("--fitted", type=int, default=1500, help="clips that fit the linear start (%(default)s)")
-    parser.add_argument("--steps", type=int, default=4000, help="of the decoder (%(default)s)")
-    parser.add_argument("--batch", type=int, default=12, help="clips per step (%(default)s)")
+    parser.add_argument("--clips", type=int, default=2000, help="drawn clips (%(default)s)")
+    parser.add_argument("--fitted", type=int, default=1300, help="clips that fit the linear start (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5000, help="of the decoder (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="clips per step (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -140,6 +140,8 @@ FORMS = {
     "{who} {does}; behind is {behind}. | in front of {behind}, {who} {does}. | against {behind}, {who} {does}. | "
     "a portrait video of {who} who {does}, with {behind}. | the video shows how {who} {does} before {behind}. | "
     "{who} in a {shirt} shirt {does} in front of {behind}. | before {behind}, {who} wearing a {shirt} shirt {does}. | "
+    "{who} in a {shirt} shirt {does} against {behind}. | behind is {behind}; {who} in a {shirt} shirt {does}. | "
+    "there is {who} with a {shirt} shirt who {does}, and {behind} behind. | "
     "{who} {does}, and behind is {behind}. | {behind}; before it {who} {does}. | "
     "there is {who} who {does}, and {behind} behind. | a clip with {behind} and {who} who {does}.",
     "test": "{behind}, and in front of it {who} {does}. | a short clip: {who} {does}, behind is {behind}. | "

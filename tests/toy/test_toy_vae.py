@@ -154,7 +154,7 @@ def test_a_short_run_writes_what_is_loaded(tmp_path, in_process):
     code, printed, error = in_process(toy_vae.main, "toy_vae.py", *options)
     assert code == 0, error
     vae = read_part(VideoVAE(RELEASED | toy_vae.CONFIG), out)
-    assert vae.scale == (4, 16, 16)
+    assert vae.scale == (4, 8, 8)
     video = from_bytes(toy_vae.draw_clips(0, 2)[0])  # two of the six
     with torch.no_grad():
         latents = vae.encode(video)
