@@ -12,6 +12,7 @@ from toy.traits import COLORS, Scene
 
 PART = 0.5  # threshold of a motion, as a part of the renderer's least change
 EDGE = 5  # width of the border that shows the background, pixels
+CORNER = 1 / 4  # side of a corner that shows the background, as a part of the frame
 
 
 def moves(scene: np.ndarray, motion: str) -> bool:
@@ -64,3 +65,11 @@ def shows_shirt(scenes: np.ndarray, scene: Scene) -> bool:
     the shirt of 60 of 60 drawn clips."""
     color = scenes[:, [SCENE.index(f"shirt {part}") for part in ("red", "green", "blue")]].mean(0)
     return min(COLORS, key=lambda name: np.square(COLORS[name] / 255 - color).sum()) == scene.shirt
+
+
+def grain(frames: np.ndarray) -> float:
+    """Mean absolute difference of neighboring pixels in the two upper corners, in steps of 255. A plain background has
+    0; noise and the seams of tokens add to it. frames (F, H, W, 3) bytes."""
+    height, width = (round(side * CORNER) for side in frames.shape[1:3])
+    corners = np.stack([frames[:, :height, :width], frames[:, :height, -width:]]).astype(np.float32)
+    return float(np.mean([np.abs(np.diff(corners, axis=axis)).mean() for axis in (2, 3)]))

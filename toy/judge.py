@@ -34,7 +34,7 @@ from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.media import from_bytes, to_tensor, to_uint8
-from common.schema import FiniteFloat, Share, parse_json, record
+from common.schema import FiniteFloat, NonNegativeFloat, Share, parse_json, record
 from config import ASSETS, VIDEO
 from data import FITS
 from engine.recipe import REFERENCE, Recipe, begin_with, resolve_recipe
@@ -46,7 +46,7 @@ from model import LTXVideo
 from text import TextEncoder
 from toy import eye
 from toy import world as toy
-from toy.adherence import moves, shows_background, shows_shirt
+from toy.adherence import grain, moves, shows_background, shows_shirt
 from toy.eye import CLASSES, SCENE, Eye
 from vae import VideoVAE
 
@@ -79,6 +79,7 @@ class VideoRow:
     direction: bool | None = Field(title="direction right ↑")  # None: the prompt has no motion with a direction
     background: bool = Field(title="background right ↑")
     shirt: bool | None = Field(title="shirt right ↑")  # None: the prompt does not name it
+    grain: NonNegativeFloat | None = Field(title="grain of plain backgrounds ↓")  # None: the background is not plain
     skin: bool = Field(title="skin ↑")
     hair: bool = Field(title="hair ↑")
     style: bool = Field(title="style ↑")
@@ -195,6 +196,7 @@ def measure(videos: np.ndarray, clips: Clips, reader: FaceReader, eye: Eye, ref_
             "background": shows_background(frames, scene),
             "shirt": shows_shirt(seen["scene"], scene) if f"{scene.shirt} shirt" in clip["caption"] else None,
             "motions": right,
+            "grain": grain(frames) if scene.background == "plain" else None,
             "skin": abs(float(seen["skin"].mean()) - clip["identity"]["skin"]) < 0.15,
             "shown": [None if n in moved else float(v) for n, v in zip(SCENE, seen["scene"].mean(0))],
             "photo": toy.scene_vector(clips[photo]["reference_scene"])[0].tolist(),

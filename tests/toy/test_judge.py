@@ -15,7 +15,7 @@ from evaluation.cases import read_cases
 from evaluation.metrics import FaceReader
 from toy import eye, judge
 from toy import world as toy
-from toy.adherence import moves, shares, shows_background
+from toy.adherence import grain, moves, shares, shows_background, shows_shirt
 from toy.judge import SCENE, copied
 
 COUNT = 24
@@ -240,7 +240,27 @@ def video_row(rng, photo, **values):
     scene = [float(x) for x in rng.normal(size=23)]
     row = dict.fromkeys(("retrieved", "retrieved_permuted", "motion", "background", "skin", *eye.CLASSES), True)
     row |= {"similarity": 0.5, "face_rate": 1.0, "drift": None, "direction": None, "motions": {"nod": True}}
+    row |= {"shirt": None, "grain": None}
     return row | {"shown": scene, "photo": photo, "photo_read": photo} | values
+
+
+def test_grain_counts_noise_and_seams_and_no_flat_background():
+    frames = np.full((3, 64, 64, 3), 90, np.uint8)
+    assert grain(frames) == 0
+    frames[:, 20:, 16:48] = 200  # a person below the corners
+    assert grain(frames) == 0
+    frames[:, :, 8:] += 10  # one seam across: 1 of 15 differences in the left corner, 0 of 15 in the right one
+    assert grain(frames) == pytest.approx(10 / 15 / 2 / 2)
+    noise = np.random.default_rng(0).normal(0, 5, frames.shape)
+    noisy = (np.full(frames.shape, 90) + noise).round().astype(np.uint8)
+    assert grain(noisy) == pytest.approx(2 * 5 / np.pi**0.5, rel=0.05)  # mean of |a - b|, each with sigma 5
+
+
+def test_the_shirt_of_drawn_clips_is_recognized(told, look):
+    for clip in told[:12]:
+        read = look.read(clip["frames"])["scene"]
+        assert shows_shirt(read, clip["scene"])
+        assert not shows_shirt(read, replace(clip["scene"], shirt="teal" if clip["scene"].shirt != "teal" else "red"))
 
 
 def test_paired_differences_by_hand(tmp_path, in_process):
