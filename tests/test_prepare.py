@@ -18,7 +18,7 @@ FAULTS = [
     (["--reference=x"], "reference"),
     (["--device=banana"], "banana"),
     (["--bogus"], "--bogus"),
-    (["--height=65"], "--height 65 is not a multiple of 16"),
+    (["--height=65"], "--height 65 is not a multiple of 8"),
     (["--frames=80000000001", "--height=64000", "--width=64000"], "80000000001 frames of 64000x64000"),
 ]
 

@@ -231,7 +231,7 @@ def test_a_distilled_checkpoint_takes_eight_single_steps(command, face, monkeypa
     code, stdout, _ = command("--ref", face, *options, "--out", tmp_path / "clip.mp4")
     assert code == 0 and "distilled, says its file name: 8 steps" in stdout
     assert [sigma for _, sigma, _ in calls] == [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875]
-    tokens, reference = 2 * 2 * 3, 2 * 3  # latent cells of 5 frames of 32 x 48
+    tokens, reference = 2 * 4 * 6, 4 * 6  # latent cells of 5 frames of 32 x 48
     assert {(tuple(shape), clean) for shape, _, clean in calls} == {((1, tokens + reference), reference)}
 
 
@@ -427,8 +427,8 @@ def test_check_reads_no_tensor(command, monkeypatch):
         (["--frames", "18"], ["--frames 18", "4k+1", "17 and 21"]),
         (["--frames", "0"], ["--frames 0", "1 and 5"]),
         (["--frames", "-7"], ["--frames -7", "1 and 5"]),
-        (["--height", "60"], ["--height 60", "multiple of 16", "48 and 64"]),
-        (["--width", "3"], ["--width 3", "16 and 32"]),
+        (["--height", "60"], ["--height 60", "multiple of 8", "56 and 64"]),
+        (["--width", "3"], ["--width 3", "8 and 16"]),
         (["--steps", "0"], ["--steps 0"]),
         (["--fps", "0"], ["--fps 0"]),
         (["--fps", "nan"], ["--fps nan"]),

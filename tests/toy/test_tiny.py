@@ -38,7 +38,7 @@ def test_the_parts_are_put_together(tmp_path):
     tiny.assemble(tmp_path / "vae", tmp_path / "text", tmp_path / "start.safetensors")
     path = tmp_path / "start.safetensors"
     vae, dit = VideoVAE.from_checkpoint(path), LTXVideo.from_checkpoint(path)
-    assert vae.scale == (4, 16, 16) and dit.patchify_proj.in_features == 128
+    assert vae.scale == (4, 8, 8) and dit.patchify_proj.in_features == 48
     for name, tensor in parts[0].state_dict().items():
         assert torch.equal(vae.state_dict()[name], tensor.bfloat16().float() if tensor.ndim > 1 else tensor) or (
             torch.allclose(vae.state_dict()[name], tensor, rtol=2**-8)

@@ -32,13 +32,14 @@ def test_answers_are_what_the_sentences_say():
     texts, answers = toy_text.sentences(300, 4)
     moves, colors = list(MOVES), list(COLORS)
     for text, answer in zip(texts, answers.tolist()):
-        first, second, joined, color, other, _ = answer
+        first, second, joined, color, other, _, shirt = answer
         said = [moves[m] for m in (first, second) if m < len(moves)]
         assert all(any(words in text for words in MOVES[m].says) for m in said), text
         assert (joined > 0) == (len(said) == 2)
         assert (", then" in text) == (toy_text.JOINED[joined] == "then")
         named = set(re.findall("|".join(colors), text))
         assert {colors[k] for k in (color, other) if k < len(colors)} <= named, text
+        assert re.findall(r"(\w+) shirt", text) == colors[shirt : shirt + 1], text
 
 
 @pytest.mark.slow
@@ -56,4 +57,4 @@ def test_a_few_steps_learn_and_are_loaded(tmp_path, in_process):
     context = TextEncoder.from_checkpoint(tmp_path / "start.safetensors", gemma).encode(
         ["Someone nods against a red wall.", ""]
     )
-    assert context.shape == (2, toy_text.TOKENS, 192) and context.isfinite().all()
+    assert context.shape == (2, toy_text.TOKENS, 256) and context.isfinite().all()
