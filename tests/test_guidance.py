@@ -227,6 +227,27 @@ def test_euler_on_a_straight_path_ends_at_the_clean_latent(problem, seed):
     torch.testing.assert_close(got, z_0, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("s_y, s_r, outside", [(5.0, 7.5, "vyr"), (5.0, 0.0, "vy"), (5.0, 5.0, "vyr")])
+def test_outside_the_interval_one_stream_is_computed(problem, s_y, s_r, outside):
+    """Guidance at sigma in [low, high], both ends included; elsewhere v_yr alone, or v_y where no step uses the
+    reference."""
+    sigmas, recorder = problem["sigmas"], Recorder()
+    low, high = sigmas[2].item(), sigmas[1].item()
+    got = sample_latents(recorder, **problem, s_y=s_y, s_r=s_r, guidance_interval=(low, high))
+    batch, tokens = problem["noise"].shape[:2]
+    one = batch, tokens + (problem["z_ref"].shape[1] if outside == "vyr" else 0)
+    without = ((1 + (s_y != s_r)) * batch, tokens)
+    inside = [without, (batch, tokens + problem["z_ref"].shape[1])] if s_r else [without]
+    assert recorder.shapes() == [one, *inside, *inside, one]
+    z = problem["noise"]
+    for k in range(4):
+        scales = (s_y, s_r) if k in (1, 2) else (1.0, 1.0 if s_r else 0.0)
+        z = by_hand(Recorder(), problem | {"noise": z, "sigmas": sigmas[k : k + 2]}, *scales)
+    torch.testing.assert_close(got, z, atol=1e-4, rtol=1e-4)
+    everywhere = sample_latents(Recorder(), **problem, s_y=s_y, s_r=s_r)
+    assert torch.equal(sample_latents(Recorder(), **problem, s_y=s_y, s_r=s_r, guidance_interval=(0, 1)), everywhere)
+
+
 def test_steps_are_summed_in_float32_when_the_model_runs_in_bfloat16(problem):
     def constant(latents, timesteps, sigma, context, positions):
         assert latents.dtype == context.dtype == torch.bfloat16
