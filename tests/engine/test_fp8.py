@@ -110,13 +110,17 @@ def test_a_model_in_fp8_is_half_as_large_and_near(golden):
     assert 0 < (got - want).abs().mean() < 0.1 * want.abs().mean()
 
 
-def test_error_of_a_product_is_two_to_three_percent():
-    """Rounding to 3 bits after the leading one: between 2^-5 and 2^-4 of a number at most, 2.6% of it on average."""
+def test_error_of_a_product_is_two_to_four_percent():
+    """Rounding to 3 bits after the leading one: between 2^-5 and 2^-4 of a number at most, 2.6% of it on average. With
+    both factors rounded the errors add up as squares: 3.7%."""
     linear = layer(out=256, width=1024, bias=False)
     x = randn(64, 1024, seed=5)
     want = F.linear(x, linear.weight)
-    error = (FP8Linear(*quantize(linear.weight), None)(x) - want).square().mean().sqrt() / want.square().mean().sqrt()
+    stored = FP8Linear(*quantize(linear.weight), None)
+    error = (stored(x) - want).square().mean().sqrt() / want.square().mean().sqrt()
     assert 0.02 < error < 0.03
+    error = (multiply_in_fp8(stored)(x) - want).square().mean().sqrt() / want.square().mean().sqrt()
+    assert 0.03 < error < 0.04
 
 
 def test_only_one_layer_is_held_twice_while_storing():
