@@ -108,12 +108,10 @@ def sample_latents(
 
     # --- streams 0, 1, 2 (v_0, v_y, v_yr) in groups. The two without reference have equal lengths, so they run as one
     # batch. With a step cache, or more processes than groups, each stream becomes a group of its own.
-    def groups_of(s_y: float, s_r: float) -> list[list[int]]:
-        weights = stream_weights(s_y, s_r)
-        without = [k for k in (0, 1) if weights[k]]
-        groups = [group for group in (without, [2] * bool(weights[2])) if group]  # e.g. [[0, 1], [2]], or [[1]]
-        return [[k] for group in groups for k in group] if world > len(groups) or new_cache else groups
-
+    inside, outside = (s_y, s_r), (1.0, float(s_r != 0))  # scales where guidance is on and off
+    used = [k for k in range(3) if stream_weights(*inside)[k] or stream_weights(*outside)[k]]
+    groups = [group for group in ([k for k in used if k < 2], [2] * (2 in used)) if group]  # e.g. [[0, 1], [2]]
+    groups = [[k] for group in groups for k in group] if world > len(groups) or new_cache else groups
     contexts = null_context, context, context
     constants_of: dict[tuple[int, ...], Constants] = {}  # by the streams of a group
     cache_of = defaultdict(new_cache)  # by the same
@@ -141,10 +139,11 @@ def sample_latents(
     for step in progress(range(len(sigmas) - 1)):
         sigma, sigma_next = sigmas[step].to(z.device), sigmas[step + 1].to(z.device)
         low, high = guidance_interval or (0, 1)
-        scales = (s_y, s_r) if low <= sigmas[step] <= high else (1.0, float(s_r != 0))
+        scales = inside if low <= sigmas[step] <= high else outside
         v = z.new_zeros(3, *z.shape)  # (3, B, N, C); a stream of weight zero stays zero
-        for group in groups_of(*scales)[rank::world]:
-            v[group] = velocities(z, sigma, group)
+        for group in groups[rank::world]:
+            if group := [k for k in group if stream_weights(*scales)[k]]:
+                v[group] = velocities(z, sigma, group)
         if world > 1:
             dist.all_reduce(v)  # each stream is zero on all processes but one, so the sum is exact
         z = z + three_stream_cfg(*v, *scales) * (sigma_next - sigma)

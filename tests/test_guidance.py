@@ -13,6 +13,7 @@ from conftest import ROOT, TINY_A
 from safetensors.torch import load_file, save_file
 
 import guidance
+from engine.step_cache import StepCache
 from guidance import sample_latents, sigma_schedule, three_stream_cfg
 from rope import ReferenceSettings, RefPositions, reference_positions, video_positions
 from vae import from_tokens, to_tokens
@@ -269,6 +270,7 @@ import sys
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from engine.step_cache import StepCache
 from guidance import sample_latents
 from model import LTXVideo
 from rope import RefPositions
@@ -287,6 +289,9 @@ for world in (2, 3):  # for two the third process has nothing to do
         streams.clear()
         results[f"{world}{reference}"] = sample_latents(model, **part, ranks=(rank, world))
         results[f"streams{world}{reference}"] = torch.tensor(streams)
+middle = [problem["sigmas"][2].item(), problem["sigmas"][1].item()]
+fewer = {"guidance_interval": middle, "new_cache": lambda: StepCache(1e9)}
+results["fewer"] = sample_latents(model, **problem, **fewer, ranks=(rank, 3))
 save_file(results, out)
 dist.barrier()
 dist.destroy_process_group()  # a process that ends with gloo's threads alive may abort
@@ -315,6 +320,10 @@ def test_streams_on_two_and_three_processes_are_as_on_one(model, problem, tmp_pa
             alone, both = [1] * steps, [2] * steps
             third = alone if reference and world == 3 else []
             assert shares == [both if reference and world == 2 else alone, alone, third]
+    middle = [problem["sigmas"][2].item(), problem["sigmas"][1].item()]
+    fewer = {"guidance_interval": middle, "new_cache": lambda: StepCache(1e9)}
+    for result in results:
+        assert torch.equal(result["fewer"], sample_latents(model, **problem, **fewer))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
