@@ -310,6 +310,8 @@ def main() -> None:
     for option in ("steps", "repeat", "text_tokens"):
         if not 1 <= getattr(options, option) <= 10**6:
             raise UserError(f"--{option.replace('_', '-')} {getattr(options, option)} is not between 1 and 1,000,000")
+    if options.against == "bf16" and not options.fp8:
+        raise UserError("--against bf16 needs --fp8")
     if options.against == "diffusers":  # a missing diffusers shows before anything is measured
         diffusers_row(ltx, (32, 32, 1), argparse.Namespace(**vars(options) | {"device": torch.device("meta")}))
     name, driver = device_name(options.device)

@@ -70,6 +70,8 @@ def test_one_row_in_8_bits_and_in_bf16(command, small, tmp_path):
     (last,) = [line for line in lines if "times as fast" in line]
     assert float(last.split("--fp8 ")[1].split()[0]) == pytest.approx(ratio, abs=0.02 + 0.1 * ratio) and last in stdout
     assert len([line for line in lines if line.startswith("| ")]) == 3  # and the head
+    code, _, stderr = command(*words, "--device", "cpu", "--against", "bf16")
+    assert code == 2 and stderr == "error: --against bf16 needs --fp8\n"
 
 
 @pytest.mark.parametrize("size", ["480x832", "0x32x1", "36x32x5", "32x32x6", "big"])
