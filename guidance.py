@@ -14,6 +14,7 @@ processes can share the streams of a step. The letters are those of model.py; si
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -88,13 +89,17 @@ def sample_latents(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Iterable], Iterable] = iter,
     ranks: tuple[int, int] = (0, 1),
+    guidance_interval: Sequence[float] | None = None,
+    new_cache: Callable[[], Callable[..., Tensor]] | None = None,
 ) -> Tensor:
     """Euler steps along v_cfg (Eq. 13) from noise (B, N, C) to z_0 (B, N, C); sums are float32.
 
     sigmas (steps + 1,), positions (B, 3, N, 2), context and null_context (B, S, D). z_ref (B, R, C) and ref_positions
     belong to the reference; None means plain text-to-video. `model` is an LTXVideo or a function with its signature,
     run in `dtype`. `progress` wraps the loop over steps. `ranks` = (rank, world): the number of this process, and how
-    many processes of the default group share the streams. All of them return the result.
+    many processes of the default group share the streams. All of them return the result. Outside
+    `guidance_interval` = (low, high), noise levels, a step computes v_yr alone: s_y = s_r = 1. `new_cache` makes the
+    `cache` of a stream (LTXVideo.forward); each stream then runs by itself.
     """
     if ref_timestep not in ("clean", "shared"):
         raise ValueError(f"ref_timestep {ref_timestep!r} is neither 'clean' nor 'shared'")
@@ -102,12 +107,14 @@ def sample_latents(
     (rank, world), s_r = ranks, s_r if z_ref is not None else 0.0
 
     # --- streams 0, 1, 2 (v_0, v_y, v_yr) in groups. The two without reference have equal lengths, so they run as one
-    # batch. With more processes than groups, each stream becomes a group of its own.
-    weights, contexts = stream_weights(s_y, s_r), (null_context, context, context)
-    without = [k for k in (0, 1) if weights[k]]
-    groups = [group for group in (without, [2] * bool(weights[2])) if group]  # e.g. [[0, 1], [2]], or [[1]]
-    groups = [[k] for group in groups for k in group] if world > len(groups) else groups
-    constants_of: dict[int, Constants] = {}  # by the first stream of a group
+    # batch. With a step cache, or more processes than groups, each stream becomes a group of its own.
+    inside, outside = (s_y, s_r), (1.0, float(s_r != 0))  # scales where guidance is on and off
+    used = [k for k in range(3) if stream_weights(*inside)[k] or stream_weights(*outside)[k]]
+    groups = [group for group in ([k for k in used if k < 2], [2] * (2 in used)) if group]  # e.g. [[0, 1], [2]]
+    groups = [[k] for group in groups for k in group] if world > len(groups) or new_cache else groups
+    contexts = null_context, context, context
+    constants_of: dict[tuple[int, ...], Constants] = {}  # by the streams of a group
+    cache_of = defaultdict(new_cache)  # by the same
 
     def velocities(z: Tensor, sigma: Tensor, group: list[int]) -> Tensor:
         """The velocities of a group of n streams: z (B, N, C) -> (n, B, N, C)."""
@@ -117,11 +124,13 @@ def sample_latents(
         if group == [2]:
             tokens = append_reference(tokens.latents, z_ref, t, tokens.positions, ref_positions, ref_timestep)
         stream_context = torch.cat([contexts[k] for k in group]).to(dtype)  # (n B, S, D)
-        extra = {} if tokens.phase is None else {"phase": tokens.phase}
+        extra, key = {} if tokens.phase is None else {"phase": tokens.phase}, tuple(group)
         if hasattr(model, "constants"):  # rotary tables and lookups are the same in all steps
-            if group[0] not in constants_of:
-                constants_of[group[0]] = model.constants(tokens.timesteps, tokens.positions, tokens.phase, dtype)
-            extra["constants"] = constants_of[group[0]]
+            if key not in constants_of:
+                constants_of[key] = model.constants(tokens.timesteps, tokens.positions, tokens.phase, dtype)
+            extra["constants"] = constants_of[key]
+        if new_cache:
+            extra["cache"] = cache_of[key]
         v = model(tokens.latents, tokens.timesteps, t, stream_context, tokens.positions, **extra)  # (n B, L, C)
         return v[:, :n_video].float().unflatten(0, (n, batch))  # the output for the reference is dropped (Sec. 3.1)
 
@@ -129,12 +138,15 @@ def sample_latents(
     z = noise.float()
     for step in progress(range(len(sigmas) - 1)):
         sigma, sigma_next = sigmas[step].to(z.device), sigmas[step + 1].to(z.device)
+        low, high = guidance_interval or (0, 1)
+        scales = inside if low <= sigmas[step] <= high else outside
         v = z.new_zeros(3, *z.shape)  # (3, B, N, C); a stream of weight zero stays zero
         for group in groups[rank::world]:
-            v[group] = velocities(z, sigma, group)
+            if group := [k for k in group if stream_weights(*scales)[k]]:
+                v[group] = velocities(z, sigma, group)
         if world > 1:
             dist.all_reduce(v)  # each stream is zero on all processes but one, so the sum is exact
-        z = z + three_stream_cfg(*v, s_y, s_r) * (sigma_next - sigma)
+        z = z + three_stream_cfg(*v, *scales) * (sigma_next - sigma)
     return z
 
 

@@ -21,7 +21,7 @@ Letters, unless the top of a file says otherwise:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +121,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Queries come from x (B, L, D). Keys and values come from context (B, S, D), or from x if context is None;
-        then S = L. `rotary` rotates q and k. `mask` (B, S) is false for masked keys.
-        """
+        then S = L. `rotary` rotates q and k. `mask` (B, S) is false for masked keys."""
         context = x if context is None else context
         q = self.q_norm(self.to_q(x))  # (B, L, D)
         k = self.k_norm(self.to_k(context))  # (B, S, D)
@@ -237,10 +236,7 @@ class Block(nn.Module):
         return x + gate_ff * self.ff(modulate(rms_norm(x), shift_ff, scale_ff))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# The model
+# --- The model -------------------------------------------------------------------------------------------------------
 
 
 class Constants(NamedTuple):
@@ -309,6 +305,7 @@ class LTXVideo(nn.Module):
         mask: Tensor | None = None,
         phase: Tensor | None = None,
         constants: Constants | None = None,
+        cache: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Velocity v = eps - z_0 of every token.
 
@@ -320,6 +317,7 @@ class LTXVideo(nn.Module):
         mask       (B, L)        false for tokens masked out of attention; None: no mask, the fastest kernel
         phase      (B, L)        of placement "phase", see `rope_cos_sin`; None for 0
         constants                of `self.constants`, valid while the same tokens share a noise level; None: computed
+        cache                    runs the blocks and may leave some out (engine/step_cache.py); None: all run
         returns    (B, L, C)     the rows of the reference have no meaning
         """
         dtype = latents.dtype
@@ -327,9 +325,13 @@ class LTXVideo(nn.Module):
         modulation, embedding = self.adaln_single(timesteps.flatten()[examples], dtype)  # (U, 9, D), (U, D)
         prompt_modulation, _ = self.prompt_adaln_single(sigma, dtype)  # (B, 2, D)
 
+        def run(x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
+            for block in blocks:
+                x = block(x, context, modulation, prompt_modulation, token_row, rotary, mask)
+            return x
+
         x = self.patchify_proj(latents)  # (B, L, D)
-        for block in self.transformer_blocks:
-            x = block(x, context, modulation, prompt_modulation, token_row, rotary, mask)
+        x = cache(run, x, self.transformer_blocks) if cache else run(x, self.transformer_blocks)
 
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)  # 2 x (U, D)
         x = F.layer_norm(x, (self.dim,), eps=1e-6)

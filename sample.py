@@ -36,7 +36,7 @@ from common.outputs import refuse_overwrite
 from config import ASSETS
 from data import FITS
 from engine.check import check
-from engine.fp8 import load_fp8
+from engine.fp8 import can_multiply, load_fp8, multiply_in_fp8
 from engine.lora_files import LoRA, merge_lora, merged
 from engine.notes import notes_on_photo, notes_on_prompt, notes_on_recipe
 from engine.offload import offload
@@ -165,6 +165,10 @@ def load_dit(
             model = LTXVideo(checkpoint.config["transformer"])
         changes = {target: partial(merged, target=target, loras=loras) for lora in loras for target in lora.changes}
         load_fp8(model, checkpoint, first, dtype, changes)
+        if can_multiply(device, dtype):
+            multiply_in_fp8(model)
+        else:
+            note("--fp8 saves memory, not time: products in 8 bits need a card of compute capability 8.9 or more")
     else:
         model = merge_lora(LTXVideo.from_checkpoint(checkpoint, first, dtype), loras)
     model = offload(model, device) if options.offload else model.to(device)
@@ -270,6 +274,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="Euler steps")
     parser.add_argument("--s-text", type=float, help="s_y of Eq. 13, strength of the prompt")
     parser.add_argument("--s-ref", type=float, help="s_r of Eq. 13, strength of the reference")
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="noise levels with guidance, others compute one stream (default: all)",
+    )
+    parser.add_argument(
+        "--cache", type=float, metavar="SHARE", help="reuse blocks where the first changes less than this, e.g. 0.08"
+    )
     parser.add_argument("--placement", choices=list(PLACEMENTS), help="place of the reference (default: tass, Eq. 4)")
     parser.add_argument("--fit", choices=list(FITS), help="how the photo gets the video's shape (default: letterbox)")
     parser.add_argument("--source-id", type=int, help="source number, for --placement phase (default 2)")
@@ -294,7 +308,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default=gpu if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile a block: a slow start, faster steps")
-    parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits: half the memory")
+    parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits, and products on newer cards")
     parser.add_argument("--offload", action="store_true", help="DiT weights in host memory, streamed block by block")
     parser.add_argument("--text-on-cpu", action="store_true", help="Gemma in host memory: slower, no GPU memory")
     parser.add_argument(

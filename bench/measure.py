@@ -3,6 +3,7 @@
     python -m bench                                     # sizes of the released model, random weights
     python -m bench --size 512x768x121 --compile        # one size (height x width x frames); blocks compiled
     python -m bench --against diffusers                 # its LTX-2 transformer of the same size, in the same run
+    python -m bench --fp8 --compile --against bf16 --only "guided step,"    # one row in 8 bits and in bf16
     python -m bench --ckpt assets/tiny.safetensors --size 64x64x17      # sizes of any LTX-2.3 file
     python -m bench --publish                           # replace the page in bench/ that README shows
 
@@ -31,7 +32,7 @@ from checkpoint import open_checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, whole_file
 from common.outputs import refuse_overwrite
-from engine.fp8 import store_in_fp8
+from engine.fp8 import E4M3, can_multiply, multiply_in_fp8, quantize, store_in_fp8
 from engine.offload import offload
 from engine.optim import AdamWBF16
 from engine.parallel import set_recompute
@@ -87,6 +88,16 @@ def ceilings(device: torch.device, dtype: torch.dtype, repeat: int) -> tuple[flo
     return 2 * n**3 / product, 2 * size / copy
 
 
+def fp8_ceiling(device: torch.device, dtype: torch.dtype, repeat: int) -> float:
+    """Operations per second of a product of 8-bit factors with a scale for each row."""
+    n = 8192
+    q, scale = quantize(torch.randn(n, n, device=device))
+    rows, columns = q.view(E4M3), q.view(E4M3).t()
+    kind = {"out_dtype": dtype, "use_fast_accum": True}
+    product, _ = measure(lambda: torch._scaled_mm(rows, columns, scale, scale.t(), **kind), device, 2 * repeat)
+    return 2 * n**3 / product
+
+
 def draw_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Give a module from the meta device small random weights on `device`."""
     module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
@@ -108,11 +119,14 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
     model = draw_weights(model, device, dtype)
     if options.fp8:
         store_in_fp8(model)
+        if can_multiply(device, dtype):
+            multiply_in_fp8(model)
     weights = sum(p.nbytes for p in model.parameters())
     if options.offload:
         model = offload(model.cpu(), device)
         free(device)
     if options.compile:
+        torch._dynamo.reset()  # graphs of the last size count towards the limit of one function
         model.compile_blocks()
     z, z_ref = (torch.randn(1, k, channels, device=device) for k in (n, r))  # (1, N, C), (1, R, C)
     context, null = (torch.randn(1, s, model.dim, device=device, dtype=dtype) for _ in range(2))
@@ -208,29 +222,42 @@ def diffusers_row(ltx: dict[str, Any], size: tuple[int, int, int], options: argp
 def table(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Namespace, limits: tuple) -> list[str]:
     """The lines of Markdown for one size. `limits` are the two ceilings."""
     head = "| | ms | TFLOP | TFLOP/s | of the ceiling | floor, ms | peak GiB |\n|---|---:|---:|---:|---:|---:|---:|"
-    lines = [f"\n## {size[0]}x{size[1]}, {size[2]} frames\n", head]
+    lines, measured = [f"\n## {size[0]}x{size[1]}, {size[2]} frames\n", head], {}
 
-    def add(row: Row) -> None:
+    def add(row: Row, where: str = "") -> None:
         flops, floor = row.flops / 1e12, 1000 * max(row.flops / limits[0], row.weights / limits[1])
-        long = "guided steps" in row.name  # the row before warmed up the same functions
+        long = "guided steps" in row.name
+        warm = long and f"{where}guided step, three streams" in measured  # the same functions
         try:
-            seconds, peak = measure(row.run, options.device, 1 if long else options.repeat, warm=long)
+            seconds, peak = measure(row.run, options.device, 1 if long else options.repeat, warm)
             speed = f"{flops / seconds:,.2f} | {row.flops / seconds / limits[0]:.0%}"
             memory = f"{peak / GIB:.1f}" if peak else ""
-            lines.append(f"| {row.name} | {1000 * seconds:,.1f} | {flops:,.2f} | {speed} | {floor:,.1f} | {memory} |")
+            measured[where + row.name] = seconds
+            numbers = f"{1000 * seconds:,.1f} | {flops:,.2f} | {speed} | {floor:,.1f} | {memory} |"
         except torch.OutOfMemoryError:
-            lines.append(f"| {row.name} | out of memory | {flops:,.2f} | | | {floor:,.1f} | |")
+            numbers = f"out of memory | {flops:,.2f} | | | {floor:,.1f} | |"
+        lines.append(f"| {where}{row.name} | {numbers}")
         print(lines[-1], flush=True)
 
-    try:
-        for row in rows(ltx, size, options):
-            add(row)
-            del row  # it keeps the model alive
-    except torch.OutOfMemoryError:
-        lines.append("| the other rows | out of memory | | | | | |")
-    free(options.device)
-    if options.against:
+    def add_all(options: argparse.Namespace, where: str = "") -> None:
+        try:
+            for row in rows(ltx, size, options):
+                if options.only in row.name:
+                    add(row, where)
+                del row  # it keeps the model alive
+        except torch.OutOfMemoryError:
+            lines.append(f"| {where}the other rows | out of memory | | | | | |")
+        free(options.device)
+
+    add_all(options)
+    if options.against == "diffusers":
         add(diffusers_row(ltx, size, options))
+    if options.against == "bf16":
+        add_all(argparse.Namespace(**vars(options) | {"fp8": False}), "bf16: ")
+        for name in [name for name in measured if f"bf16: {name}" in measured]:
+            ratio = measured[f"bf16: {name}"] / measured[name]
+            lines.append(f"\n{name}: with --fp8 {ratio:.2f} times as fast as in bf16.")
+            print(lines[-1].strip(), flush=True)
     return lines
 
 
@@ -251,9 +278,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="steps of a whole sample (%(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="timed calls, of which the median counts (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits, without training")
+    parser.add_argument("--fp8", action="store_true", help="DiT weights and products in 8 bits, without training")
     parser.add_argument("--offload", action="store_true", help="DiT blocks in host memory, without training")
-    parser.add_argument("--against", choices=["diffusers"], help="time the transformer of diffusers too")
+    parser.add_argument(
+        "--against", choices=["diffusers", "bf16"], help="time diffusers' transformer too, or the weights in bf16"
+    )
+    parser.add_argument("--only", default="", metavar="WORDS", help="rows with these words in their name (all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
     where = parser.add_mutually_exclusive_group()
@@ -280,7 +310,9 @@ def main() -> None:
     for option in ("steps", "repeat", "text_tokens"):
         if not 1 <= getattr(options, option) <= 10**6:
             raise UserError(f"--{option.replace('_', '-')} {getattr(options, option)} is not between 1 and 1,000,000")
-    if options.against:  # a missing diffusers shows before anything is measured
+    if options.against == "bf16" and not options.fp8:
+        raise UserError("--against bf16 needs --fp8")
+    if options.against == "diffusers":  # a missing diffusers shows before anything is measured
         diffusers_row(ltx, (32, 32, 1), argparse.Namespace(**vars(options) | {"device": torch.device("meta")}))
     name, driver = device_name(options.device)
     how = [word for word in ("compile", "fp8", "offload") if getattr(options, word)] or ["plain"]
@@ -288,14 +320,18 @@ def main() -> None:
     out = Path(options.out or (ROOT if options.publish else Path("out")) / "bench" / page)
     refuse_overwrite([out], [options.ckpt])
     out.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows here too
-    limits = ceilings(options.device, options.dtype, options.repeat)
+    how_often = options.device, options.dtype, options.repeat
+    limits, product = ceilings(*how_often), "matrix product"
+    if options.fp8 and can_multiply(options.device, options.dtype):
+        product += f"; {fp8_ceiling(*how_often) / 1e12:,.2f} with 8-bit factors"
     versions = f"driver {driver}, PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
     dtype, file = str(options.dtype).removeprefix("torch."), Path(options.ckpt or LTX).name
     lines = [
         f"# {name}\n\n{date.today()}, {versions}, {dtype}, {' '.join(how)}; random weights of {file}, "
-        f"{options.text_tokens:,} text tokens.\n\nMeasured ceilings: {limits[0] / 1e12:,.2f} TFLOP/s (matrix product), "
+        f"{options.text_tokens:,} text tokens.\n\nMeasured ceilings: {limits[0] / 1e12:,.2f} TFLOP/s ({product}), "
         f"{limits[1] / 1e9:,.0f} GB/s (copy). Empty cells have not been measured."
     ]
+    print(lines[0])
     for size in sizes:
         lines += table(ltx, size, options, limits)
     with whole_file(out) as temporary:

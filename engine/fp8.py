@@ -4,10 +4,14 @@ and a 24 GB card the model to sample from.
         W (out, in)  ~  scale (out, 1) * Q (out, in)        scale: the power of two next above max |row of W| / 448
 
 Q is float8 e4m3: 4 bits of exponent, 3 of mantissa, at most 448, so a number is off by at most 1/16 of itself, or by
-2^-10 scale if it is tiny; multiplying by a power of two adds no error. Only storage is 8 bits: a weight is converted
-to the dtype of the layer's input when the layer runs, and again for the backward pass, instead of being kept for it.
+2^-10 scale if it is tiny; multiplying by a power of two adds no error. A checkpoint in fp8 keeps its own Q, e4m3 or
+e5m2, and its own scales, one for a weight or one for each row.
 
-A checkpoint in fp8 keeps its own Q, e4m3 or e5m2, and its own scales, one for a weight or one for each row.
+Products have one of two forms. Training and cards without fp8 products: the weight is converted to the dtype of the
+layer's input when the layer runs, and again for the backward pass, instead of being kept for it. Sampling on other
+cards (`multiply_in_fp8`): the input x (n, in) is rounded to 8 bits too, with a scale for each row.
+
+        x W^T  ~  s_x (Q_x Q^T) scale^T        s_x (n, 1) = max |row of x| / 448,   Q_x = x / s_x
 """
 
 from collections.abc import Callable, Mapping
@@ -48,6 +52,18 @@ class Product(torch.autograd.Function):
         return gradient @ dequantize(*ctx.saved_tensors, gradient.dtype, ctx.stored), None, None, None, None
 
 
+def scaled_product(x: Tensor, quantized: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in), bytes of Q (out, in) in e4m3, scale (out, 1) -> x W^T + b (..., out), a product of 8-bit factors."""
+    rows = x.flatten(0, -2)  # (n, in)
+    x_scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / LARGEST  # (n, 1); no 0 for a row of zeros
+    x_quantized = (rows / x_scale).to(E4M3)
+    # fast_accum: sums stay in the tensor cores, whose 14 bits are far finer than the 4 of a factor.
+    y = torch._scaled_mm(
+        x_quantized, quantized.view(E4M3).t(), x_scale, scale.t(), bias, out_dtype=x.dtype, use_fast_accum=True
+    )
+    return y.unflatten(0, x.shape[:-1])
+
+
 class FP8Linear(nn.Linear):
     """A frozen linear layer that holds its weight as bytes: a dtype that every backend of DDP can pass on."""
 
@@ -56,12 +72,37 @@ class FP8Linear(nn.Linear):
         self.weight = nn.Parameter(quantized, requires_grad=False)  # (out, in), uint8
         self.scale = nn.Parameter(scale, requires_grad=False)  # (out, 1) or (1, 1), float32
         self.bias, self.stored = bias, stored
+        self.multiplies = False  # true: scaled_product, without a gradient
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.multiplies:
+            return scaled_product(x, self.weight, self.scale, self.bias)
         return Product.apply(x, self.weight, self.scale, self.stored, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.stored}, scales={len(self.scale)}"
+
+
+def can_multiply(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of 8-bit factors run on this device. A CPU only emulates them, slower than it converts."""
+    try:
+        x = torch.ones(16, 16, device=device, dtype=dtype)
+        scaled_product(x, *quantize(x), bias=x[0])
+    except (RuntimeError, ValueError):
+        return False
+    return device.type != "cpu"
+
+
+def multiply_in_fp8(model: nn.Module) -> nn.Module:
+    """Let the fp8 layers of a model, from now on without gradients, compute `scaled_product`.
+
+    Layers in e5m2, or with sides that are no multiples of 16, still convert their weights: kernels have these limits.
+    """
+    for layer in model.modules():
+        if isinstance(layer, FP8Linear) and layer.stored == E4M3 and not any(n % 16 for n in layer.weight.shape):
+            layer.multiplies = True
+            layer.scale.data = layer.scale.data.expand(layer.out_features, 1).contiguous()
+    return model
 
 
 def block_linears(model: nn.Module) -> list[str]:

@@ -4,7 +4,9 @@ options of the user  >  distilled models  >  --preset  >  LoRA metadata  >  chec
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from common.errors import UserError
 from common.sizes import require_video_size
 from config import ASSETS, VIDEO, Config
 from engine.lora_files import LoRA, describe, open_loras
+from engine.step_cache import StepCache
 from guidance import DISTILLED_SIGMAS
 from rope import PLACEMENTS, ReferenceSettings
 from text import GEMMA
@@ -26,6 +29,7 @@ def reference_metadata(reference: ReferenceSettings) -> dict[str, Any]:
 
 
 REFERENCE = reference_metadata(ReferenceSettings())
+OTHERS = {"prompt_prefix": "", "guidance_interval": None, "cache": None}
 PRESETS = {  # for LoRAs without metadata of this project
     # LTX-Best-Face-ID. The guidance is our choice, since we know of none documented: equal scales, so two streams.
     "best-face-id": REFERENCE
@@ -50,16 +54,20 @@ class Recipe:
     reference: ReferenceSettings
     prompt_prefix: str = ""
     sigmas: tuple[float, ...] | None = None  # instead of the schedule of `steps`
+    guidance_interval: Sequence[float] | None = None  # noise levels with guidance; None: all
+    cache: float | None = None  # threshold of engine/step_cache.py; None: no cache
 
     def for_generate(self) -> dict[str, Any]:
         """Keyword arguments of guidance.generate."""
-        names = {"s_text": "s_y", "s_ref": "s_r"}
-        return {names.get(key, key): value for key, value in vars(self).items() if key != "prompt_prefix"}
+        names, others = {"s_text": "s_y", "s_ref": "s_r"}, ("prompt_prefix", "cache")
+        arguments = {names.get(key, key): value for key, value in vars(self).items() if key not in others}
+        return arguments | {"new_cache": partial(StepCache, self.cache) if self.cache else None}
 
     def for_metadata(self) -> dict[str, Any]:
         """The same and the prefix of the prompt, as plain values."""
         flat = self.for_generate() | reference_metadata(self.reference) | {"prompt_prefix": self.prompt_prefix}
-        return {key: value for key, value in flat.items() if key != "reference" and value is not None}
+        flat |= {"cache": self.cache or None, "new_cache": None, "reference": None}
+        return {key: value for key, value in flat.items() if value is not None}
 
     def line(self) -> str:
         return (
@@ -137,9 +145,9 @@ def export_guidance(config: Config, base: Checkpoint) -> dict[str, float]:
 def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> Recipe:
     """The recipe of a command's options. It prints where a preset, a LoRA or a distilled model decides."""
     preset = PRESETS.get(options.preset, {})
-    names = (*VIDEO, *REFERENCE, "prompt_prefix")
-    chosen = {key: value for key in names if (value := getattr(options, key)) is not None}
-    settings = VIDEO | REFERENCE | {"prompt_prefix": ""} | sampling_settings(checkpoint.ours)
+    defaults = VIDEO | REFERENCE | OTHERS
+    chosen = {key: value for key in defaults if (value := getattr(options, key)) is not None}
+    settings = defaults | sampling_settings(checkpoint.ours)
     if from_loras := lora_settings(loras, preset | chosen):
         print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in from_loras.items())}")
     settings |= from_loras | preset
@@ -158,10 +166,13 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
         known = ", ".join(PLACEMENTS)
         raise UserError(f"{files}: placement {settings['placement']!r} is not one of {known}: decide with --placement")
     check_numbers(settings, latent_scale(checkpoint.config["vae"]))
+    sigmas = DISTILLED_SIGMAS if distilled and settings["steps"] == DISTILLED["steps"] else None
+    if sigmas and settings["cache"]:
+        raise UserError("--cache: the eight steps of a distilled model differ too much to be reused: leave it out")
     return Recipe(
-        **{key: settings[key] for key in (*VIDEO, "prompt_prefix")},
+        **{key: settings[key] for key in (*VIDEO, *OTHERS)},
         reference=ReferenceSettings(**{key.removeprefix("ref_"): settings[key] for key in REFERENCE}),
-        sigmas=DISTILLED_SIGMAS if distilled and settings["steps"] == DISTILLED["steps"] else None,
+        sigmas=sigmas,
     )
 
 
@@ -170,6 +181,11 @@ def check_numbers(settings: dict[str, Any], scale: tuple[int, int, int]) -> None
     for name, most in LARGEST.items():
         if not abs(settings[name]) <= most:  # NaN as well
             raise UserError(f"--{name.replace('_', '-')} {settings[name]} is not a number up to {most:g}")
+    low, high = settings["guidance_interval"] or (0, 1)
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--guidance-interval {low:g} {high:g}: write two noise levels, 0 <= LOW < HIGH <= 1")
+    if not 0 <= (settings["cache"] or 0) <= 1:
+        raise UserError(f"--cache {settings['cache']:g} is not between 0 and 1")
     require_video_size(settings, scale)
     for name in ("fps", "steps"):
         if settings[name] <= 0:

@@ -13,6 +13,7 @@ from conftest import ROOT, TINY_A
 from safetensors.torch import load_file, save_file
 
 import guidance
+from engine.step_cache import StepCache
 from guidance import sample_latents, sigma_schedule, three_stream_cfg
 from rope import ReferenceSettings, RefPositions, reference_positions, video_positions
 from vae import from_tokens, to_tokens
@@ -227,6 +228,27 @@ def test_euler_on_a_straight_path_ends_at_the_clean_latent(problem, seed):
     torch.testing.assert_close(got, z_0, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("s_y, s_r, outside", [(5.0, 7.5, "vyr"), (5.0, 0.0, "vy"), (5.0, 5.0, "vyr")])
+def test_outside_the_interval_one_stream_is_computed(problem, s_y, s_r, outside):
+    """Guidance at sigma in [low, high], both ends included; elsewhere v_yr alone, or v_y where no step uses the
+    reference."""
+    sigmas, recorder = problem["sigmas"], Recorder()
+    low, high = sigmas[2].item(), sigmas[1].item()
+    got = sample_latents(recorder, **problem, s_y=s_y, s_r=s_r, guidance_interval=(low, high))
+    batch, tokens = problem["noise"].shape[:2]
+    one = batch, tokens + (problem["z_ref"].shape[1] if outside == "vyr" else 0)
+    without = ((1 + (s_y != s_r)) * batch, tokens)
+    inside = [without, (batch, tokens + problem["z_ref"].shape[1])] if s_r else [without]
+    assert recorder.shapes() == [one, *inside, *inside, one]
+    z = problem["noise"]
+    for k in range(4):
+        scales = (s_y, s_r) if k in (1, 2) else (1.0, 1.0 if s_r else 0.0)
+        z = by_hand(Recorder(), problem | {"noise": z, "sigmas": sigmas[k : k + 2]}, *scales)
+    torch.testing.assert_close(got, z, atol=1e-4, rtol=1e-4)
+    everywhere = sample_latents(Recorder(), **problem, s_y=s_y, s_r=s_r)
+    assert torch.equal(sample_latents(Recorder(), **problem, s_y=s_y, s_r=s_r, guidance_interval=(0, 1)), everywhere)
+
+
 def test_steps_are_summed_in_float32_when_the_model_runs_in_bfloat16(problem):
     def constant(latents, timesteps, sigma, context, positions):
         assert latents.dtype == context.dtype == torch.bfloat16
@@ -248,6 +270,7 @@ import sys
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from engine.step_cache import StepCache
 from guidance import sample_latents
 from model import LTXVideo
 from rope import RefPositions
@@ -266,6 +289,9 @@ for world in (2, 3):  # for two the third process has nothing to do
         streams.clear()
         results[f"{world}{reference}"] = sample_latents(model, **part, ranks=(rank, world))
         results[f"streams{world}{reference}"] = torch.tensor(streams)
+middle = [problem["sigmas"][2].item(), problem["sigmas"][1].item()]
+fewer = {"guidance_interval": middle, "new_cache": lambda: StepCache(1e9)}
+results["fewer"] = sample_latents(model, **problem, **fewer, ranks=(rank, 3))
 save_file(results, out)
 dist.barrier()
 dist.destroy_process_group()  # a process that ends with gloo's threads alive may abort
@@ -294,6 +320,10 @@ def test_streams_on_two_and_three_processes_are_as_on_one(model, problem, tmp_pa
             alone, both = [1] * steps, [2] * steps
             third = alone if reference and world == 3 else []
             assert shares == [both if reference and world == 2 else alone, alone, third]
+    middle = [problem["sigmas"][2].item(), problem["sigmas"][1].item()]
+    fewer = {"guidance_interval": middle, "new_cache": lambda: StepCache(1e9)}
+    for result in results:
+        assert torch.equal(result["fewer"], sample_latents(model, **problem, **fewer))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

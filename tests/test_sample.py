@@ -107,12 +107,14 @@ def test_all_options_arrive(command, face, tmp_path):
     out = tmp_path / "clip.mp4"
     options = ["--frames", 9, "--height", 48, "--width", 64, "--fps", 8, "--steps", 2, "--s-text", 3, "--s-ref", 4]
     options += ["--placement", "remote", "--seed", 11, "--negative", "blurry", "--dtype", "bfloat16", "--device", "cpu"]
+    options += ["--guidance-interval", 0.2, 0.9, "--cache", 0.3]
     code, stdout, stderr = command("--ref", face, "--prompt", "A man.", "--out", out, *options)
     assert code == 0, stderr
     frames, fps, settings = read_video(out)
     assert frames.shape == (9, 48, 64, 3) and fps == 8.0 and str(out) in stdout
     want = {"frames": 9, "height": 48, "width": 64, "fps": 8.0, "steps": 2, "s_y": 3.0, "s_r": 4.0, "seed": 11}
     want |= {"placement": "remote", "prompt": "A man.", "negative": "blurry", "ref": face}
+    want |= {"guidance_interval": [0.2, 0.9], "cache": 0.3}
     assert want.items() <= settings.items()
 
 
@@ -250,6 +252,11 @@ def test_what_says_that_a_model_is_distilled(monkeypatch, capsys, forge, write_l
     asked = ["--steps", 30, "--s-text", 3]
     own = settings_for(monkeypatch, "--ckpt", forge(metadata={"model_version": "2.3-distilled"}), *asked)
     assert "sigmas" not in own and (own["steps"], own["s_y"], own["s_r"]) == (30, 3.0, 1.0)
+    ckpt = ["--ckpt", forge(metadata={"model_version": "2.3-distilled"})]
+    assert "cache" not in settings_for(monkeypatch, *ckpt, "--cache", 0)
+    assert settings_for(monkeypatch, *ckpt, "--cache", 0.1, "--steps", 30)["cache"] == 0.1
+    with pytest.raises(UserError, match="--cache: the eight steps of a distilled model differ too much"):
+        settings_for(monkeypatch, *ckpt, "--cache", 0.1)
 
 
 def test_a_checkpoint_says_what_it_was_trained_with_and_options_win(monkeypatch, forge):
@@ -288,6 +295,8 @@ def test_every_choice_changes_the_video(command, face, tmp_path):
         "s-text": ["--s-text", "1.5"],
         "s-ref": ["--s-ref", "2"],
         "placement": ["--placement", "temporal"],
+        "guidance-interval": ["--guidance-interval", "0", "0.5"],
+        "cache": ["--cache", "1"],
         "fps": ["--fps", "6"],
         "steps": ["--steps", "3"],
         "fit": ["--fit", "cover"],
@@ -434,6 +443,10 @@ def test_check_reads_no_tensor(command, monkeypatch):
         (["--fps", "nan"], ["--fps nan"]),
         (["--fps", "inf"], ["--fps inf"]),
         (["--s-ref", "nan"], ["--s-ref nan"]),
+        (["--guidance-interval", "0.5", "0.5"], ["--guidance-interval 0.5 0.5", "LOW < HIGH"]),
+        (["--guidance-interval", "nan", "1"], ["--guidance-interval nan 1"]),
+        (["--cache", "1.5"], ["--cache 1.5", "between 0 and 1"]),
+        (["--cache", "nan"], ["--cache nan"]),
         (["--seed", "99999999999999999999"], ["--seed"]),
         (["--samples", "0"], ["--samples 0"]),
         (["--prompt", ""], ["prompt is empty", "--prompt"]),
@@ -655,8 +668,9 @@ def test_offload_and_compile_change_nothing_and_fp8_little(command, face, monkey
     for name in ("plain", "offload", "compile", "fp8", "fp8-offload"):
         words = [f"--{word}" for word in name.split("-") if word != "plain"]
         out = tmp_path / f"{name}.mp4"
-        code, _, stderr = command("--ref", face, "--prompt", "A man.", *SHORT, "--out", out, *words)
+        code, stdout, stderr = command("--ref", face, "--prompt", "A man.", *SHORT, "--out", out, *words)
         assert code == 0, stderr
+        assert ("--fp8 saves memory, not time" in stdout) == name.startswith("fp8")  # on a CPU
         videos[name], _, settings = read_video(out)
         assert ("fp8" in settings) == name.startswith("fp8")
     assert np.array_equal(videos["offload"], videos["plain"]) and np.array_equal(videos["compile"], videos["plain"])

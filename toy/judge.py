@@ -37,7 +37,7 @@ from common.media import from_bytes, to_tensor, to_uint8
 from common.schema import FiniteFloat, NonNegativeFloat, Share, parse_json, record
 from config import ASSETS, VIDEO
 from data import FITS
-from engine.recipe import REFERENCE, Recipe, begin_with, resolve_recipe
+from engine.recipe import OTHERS, REFERENCE, Recipe, begin_with, resolve_recipe
 from evaluation.metrics import FaceReader, face_sim, identity_drift
 from evaluation.report import bootstrap, draw_sheet
 from face import embed
@@ -128,7 +128,7 @@ def cases(seed: int, count: int, frames: int = 17, fps: float = 12.0, size: int 
 
 def recipe_of(path: str | Path, **changes: float | None) -> Recipe:
     """The recipe that sample.py has for this checkpoint with the options `changes`; None leaves the default."""
-    options = dict.fromkeys((*VIDEO, *REFERENCE, "prompt_prefix", "preset")) | changes
+    options = dict.fromkeys((*VIDEO, *REFERENCE, *OTHERS, "preset")) | changes
     return resolve_recipe(argparse.Namespace(**options), Checkpoint(path))
 
 

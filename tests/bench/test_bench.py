@@ -57,6 +57,23 @@ def test_the_table(more, count, command, small, tmp_path):
             assert name.strip() and not peak.strip()  # nobody counts a CPU's memory
 
 
+def test_one_row_in_8_bits_and_in_bf16(command, small, tmp_path):
+    words = ["--ckpt", small, "--size", "32x32x5", "--text-tokens", 16, "--repeat", 1, "--out", tmp_path / "x.md"]
+    more = ["--device", "cpu", "--dtype", "bfloat16", "--fp8", "--against", "bf16", "--only", "guided step,"]
+    code, stdout, stderr = command(*words, *more)
+    assert code == 0, stderr
+    lines = (tmp_path / "x.md").read_text().splitlines()
+    cells = [line.split("|") for line in lines if "guided step, three streams |" in line]
+    assert [row[1].strip().split(":")[0] for row in cells] == ["guided step, three streams", "bf16"]
+    in_fp8, in_bf16 = (float(row[2].replace(",", "")) for row in cells)
+    ratio = in_bf16 / in_fp8
+    (last,) = [line for line in lines if "times as fast" in line]
+    assert float(last.split("--fp8 ")[1].split()[0]) == pytest.approx(ratio, abs=0.02 + 0.1 * ratio) and last in stdout
+    assert len([line for line in lines if line.startswith("| ")]) == 3  # and the head
+    code, _, stderr = command(*words, "--device", "cpu", "--against", "bf16")
+    assert code == 2 and stderr == "error: --against bf16 needs --fp8\n"
+
+
 @pytest.mark.parametrize("size", ["480x832", "0x32x1", "36x32x5", "32x32x6", "big"])
 def test_a_size_that_does_not_fit_is_one_line(size, command, small, tmp_path):
     out = tmp_path / "x.md"
@@ -79,7 +96,7 @@ def test_what_does_not_fit_says_so(monkeypatch):
 
     rows = [bench.Row("large", 2e12, 10, too_large), bench.Row("small", 2e12, 10, lambda: None)]
     monkeypatch.setattr(bench, "rows", lambda *_: iter(rows))
-    options = argparse.Namespace(device=torch.device("cpu"), repeat=1, against=None)
+    options = argparse.Namespace(device=torch.device("cpu"), repeat=1, against=None, only="")
     lines = bench.table({}, (1, 1, 1), options, (1e12, 1e12))
     assert lines[-2] == "| large | out of memory | 2.00 | | | 2,000.0 | |" and lines[-1].startswith("| small | ")
 
