@@ -165,8 +165,10 @@ class Answers:
             return "error: " + printable(explain(error)[1]), *otherwise
 
     def hold(self, photo: ImageData | None) -> tuple:
-        """An upload becomes data in the page at once, so its file is gone before anything slow begins."""
-        return self.answer(photo, lambda image: ([], image), [None])
+        """An upload becomes data in the page at once, so its file is gone before anything slow begins. The buttons,
+        which would send its name, are off until then."""
+        on = [gr.Button(interactive=True)] * 2
+        return self.answer(photo, lambda image: ([], image, *on), [None, *on])
 
     def film(
         self,
@@ -298,7 +300,9 @@ def build(studio: Studio) -> gr.Blocks:
                     grid = gr.HTML(label="one seed, nine settings or six placements", **film)
                 notes = gr.Textbox(label="notes", lines=2, interactive=False)
         fields, last = [photo, prompt, s_y, s_r, placement, steps, seed], gr.State()
-        photo.upload(answers.hold, photo, [notes, photo], **in_page)
+        off = lambda: (gr.Button(interactive=False), gr.Button(interactive=False))  # noqa: E731 (becomes JavaScript)
+        photo.upload(off, None, [button, grid_button], js=True, **in_page)
+        photo.upload(answers.hold, photo, [notes, photo, button, grid_button], **in_page)
         results = [notes, now, before, last]
         button.click(answers.film, [*fields, last], results, api_name="film", show_progress_on=[now], **one_job)
         results = [notes, grid]
