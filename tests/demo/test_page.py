@@ -329,11 +329,13 @@ def test_a_browser_shows_all_of_it(program, tmp_path):
 
         # a photo: while it is on its way into the page, the button is off
         button, waiting = page.get_by_role("button", name="make the video"), []
-        page.route("**/run/predict", waiting.append)
+        page.route("**/run/predict", lambda route: waiting.append(route))
         upload(page, FACE)
+        while not waiting:
+            page.wait_for_timeout(50)
         expect(button).to_be_disabled()
-        page.unroute("**/run/predict")
         waiting[0].continue_()
+        page.unroute("**/run/predict")
         expect(button).to_be_enabled()
         expect(page.locator("img").first).to_have_attribute("src", re.compile("^data:"))
 
