@@ -20,7 +20,7 @@ setup: .venv/ready-$(ORT) ## make .venv with everything that the commands and te
 	$(PYTHON) -m venv .venv
 	rm -f .venv/ready-*
 	$(PIP) uninstall --quiet --yes $(OTHER) 2>/dev/null
-	$(PIP) install --quiet --constraint requirements/pins.txt --editable ".[$(ORT),dev]"
+	$(PIP) install --quiet --constraint requirements/pins.txt --editable ".[$(ORT),dev,demo]"
 	$(PIP) install --quiet --constraint requirements/pins.txt --no-deps insightface
 	touch $@
 

@@ -36,15 +36,14 @@ from common.outputs import refuse_overwrite
 from config import ASSETS
 from data import FITS
 from engine.check import check
-from engine.fp8 import can_multiply, load_fp8, multiply_in_fp8
-from engine.lora_files import LoRA, merge_lora, merged
+from engine.lora_files import merge_lora
 from engine.notes import notes_on_photo, notes_on_prompt, notes_on_recipe
-from engine.offload import offload
 from engine.parallel import join_processes
 from engine.recipe import PRESETS, Recipe, begin_with, default_gemma, resolve_loras, resolve_recipe
+from engine.sampling import face_reader, likeness, load_dit, require_picture
 from evaluation.batch import Batch
 from evaluation.cases import Case, read_cases
-from evaluation.metrics import FaceReader, face_sim
+from evaluation.metrics import FaceReader
 from guidance import generate, stream_weights
 from model import LTXVideo
 from rope import PLACEMENTS
@@ -154,65 +153,11 @@ def note(*lines: str, about: str = "") -> None:
         print(f"note: {f'{about}: ' if about else ''}{line}")
 
 
-def load_dit(
-    options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA], device: torch.device, dtype: torch.dtype
-) -> LTXVideo:
-    """The DiT with its LoRAs, stored and run as --fp8, --offload and --compile say."""
-    # With --offload the model is loaded into host memory, so the GPU never holds all of it.
-    first = "cpu" if options.offload else device
-    if options.fp8:
-        with torch.device("meta"):
-            model = LTXVideo(checkpoint.config["transformer"])
-        changes = {target: partial(merged, target=target, loras=loras) for lora in loras for target in lora.changes}
-        load_fp8(model, checkpoint, first, dtype, changes)
-        if can_multiply(device, dtype):
-            multiply_in_fp8(model)
-        else:
-            note("--fp8 saves memory, not time: products in 8 bits need a card of compute capability 8.9 or more")
-    else:
-        model = merge_lora(LTXVideo.from_checkpoint(checkpoint, first, dtype), loras)
-    model = offload(model, device) if options.offload else model.to(device)
-    return model.compile_blocks() if options.compile else model
-
-
 def read_reference(case: Case, recipe: Recipe) -> Image.Image | None:
     """The photo in the video's shape; None for plain text-to-video."""
     if case.reference is None:
         return None
     return FITS[recipe.reference.fit](read_image(case.reference), recipe.height, recipe.width)
-
-
-def require_picture(video: torch.Tensor) -> None:
-    """UserError for a video that shows nothing: weights with NaN, or a LoRA far too strong, give one."""
-    if not video.isfinite().all():
-        raise UserError(
-            "the video is not finite: lower the LoRA's strength, or leave out --dtype float16; nothing was written"
-        )
-    if video.max() == video.min():
-        raise UserError(
-            "the video is one constant color: lower the LoRA's strength, or run --check; nothing was written"
-        )
-
-
-def face_reader(options: argparse.Namespace, device: torch.device) -> FaceReader | None:
-    """The face models that measure similarity. --faces names the pack; a name that is not on disk is downloaded.
-    Without --faces: the drawn-face pack for the tiny model, else ~/.insightface/models/buffalo_l if it exists, else
-    None."""
-    local_pack = Path("~/.insightface/models/buffalo_l").expanduser()
-    pack = options.faces or (
-        ASSETS / "faces" if not options.ckpt else local_pack if any(local_pack.glob("*.onnx")) else None
-    )
-    return FaceReader(pack, device=device, det_size=128 if pack == ASSETS / "faces" else None) if pack else None
-
-
-def likeness(reader: FaceReader, ref_image: Image.Image, frames: np.ndarray) -> str:
-    """FaceSim of metrics.py over all frames, in words."""
-    reference, faces = reader.read(np.array(ref_image)[None]), reader.read(frames)
-    if not reference.valid.any():
-        return "no face was found in the photo"
-    name = "a toy recognizer of drawn faces" if reader.pack == ASSETS / "faces" else "ArcFace"
-    count, score = int(faces.valid.sum()), face_sim(faces.arc, reference.arc[0], faces.valid)
-    return f"similarity to the photo {score:.2f} ({name}), a face in {count} of {len(frames)} frames"
 
 
 def write_sample(

@@ -65,20 +65,26 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, BrokenPipeError):
             _exit_if_stdout_is_closed()
-        code, message = 2, str(error)
-        if isinstance(error, OSError):
-            message = (error.strerror or message) + (f" ({error.filename})" if error.filename else "")
-        elif _out_of_memory(error):
-            kind = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
-            message = f"out of {kind}: take a smaller size or fewer frames"
-        elif not isinstance(error, UserError):
-            if os.environ.get(TRACEBACK, "0") not in ("", "0"):
-                raise
-            hint = f"this is a bug; {TRACEBACK}=1 in the environment shows the traceback"
-            code, message = BUG, f"{type(error).__name__}: {error} at {_place(error)}: {hint}"
+        code, message = explain(error)
         with suppress(OSError):  # a closed pipe or a full disk: only the exit code is left
             print("error: " + printable(message), file=sys.stderr)
         sys.exit(code)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code of an exception, and its line without "error: " in front. A bug is raised again where the
+    environment asks for the traceback."""
+    if isinstance(error, OSError):
+        return 2, (error.strerror or str(error)) + (f" ({error.filename})" if error.filename else "")
+    if _out_of_memory(error):
+        kind = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
+        return 2, f"out of {kind}: take a smaller size or fewer frames"
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        raise error
+    hint = f"this is a bug; {TRACEBACK}=1 in the environment shows the traceback"
+    return BUG, f"{type(error).__name__}: {error} at {_place(error)}: {hint}"
 
 
 def printable(message: str) -> str:
