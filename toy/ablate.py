@@ -297,10 +297,10 @@ def work(tasks: list[Callable[[], None]], turn: Any) -> None:
 
 def do_all(tasks: list[Callable[[], None]], jobs: int, ends: float) -> None:
     """Do the tasks, in `jobs` processes if that is above 1. What is unfinished at the time `ends` is given up."""
-    if jobs == 1:
-        for task in tasks:
-            if time.monotonic() < ends:
-                task()
+    for task in tasks if jobs == 1 else ():
+        if time.monotonic() < ends:
+            task()
+    if jobs == 1 or time.monotonic() > ends:
         return
     context = multiprocessing.get_context("spawn")
     turn = context.Value("i", 0)
