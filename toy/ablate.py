@@ -18,7 +18,7 @@ prompts and pairs of motion and color of the test split.
     python -m toy.ablate --set parallel.compile=true        # 1.2 times as fast on two cores; it wants a C++ compiler
 
 The same command again continues: rows that are trained or measured are kept. Table and figure go into the run's folder;
---publish also replaces docs/ablation.md and assets/ablation.png.
+--publish also writes those of docs/copying.md.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import os
 import platform
 import re
 import runpy
+import shlex
 import signal
 import sys
 import time
@@ -35,7 +36,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,13 +43,13 @@ import torch
 import torch.distributed as dist
 
 from common.device import resolve_device
-from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.errors import Parser, UserError, one_line_errors
 from common.outputs import require_same
 from common.schema import parse_json
 from config import ASSETS, Config, as_dict, read_config
 from evaluation.metrics import FaceReader
 from rope import PLACEMENTS
-from toy import judge
+from toy import copying, judge
 from toy.cache import add_temptation, read_temptation
 from toy.eye import Eye
 from toy.make import ON_GPU, run_command, torchrun
@@ -60,7 +60,6 @@ HERE = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Row:
-    title: str
     change: dict[str, Any]  # options of train.py
     shares: str = ""  # the row whose weights this one uses, where only inference differs
 
@@ -69,15 +68,14 @@ TASS = {"reference.placement": "tass"}
 AUGMENTED = TASS | {"reference.augment": True}
 IDENTITY = AUGMENTED | {"faces.pack": "assets/faces"}
 ROWS = {
-    "base": Row("base: text to video", {"model.scratch": True, "reference.use": False, "guidance.s_ref": 0.0}),
-    "reference": Row("+ reference concatenation", {"reference.placement": "overlap"}),
-    "tass": Row("+ TASS-RoPE", TASS),
-    "augmentation": Row("+ reference augmentation", AUGMENTED),
-    "identity": Row("+ identity losses", IDENTITY),
-    "guidance": Row("+ decoupled guidance", IDENTITY | {"guidance.s_ref": 3.0}, shares="identity"),
-    **{k: Row(f"TASS -> {k}", {"reference.placement": k}) for k in PLACEMENTS if k not in ("tass", "overlap")},
+    "base": Row({"model.scratch": True, "reference.use": False, "guidance.s_ref": 0.0}),
+    "reference": Row({"reference.placement": "overlap"}),
+    "tass": Row(TASS),
+    "augmentation": Row(AUGMENTED),
+    "identity": Row(IDENTITY),
+    "guidance": Row(IDENTITY | {"guidance.s_ref": 3.0}, shares="identity"),
+    **{k: Row({"reference.placement": k}) for k in PLACEMENTS if k not in ("tass", "overlap")},
 }
-TITLES = {name: row.title for name, row in ROWS.items()} | {"drawn": "drawn clips, the truth"}
 
 
 @dataclass(frozen=True)
@@ -98,11 +96,7 @@ BUDGETS = {
     "medium": Budget(3_000, 1_200, 16_000, 64),
     "large": Budget(1_800, 600, 16_000, 64, {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5}),
 }
-# Number of an evaluation -> digits in the table.
-FIGURES = {"similarity": 3, "retrieved": 2, "direction": 2, "motion": 2, "background": 2, "face_rate": 2, "drift": 3}
-FIGURES |= {f"copied {group}": 2 for group in judge.GROUPS}
-PROSE = "<!-- Everything above this line is written by toy/ablate.py. -->"
-Evaluation = dict[str, float | None]  # means of one row, training seed and evaluation seed
+PROSE = "<!-- Everything below this line is written by toy/ablate.py. -->"
 
 
 class Cell(NamedTuple):
@@ -120,7 +114,7 @@ CLIP, HALF, SCENE = (
 )
 STUDY = [Cell(CLIP, CORE), Cell(HALF, CORE, SWEPT), Cell(APART, CORE)]
 FURTHER = [Cell(CLIP, ("temporal", "fixed", "remote")), Cell(SCENE, SWEPT)]  # after all seeds of the others
-SCALES = [(1.0, 1.0), (1.0, 2.0), (2.0, 1.0), (2.0, 3.0), (2.0, 5.0), (4.0, 2.0), (4.0, 4.0), (4.0, 6.0)]  # s_y, s_r
+SCALES = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (2, 5), (4, 2), (4, 4), (4, 6)]  # (s_y, s_r) of Eq. 13
 
 
 class Run(NamedTuple):
@@ -229,19 +223,19 @@ def instruments(device: str) -> tuple[FaceReader, Eye]:
 people = lru_cache(judge.cases)
 
 
-def judge_run(run: Run, steps: int, seed: int, ablation: Ablation, scales: tuple[float, float] | None = None) -> None:
+def judge_run(run: Run, steps: int, seed: int, ablation: Ablation, scales: tuple[int, int] | None = None) -> None:
     """Measure a run after these steps, or the drawn clips, on the people of one evaluation seed: a file of results/.
 
     Their references are independent of the prompts, whatever the training references are. scales: s_y and s_r instead
     of the row's, for half of the people.
     """
-    name = "-".join(map(str, [run.row, run.seed, seed, steps, *(f"{scale:g}" for scale in scales or ())]))
+    name = "-".join(map(str, [run.row, run.seed, seed, steps, *(scales or ())]))
     record, count = ablation.out / "results" / label(run.temptation) / f"{name}.json", ablation.budget.people
     if record.is_file():
         return
     path = ablation.weights(Run("base", 0) if run.row == "drawn" else run, steps)
     changes = {"steps": read(ablation.options(Run("base", 0))).guidance.steps}
-    recipe = judge.recipe_of(path, **changes | dict(zip(("s_text", "s_ref"), scales or ())))
+    recipe = judge.recipe_of(path, **changes | dict(zip(("s_text", "s_ref"), map(float, scales or ()))))
     clips = people(seed, count, recipe.frames, recipe.fps, recipe.height)[: count // 2 if scales else count]
     if run.row == "drawn":
         videos = np.stack([clip["frames"] for clip in clips])
@@ -317,60 +311,6 @@ def do_all(tasks: list[Callable[[], None]], jobs: int, ends: float) -> None:
         print(f"{len(failed)} of {len(processes)} processes ended with an error: see above", file=sys.stderr)
 
 
-def read_results(out: Path, temptation: Temptation = APART) -> dict[str, list[Evaluation]]:
-    """Row -> its evaluations after its last step, one for each pair of seeds, in the order of TITLES."""
-    results: dict[str, list[Evaluation]] = {}
-    for name in TITLES:
-        folder = out / "results" / label(APART if name in ("base", "drawn") else temptation)
-        records = [
-            (path, *map(int, path.stem.split("-")[1:4]))
-            for path in sorted(folder.glob(f"{name}-*.json"))
-            if path.stem.count("-") == 3
-        ]
-        last = max((steps for *_, steps in records), default=0)
-        for path in [path for path, _, _, steps in records if steps == last]:
-            means = {key: number and number[0] for key, number in judge.summarize(judge.read_rows(path)).items()}
-            results.setdefault(name, []).append(means)
-    return results
-
-
-def spread(evaluations: list[Evaluation], key: str) -> list[float]:
-    """Mean and, of several evaluations, standard deviation; empty where none has the number."""
-    values = [e[key] for e in evaluations if e[key] is not None]
-    return [number(values) for number, least in ((fmean, 1), (stdev, 2)) if len(values) >= least]
-
-
-def table(results: dict[str, list[Evaluation]]) -> str:
-    """Markdown: a line for each row, mean ± standard deviation over seeds."""
-    lines = [
-        [TITLES[name], *(" ± ".join(f"{x:.{digits}f}" for x in spread(each, key)) for key, digits in FIGURES.items())]
-        for name, each in results.items()
-    ]
-    return judge.markdown(f"| row | {' | '.join(judge.HEADINGS[key] for key in FIGURES)} |", lines)
-
-
-def draw(path: Path, results: dict[str, list[Evaluation]]) -> None:
-    """Identity, prompt and copying side by side: a bar for each row, a line for the spread."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    keys = ["retrieved", "direction", "background", "copied pose", "copied light", "copied background"]
-    figure, axes = plt.subplots(1, len(keys), figsize=(15, 0.35 * len(results) + 1), sharey=True)
-    for ax, key, color in zip(axes, keys, ["C0", "C1", "C1", "C2", "C2", "C2"]):
-        means, deviations = np.array([[*spread(each, key), 0, 0][:2] for each in results.values()]).T
-        ax.barh([TITLES[name] for name in results], means, xerr=deviations, color=color, ecolor="#00000090")
-        ax.axvline(0, color="black", linewidth=0.8)
-        ax.set_title(judge.HEADINGS[key], fontsize=10)
-        ax.set_xlim(min(0, ax.get_xlim()[0]), max(1, ax.get_xlim()[1]))
-    axes[0].invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-
-
 def hardware() -> str:
     """The devices of train.py on this machine."""
     if torch.cuda.is_available():
@@ -379,30 +319,33 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {[*names, platform.machine()][0]}, PyTorch {torch.__version__}"
 
 
-def report(ablation: Ablation, budget: str, figure: str, temptation: Temptation) -> str:
-    """The page: the table, its settings, its hardware."""
-    out, steps = ablation.out, ablation.budget
-    config = read(ablation.options(Run("base", 0)))
-    records = [record.stem.split("-") for record in (out / "results").rglob("*.json")]
-    trained = {path.stem: path.read_text().strip().partition(" ") for path in sorted(out.rglob("*.seconds"))}
-    times = ", ".join(f"{name} {int(seconds) / 60:.0f}" for name, (seconds, _, _) in trained.items())
-    where = "; ".join(sorted({place for _, _, place in trained.values()}))
-    words = f"--budget {budget}" + "".join(f" --set {change}" for change in ablation.set)
-    relation = "All training references are drawn apart from their clips."
-    if temptation != APART:
-        words += f" --reference '{temptation.reference}' --share {temptation.share:g}"
-        relation = f"Of the training references, a share of {temptation.share:g} is of the {temptation.reference}."
+def settings_text(ablation: Ablation, runs: list[Run], command: str) -> str:
+    """How the numbers were made."""
+    out, budget, config = ablation.out, ablation.budget, read(ablation.options(Run("base", 0)))
+    trained = [path.read_text().strip().partition(" ") for path in sorted(out.rglob("*.seconds"))]
+    minutes, where = sum(int(seconds) for seconds, _, _ in trained) / 60, sorted({place for _, _, place in trained})
+    seeds, steps = len({run.seed for run in runs}), ", ".join(map(str, ablation.marks("tass")))
     return (
-        "# The ablation in the tiny world\n\n"
-        f"Written by `python -m toy.ablate {words}`: {steps.base} steps for the base, {steps.row} for each further row "
-        f"from the base's weights, optim.batch = {config.optim.batch}, optim.lr = {config.optim.lr}, "
-        f"faces.min_weight = {config.faces.min_weight}, the same seed and clips. {relation} An evaluation has "
-        f"{steps.people} people who, like their prompts, are of the test split. Mean ± standard deviation over "
-        f"{len({record[1] for record in records})} training and {len({record[2] for record in records})} evaluation "
-        f"seeds; chance for the nearest reference is 1 in {steps.people}.\n\n{table(read_results(out, temptation))}\n"
-        f"![The same as bars]({figure})\n\n{judge.LEGEND} All columns are explained in `toy/judge.py`.\n\n"
-        f"Trained on {where}. Minutes of training: {times}.\n\n"
+        f"Written by `python -m toy.ablate {command}`: {budget.base} steps for the base, then each further row from "
+        f"the base's weights, measured after {steps} steps; optim.batch = {config.optim.batch}, optim.lr = "
+        f"{config.optim.lr}, faces.min_weight = {config.faces.min_weight}, {budget.clips} clips. {seeds} training "
+        f"seeds; each is measured on {ablation.seeds * budget.people} people of its own who, like their prompts, are "
+        "of the test split. Mean ± standard error over training seeds; a difference above two of them is bold. Chance "
+        f"for the nearest reference is 1 in {budget.people}. {judge.LEGEND} `toy/judge.py` explains all columns."
+        "\n\n"
+        f"Trained on {'; '.join(where)}, {ablation.jobs} rows at a time, {minutes:.0f} minutes if one by one.\n\n"
     )
+
+
+def write_page(page: Path, figures: Path, text: str, results: copying.Results) -> None:
+    """Figures, and the page with the prose that people wrote at its top."""
+    sweep = any(key.scales for key in results)
+    for name, draw, there in (("copying", copying.draw, True), ("guidance", copying.draw_sweep, sweep)):
+        if there:
+            draw(figures / f"{name}.png", results)
+            text += f"![{name}]({os.path.relpath(figures, page.parent)}/{name}.png)\n\n"
+    above = page.read_text(encoding="utf-8").partition(PROSE)[0] if page.is_file() else ""
+    judge.write_text(page, f"{above}{PROSE}\n\n{text}{copying.numbers(results)}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -417,7 +360,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, on one GPU or 1 core each (%(default)s)")
     parser.add_argument("--deadline", type=float, default=1e9, metavar="SECONDS", help="then stop, with what is done")
     parser.add_argument("--out", help="folder of runs, results, table and figure (default: runs/ablation-BUDGET)")
-    parser.add_argument("--publish", action="store_true", help="also replace docs/ablation.md and assets/ablation.png")
+    parser.add_argument("--publish", action="store_true", help="also write docs/copying.md and its figures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the evaluation")
     options = parser.parse_args(namespace=argparse.Namespace(dtype=None))  # as resolve_device needs it
     options.rows = [name.strip() for name in options.rows.split(",")]
@@ -473,10 +416,14 @@ def main() -> None:
     drawn = [partial(do, Run("drawn", seed), ablation) for seed in range(options.training_seeds)]
     do_all([*own, *drawn], jobs, ends)
     do_all(shared, jobs, ends)
-    for temptation in dict.fromkeys(run.temptation for run in runs):
-        chance = f"Chance for the nearest reference is 1 in {ablation.budget.people}."
-        print(f"{label(temptation)}\n{table(read_results(ablation.out, temptation))}\n{judge.LEGEND} {chance}\n")
-    print(f"{time.monotonic() - begun:.0f} s")
+    results = copying.read_results(options.out)
+    text = settings_text(ablation, list(runs), shlex.join(sys.argv[1:]))
+    pages = [(options.out / "copying.md", options.out)]
+    pages += [(HERE / "docs" / "copying.md", HERE / "assets")] if options.publish else []
+    for page, figures in pages:
+        write_page(page, figures, text, results)
+    print(f"{copying.numbers(results)}{judge.LEGEND}\n")
+    print(f"wrote {', '.join(str(page) for page, _ in pages)} after {time.monotonic() - begun:.0f} s")
 
 
 def same_settings(ablation: Ablation) -> None:
