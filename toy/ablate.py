@@ -245,7 +245,7 @@ def judge_run(run: Run, steps: int, seed: int, ablation: Ablation, scales: tuple
         videos = judge.make_videos(path, ASSETS / "gemma", clips, photos, seeds, *how, title=name)
     rows = judge.measure(videos, clips, *instruments(ablation.device))
     if not scales and run.seed == 0 and steps == ablation.marks(run.row)[-1]:
-        judge.draw_rows(record.with_suffix(".png"), clips[:4], rows, videos)
+        judge.draw_rows(record.with_suffix(".jpg"), clips[:4], rows, videos)
     rounded = json.loads(json.dumps(rows), parse_float=lambda digits: round(float(digits), 5))
     judge.write_text(record, json.dumps(rounded))
 
