@@ -339,8 +339,8 @@ def settings_text(ablation: Ablation, runs: list[Run], command: str) -> str:
 
 def write_page(page: Path, figures: Path, text: str, results: copying.Results) -> None:
     """Figures, and the page with the prose that people wrote at its top."""
-    sweep = any(key.scales for key in results)
-    for name, draw, there in (("copying", copying.draw, True), ("guidance", copying.draw_sweep, sweep)):
+    some, swept = bool(copying.kinds_of(results)), any(key.scales for key in results)
+    for name, draw, there in (("copying", copying.draw, some), ("guidance", copying.draw_sweep, swept)):
         if there:
             draw(figures / f"{name}.png", results)
             text += f"![{name}]({os.path.relpath(figures, page.parent)}/{name}.png)\n\n"
