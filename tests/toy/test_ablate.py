@@ -1,15 +1,18 @@
-"""toy/ablate.py: the changes of each row, the table by hand, a small run through train.py and judge.py, continued."""
+"""toy/ablate.py: changes of each row, runs of the study, processes and deadline, a small run and its continuation."""
 
 import json
+import math
 import re
+import time
+from functools import partial
 
-import numpy as np
 import pytest
 
+from common.errors import UserError
 from config import as_dict
 from toy import ablate
-from toy.ablate import Ablation, Budget
-from toy.world import Temptation
+from toy.ablate import Ablation, Budget, Run
+from toy.world import APART, Temptation
 
 BUDGET = Budget(base=7, row=3, clips=5, people=2, change={"optim.batch": 8, "optim.lr": 0.5})
 
@@ -19,7 +22,7 @@ def test_each_row_is_the_one_before_plus_one_component(tmp_path):
     ablation = Ablation(BUDGET, tmp_path, ["optim.batch=6"])
 
     def config(name):
-        return as_dict(ablate.read(ablation.options(name, 0)))
+        return as_dict(ablate.read(ablation.options(Run(name, 0))))
 
     base, reference, tass, augmentation, identity = map(config, list(ablate.ROWS)[:5])
     assert not augmentation["faces"]["pack"] and identity["faces"]["pack"].endswith("assets/faces")
@@ -36,7 +39,7 @@ def test_each_row_is_the_one_before_plus_one_component(tmp_path):
         assert after[section][key] == value
         before[section][key], before["run"]["out"] = value, after["run"]["out"]
         assert before == after
-        assert after["model"]["ckpt"].endswith("base-0.safetensors") and after["optim"]["steps"] == 3
+        assert after["model"]["ckpt"].endswith("base-0-7.safetensors") and after["optim"]["steps"] == 3
     for placement in ("temporal", "fixed", "remote"):
         other, tass = config(placement), config("tass")
         assert other["reference"]["placement"] == placement
@@ -44,9 +47,56 @@ def test_each_row_is_the_one_before_plus_one_component(tmp_path):
         assert other == tass
 
 
-def test_needed_rows_are_trained_in_order():
-    assert ablate.needed(["guidance"]) == ["base", "identity", "guidance"]
-    assert ablate.needed(["remote", "tass"]) == ["base", "tass", "remote"]
+def test_the_runs_of_the_study(monkeypatch):
+    def runs(*words):
+        monkeypatch.setattr("sys.argv", ["ablate.py", *words])
+        return ablate.plan(ablate.parse_arguments())
+
+    assert list(runs("--rows", "guidance")) == [Run("base", 0), Run("identity", 0), Run("guidance", 0)]
+    study = runs("--study", "--training-seeds", "3")
+    rows = {}
+    for run in study:
+        rows.setdefault(ablate.label(run.temptation), []).append((run.row, run.seed))
+    core = {"identity", "reference", "tass", "phase", "augmentation"}
+    for kind, expected in {
+        "apart": core | {"base"},
+        "same-clip-0.5": core,
+        "same-clip-1": core | {"temporal", "fixed", "remote"},
+        "same-scene-1": {"reference", "tass", "augmentation"},
+    }.items():
+        assert sorted(rows[kind]) == sorted((row, seed) for row in expected for seed in range(3))
+    order = list(study)
+    first_placement = order.index(Run("temporal", 0, ablate.CLIP))
+    assert all(order.index(Run(row, seed, ablate.HALF)) < first_placement for row in core for seed in range(3))
+    swept = {(run.row, ablate.label(run.temptation)) for run, sweep in study.items() if sweep}
+    assert swept == {(row, "same-clip-0.5") for row in ("reference", "tass", "augmentation")}
+    few = runs("--study", "--rows", "remote")
+    assert list(few) == [Run("base", 0), Run("remote", 0, ablate.CLIP)]
+
+
+def mark(folder, name, wait=0.0):
+    time.sleep(wait)
+    (folder / name).write_text("done")
+
+
+def fail():
+    raise UserError("this task fails")
+
+
+def test_processes_share_the_tasks_and_a_failure_stops_no_other(tmp_path, capfd):
+    tasks = [fail, *[partial(mark, tmp_path, str(k)) for k in range(4)]]
+    ablate.do_all(tasks, 2, math.inf)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+    error = capfd.readouterr().err
+    assert "error: this task fails" in error and "1 of 2 processes ended with an error" in error
+
+
+def test_at_the_deadline_unfinished_work_is_given_up(tmp_path):
+    begun = time.monotonic()
+    for jobs in (1, 2):
+        ablate.do_all([partial(mark, tmp_path, f"late {jobs}")], jobs, begun)
+    ablate.do_all([partial(mark, tmp_path, "slow", 600)], 2, time.monotonic() + 0.5)
+    assert time.monotonic() - begun < 300 and not list(tmp_path.iterdir())
 
 
 def test_an_option_that_the_ablation_overrules_is_an_error(in_process, tmp_path):
@@ -62,36 +112,18 @@ def test_an_option_that_the_ablation_overrules_is_an_error(in_process, tmp_path)
     Ablation(BUDGET, tmp_path, ["optim.lr=0.1", "data.cache=c", "reference.augment=true"]).refuse_overruled(["base"])
 
 
-def test_temptation_is_part_of_the_folders_and_of_the_settings(in_process, tmp_path, monkeypatch):
-    tempting = Ablation(BUDGET, tmp_path, [], Temptation(reference="same clip", share=0.5))
-    assert tempting.cache().name == "toy-5-same-clip-0.5" and Ablation(BUDGET, tmp_path).cache().name == "toy-5"
-    for words, name in (
-        ([], "ablation-small"),
-        (["--reference", "same scene", "--share", "0.25"], "ablation-small-same-scene-0.25"),
-        (["--reference", "same clip"], "ablation-small-same-clip-1"),
-        (["--reference", "same clip", "--share", "0"], "ablation-small"),
-    ):
-        monkeypatch.setattr("sys.argv", ["ablate.py", *words])
-        assert ablate.parse_arguments().out.name == name
-    ablate.same_settings(tempting)
-    ablate.same_settings(tempting)
+def test_kinds_of_references_have_folders_and_other_settings_are_refused(in_process, tmp_path, monkeypatch):
+    ablation = Ablation(BUDGET, tmp_path)
+    run = Run("tass", 1, Temptation(reference="same clip", share=0.5))
+    assert ablation.cache(run.temptation).name == "toy-5-same-clip-0.5" and ablation.cache(APART).name == "toy-5"
+    assert ablation.weights(run) == tmp_path / "same-clip-0.5" / "tass-1-3.safetensors"
+    assert ablation.weights(run, 2) == tmp_path / "same-clip-0.5" / "tass-1-2.safetensors"
+    assert ablation.weights(Run("base", 1)) == tmp_path / "apart" / "base-1-7.safetensors"
+    ablate.same_settings(ablation)
+    ablate.same_settings(Ablation(BUDGET, tmp_path, device="cuda", jobs=9))
     monkeypatch.setitem(ablate.BUDGETS, "small", BUDGET)
-    code, _, error = in_process(ablate.main, "ablate.py", "--out", tmp_path)
-    assert code == 2 and "was begun with toy.reference = same clip and this run has apart" in error
-
-
-def test_the_table_by_hand():
-    empty = dict.fromkeys(ablate.FIGURES)
-    results = {
-        "base": [empty | {"similarity": 0.25, "retrieved": 0.0}, empty | {"similarity": 0.75, "retrieved": 0.5}],
-        "tass": [empty | {"similarity": 0.5}],
-    }
-    head, line, base, tass = ablate.table(results).splitlines()
-    assert head.startswith("| row | similarity ↑ | own reference nearest ↑ |") and "| light copied ↓ |" in head
-    assert head.count("|") == line.count("|") == base.count("|") == tass.count("|")
-    deviation = np.std([0.25, 0.75], ddof=1)
-    assert base.startswith(f"| base: text to video | 0.500 ± {deviation:.3f} | 0.25 ± 0.35 |  |")
-    assert tass.startswith("| + TASS-RoPE | 0.500 |  |")
+    code, _, error = in_process(ablate.main, "ablate.py", "--out", tmp_path, "--set", "optim.betas=[0.5,0.5]")
+    assert code == 2 and "was begun with optim.betas" in error
 
 
 @pytest.mark.slow
