@@ -17,8 +17,8 @@ prompts and pairs of motion and color of the test split.
     python -m toy.ablate --study --budget gpu --training-seeds 3 --seeds 1 --jobs 16   # all of docs/copying.md
     python -m toy.ablate --set parallel.compile=true        # 1.2 times as fast on two cores; it wants a C++ compiler
 
-The same command again continues: rows that are trained or measured are kept. Table and figure go into the run's folder;
---publish also writes those of docs/copying.md.
+The same command again continues: rows that are trained or measured are kept. copying.md, with tables and figures, goes
+into the run's folder. --publish also writes docs/copying.md and its figures in assets/.
 """
 
 import argparse
@@ -33,6 +33,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -144,8 +145,10 @@ class Ablation:
         return Path("-".join([read(self.set).data.cache, str(self.budget.clips), *kind]))
 
     def marks(self, row: str) -> list[int]:
-        """The steps after which a row is exported and measured."""
-        return [self.budget.base] if row == "base" else [*self.budget.marks, self.budget.row]
+        """The steps after which a row is exported and measured. Weights that a row shares are there at the end only."""
+        if row == "base":
+            return [self.budget.base]
+        return [*(() if ROWS[row].shares else self.budget.marks), self.budget.row]
 
     def weights(self, run: Run, steps: int = 0) -> Path:
         """The export after these steps, or after the last."""
@@ -271,44 +274,31 @@ def make_cache(temptation: Temptation, ablation: Ablation, processes: int) -> No
     run_command([*start, "-m", "toy.cache", *words])
 
 
-def work(tasks: list[Callable[[], None]], turn: Any) -> None:
-    """One of several processes: do the next task until none is left. A task that fails does not stop the others."""
+def work(task: Callable[[], None]) -> None:
+    """A task in one of several processes."""
     torch.set_num_threads(1)
-    failed = False
-    while True:
-        with turn.get_lock():
-            number, turn.value = turn.value, turn.value + 1
-        if number >= len(tasks):
-            sys.exit(failed)
-        try:
-            with one_line_errors():
-                tasks[number]()
-        except SystemExit:
-            failed = True
-            if dist.is_initialized():  # the next training begins a group of its own
-                dist.destroy_process_group()
+    try:
+        with one_line_errors():
+            task()
+    finally:
+        if dist.is_initialized():  # a training that failed: the next one begins a group of its own
+            dist.destroy_process_group()
 
 
 def do_all(tasks: list[Callable[[], None]], jobs: int, ends: float) -> None:
-    """Do the tasks, in `jobs` processes if that is above 1. What is unfinished at the time `ends` is given up."""
+    """Do the tasks, in `jobs` processes if that is above 1, where a task that fails does not stop the others. What is
+    unfinished at the time `ends` is given up."""
     for task in tasks if jobs == 1 else ():
         if time.monotonic() < ends:
             task()
-    if jobs == 1 or time.monotonic() > ends:
+    if jobs == 1 or not tasks or time.monotonic() > ends:
         return
-    context = multiprocessing.get_context("spawn")
-    turn = context.Value("i", 0)
-    processes = [context.Process(target=work, args=(tasks, turn)) for _ in range(min(jobs, len(tasks)))]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(min(max(0.0, ends - time.monotonic()), 1e6))
-    late = [process for process in processes if process.is_alive()]
-    for process in late:
-        process.kill()
-    failed = [process for process in processes if process not in late and process.exitcode]
-    if failed:
-        print(f"{len(failed)} of {len(processes)} processes ended with an error: see above", file=sys.stderr)
+    with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
+        done, late = wait([pool.submit(work, task) for task in tasks], min(ends - time.monotonic(), 1e6))
+        for process in multiprocessing.active_children() if late else ():
+            process.kill()
+    if failed := sum(bool(future.exception()) for future in done):
+        print(f"{failed} of {len(tasks)} tasks ended with an error: see above", file=sys.stderr)
 
 
 def hardware() -> str:
@@ -339,11 +329,8 @@ def settings_text(ablation: Ablation, runs: list[Run], command: str) -> str:
 
 def write_page(page: Path, figures: Path, text: str, results: copying.Results) -> None:
     """Figures, and the page with the prose that people wrote at its top."""
-    some, swept = bool(copying.kinds_of(results)), any(key.scales for key in results)
-    for name, draw, there in (("copying", copying.draw, some), ("guidance", copying.draw_sweep, swept)):
-        if there:
-            draw(figures / f"{name}.png", results)
-            text += f"![{name}]({os.path.relpath(figures, page.parent)}/{name}.png)\n\n"
+    for figure in copying.draw(figures, results):
+        text += f"![{figure.stem}]({os.path.relpath(figure, page.parent)})\n\n"
     above = page.read_text(encoding="utf-8").partition(PROSE)[0] if page.is_file() else ""
     judge.write_text(page, f"{above}{PROSE}\n\n{text}{copying.numbers(results)}")
 
@@ -359,7 +346,7 @@ def parse_arguments() -> argparse.Namespace:
     add_temptation(parser)
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, on one GPU or 1 core each (%(default)s)")
     parser.add_argument("--deadline", type=float, default=1e9, metavar="SECONDS", help="then stop, with what is done")
-    parser.add_argument("--out", help="folder of runs, results, table and figure (default: runs/ablation-BUDGET)")
+    parser.add_argument("--out", help="folder of runs, results and page (default: runs/ablation-BUDGET)")
     parser.add_argument("--publish", action="store_true", help="also write docs/copying.md and its figures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the evaluation")
     options = parser.parse_args(namespace=argparse.Namespace(dtype=None))  # as resolve_device needs it
@@ -369,6 +356,8 @@ def parse_arguments() -> argparse.Namespace:
     if not all(1 <= number <= 1000 for number in (options.seeds, options.training_seeds, options.jobs)):
         raise UserError("--seeds, --training-seeds and --jobs are at least 1 and at most 1000")
     options.temptation = read_temptation(options)
+    if options.study and options.temptation != APART:
+        raise UserError("--study has kinds of references of its own: leave out --reference")
     options.out = Path(options.out or f"runs/ablation-{options.budget}")
     return options
 
@@ -403,13 +392,9 @@ def main() -> None:
     if missing:
         make_cache(APART, ablation, jobs)  # of the base
         caches.pop(APART)
+    stages = {run: 0 if run.row == "base" else 1 + bool(ROWS[run.row].shares) for run in runs}
     bases, own, shared = (
-        [partial(do, run, ablation, sweep) for run, sweep in runs.items() if test(run)]
-        for test in (
-            lambda run: run.row == "base",
-            lambda run: run.row != "base" and not ROWS[run.row].shares,
-            lambda run: ROWS[run.row].shares,
-        )
+        [partial(do, run, ablation, runs[run]) for run in runs if stages[run] == stage] for stage in range(3)
     )
     each = max(1, (jobs - len(bases)) // max(1, len(caches)))  # the bases and the further caches at a time
     do_all([*bases, *[partial(make_cache, kind, ablation, each) for kind in caches]], jobs, ends)

@@ -40,6 +40,7 @@ COMMON = {"base": ("apart",), "drawn": ("apart",)}  # rows that no kind of refer
 HEADINGS = judge.HEADINGS | {"copied": "copied, mean ↓", "copied control": "copied from the next reference"}
 COLUMNS = ["similarity", "retrieved", "direction", "background", "drift", *COPIED]
 Means = dict[str, float]
+Curve = dict[int, Means]  # steps -> means
 
 
 class Key(NamedTuple):
@@ -75,27 +76,28 @@ def means(rows: judge.Rows) -> Means:
     return result | {"copied": fmean(result[key] for key in COPIED), "copied control": control}
 
 
-def curve(results: Results, kind: str, row: str) -> dict[int, list[Means]]:
-    """Training seed -> means of the base, then of the row after each of its marks."""
+def curve(results: Results, kind: str, row: str) -> dict[int, Curve]:
+    """Training seed -> the means of a row after each number of steps. 0 steps: the base."""
     base = next((seeds for key, seeds in results.items() if key.row == "base"), {})
-    marks = sorted(key for key in results if key[:2] == (kind, row) and not key.scales)
-    seeds = set(base).intersection(*[results[key] for key in marks]) if marks else ()
-    return {seed: [base[seed], *[results[key][seed] for key in marks]] for seed in sorted(seeds)}
+    marks = {0: base} | {
+        key.steps: seeds for key, seeds in results.items() if key[:2] == (kind, row) and not key.scales
+    }
+    seeds = set.intersection(*map(set, marks.values())) if len(marks) > 1 else ()
+    return {seed: {steps: marks[steps][seed] for steps in sorted(marks)} for seed in sorted(seeds)}
 
 
-def at_similarity(points: list[Means], similarity: float, key: str) -> float:
-    """A number of a row at this similarity, between its measurements on a straight line."""
-    points = sorted(points, key=lambda point: point["similarity"])
-    return float(np.interp(similarity, [p["similarity"] for p in points], [p[key] for p in points]))
+def equal_steps(one: Curve, other: Curve, key: str) -> float:
+    """After the most steps at which both rows were measured."""
+    steps = max(one.keys() & other.keys())
+    return other[steps][key] - one[steps][key]
 
 
-def equal_steps(one: list[Means], other: list[Means], key: str) -> float:
-    return other[-1][key] - one[-1][key]
-
-
-def equal_identity(one: list[Means], other: list[Means], key: str) -> float:
-    most = min(max(point["similarity"] for point in points) for points in (one, other))
-    return at_similarity(other, most, key) - at_similarity(one, most, key)
+def equal_identity(one: Curve, other: Curve, key: str) -> float:
+    """Each row's number at the largest similarity that both reach, between its measurements on a straight line."""
+    curves = [sorted(each.values(), key=lambda point: point["similarity"]) for each in (one, other)]
+    most = min(points[-1]["similarity"] for points in curves)
+    first, second = (np.interp(most, [p["similarity"] for p in points], [p[key] for p in points]) for points in curves)
+    return float(second - first)
 
 
 def kinds_of(results: Results) -> list[str]:
@@ -109,7 +111,7 @@ def words(kind: str) -> str:
     return f"{' '.join(name)}, share {share}" if name else kind
 
 
-Compare = Callable[[list[Means], list[Means], str], float]
+Compare = Callable[[Curve, Curve, str], float]
 
 
 def differences(results: Results, kind: str, one: str, other: str, key: str, compare: Compare) -> list[float]:
@@ -118,18 +120,16 @@ def differences(results: Results, kind: str, one: str, other: str, key: str, com
     return [compare(curves[0][seed], curves[1][seed], key) for seed in curves[0] if seed in curves[1]]
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error; nan for the error of a single value."""
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-
-
 def cell(values: list[float], sign: str = "") -> str:
     """Mean ± standard error; a difference (sign "+") above two of them is bold."""
     values = [value for value in values if isfinite(value)]  # nan: a seed without a single value
     if not values:
         return ""
-    mean, error = mean_and_error(values)
-    text = f"{mean:{sign}.2f}" + (f" ± {error:.2f}" if len(values) > 1 else "")
+    mean = fmean(values)
+    if len(values) == 1:
+        return f"{mean:{sign}.2f}"
+    error = stdev(values) / len(values) ** 0.5
+    text = f"{mean:{sign}.2f} ± {error:.2f}"
     return f"**{text}**" if sign and abs(mean) > 2 * error else text
 
 
@@ -169,15 +169,41 @@ def numbers(results: Results) -> str:
     return text
 
 
-def draw(path: Path, results: Results) -> None:
+def draw(folder: Path, results: Results) -> list[Path]:
+    """Figures of what was measured: copying over similarity, and the sweep of guidance."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    paths = []
+    for name, there, draw_one in (
+        ("copying", kinds_of(results), draw_copying),
+        ("guidance", [key for key in results if key.scales], draw_sweep),
+    ):
+        if there:
+            figure, path = draw_one(plt, results), folder / f"{name}.png"
+            folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as temporary:
+                figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata={"Software": None})
+            plt.close(figure)
+            paths.append(path)
+    return paths
+
+
+def draw_copying(plt: Any, results: Results) -> Any:
     """Copying over similarity, a curve for each row and a panel for each kind of training references."""
     rows = [row for row in TITLES if row not in ("base", "drawn", "guidance")]
     kinds = kinds_of(results)
-    figure, axes = new_figure(1, len(kinds), (3.6 * len(kinds) + 1.8, 3.8))
+    size = 3.6 * len(kinds) + 1.8, 3.8
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey="row", squeeze=False, layout="tight")
     for ax, kind in zip(axes[0], kinds):
         for number, row in enumerate(rows):
-            if points := list(curve(results, kind, row).values()):  # [seed][mark]
-                x, y = (np.array([[p[key] for p in seed] for seed in points]) for key in ("similarity", "copied"))
+            if curves := list(curve(results, kind, row).values()):
+                x, y = (
+                    np.array([[point[key] for point in each.values()] for each in curves])  # (seeds, marks)
+                    for key in ("similarity", "copied")
+                )
                 errors = [v[:, -1].std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in (x, y)]
                 ax.plot(x.mean(0), y.mean(0), "o-", color=f"C{number}", markersize=3, label=TITLES[row])
                 ax.errorbar(x[:, -1].mean(), y[:, -1].mean(), errors[1], errors[0], color=f"C{number}", capsize=2)
@@ -187,43 +213,25 @@ def draw(path: Path, results: Results) -> None:
     axes[0, 0].set_ylabel("scene copied (1: a copy)")
     lines = {line.get_label(): line for ax in axes[0] for line in ax.get_lines() if line.get_label()[0] != "_"}
     figure.legend(lines.values(), lines, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    save(figure, path)
+    return figure
 
 
-def draw_sweep(path: Path, results: Results) -> None:
+def draw_sweep(plt: Any, results: Results) -> Any:
     """What guidance does to the rows that were swept: a column for each row, a curve for each s_y over s_r."""
-    swept = sorted({key[:2] for key in results if key.scales}, key=lambda key: list(TITLES).index(key[1]))
+    swept = {key: seeds for key, seeds in sorted(results.items()) if key.scales}
+    columns = sorted({key[:2] for key in swept}, key=lambda key: list(TITLES).index(key[1]))
     numbers = {"similarity": "similarity", "copied": "scene copied", "background": "background of the prompt"}
-    figure, axes = new_figure(len(numbers), len(swept), (3 * len(swept), 2.2 * len(numbers)))
-    for number, (column, of_column) in enumerate(zip(axes.T, swept)):
-        for ax, (key, title) in zip(column, numbers.items()):
-            for s_y in sorted({k.scales[0] for k in results if k.scales}):
-                points = {
-                    k.scales[1]: fmean(mean[key] for mean in seeds.values())
-                    for k, seeds in results.items()
-                    if k[:2] == of_column and k.scales[:1] == (s_y,)
-                }
-                ax.plot(
-                    sorted(points), [points[s_r] for s_r in sorted(points)], "o-", markersize=3, label=f"s_y = {s_y}"
-                )
-            ax.set_ylabel("" if number else title)
-        column[0].set_title(TITLES[of_column[1]], fontsize=9)
-        column[-1].set_xlabel("s_r")
+    size = 3 * len(columns), 2.2 * len(numbers)
+    figure, axes = plt.subplots(len(numbers), len(columns), figsize=size, sharey="row", squeeze=False, layout="tight")
+    for ax, title in zip(axes[:, 0], numbers.values()):
+        ax.set_ylabel(title)
+    for panels, column in zip(axes.T, columns):
+        for ax, number in zip(panels, numbers):
+            for s_y in sorted({key.scales[0] for key in swept}):
+                keys = [key for key in swept if key[:2] == column and key.scales[0] == s_y]  # s_r rises
+                means = [fmean(seed[number] for seed in swept[key].values()) for key in keys]
+                ax.plot([key.scales[1] for key in keys], means, "o-", markersize=3, label=f"s_y = {s_y}")
+        panels[0].set_title(TITLES[column[1]], fontsize=9)
+        panels[-1].set_xlabel("s_r")
     axes[0, 0].legend(fontsize=8)
-    save(figure, path)
-
-
-def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
-    """A figure and its panels (rows, columns), which share the axis of each row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=size, sharey="row", squeeze=False, layout="tight")
-
-
-def save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    return figure

@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from config import as_dict
-from toy import ablate
+from toy import ablate, copying
 from toy.ablate import Ablation, Budget, Run
 from toy.world import APART, Temptation
 
@@ -72,6 +72,14 @@ def test_the_runs_of_the_study(monkeypatch):
     assert swept == {(row, "same-clip-0.5") for row in ("reference", "tass", "augmentation")}
     few = runs("--study", "--rows", "remote")
     assert list(few) == [Run("base", 0), Run("remote", 0, ablate.CLIP)]
+    with pytest.raises(UserError, match="leave out --reference"):
+        runs("--study", "--reference", "same clip")
+
+
+def test_a_row_is_measured_after_the_steps_at_which_its_weights_exist(tmp_path):
+    """A row that shares weights finds those of the last step only."""
+    ablation = Ablation(Budget(base=7, row=5, clips=5, people=2, marks=(1, 3)), tmp_path)
+    assert [ablation.marks(row) for row in ("base", "identity", "guidance")] == [[7], [1, 3, 5], [5]]
 
 
 def mark(folder, name, wait=0.0):
@@ -83,20 +91,21 @@ def fail():
     raise UserError("this task fails")
 
 
+@pytest.mark.slow
 def test_processes_share_the_tasks_and_a_failure_stops_no_other(tmp_path, capfd):
     tasks = [fail, *[partial(mark, tmp_path, str(k)) for k in range(4)]]
     ablate.do_all(tasks, 2, math.inf)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
     error = capfd.readouterr().err
-    assert "error: this task fails" in error and "1 of 2 processes ended with an error" in error
+    assert "error: this task fails" in error and "1 of 5 tasks ended with an error" in error
 
 
+@pytest.mark.slow
 def test_at_the_deadline_unfinished_work_is_given_up(tmp_path):
-    begun = time.monotonic()
     for jobs in (1, 2):
-        ablate.do_all([partial(mark, tmp_path, f"late {jobs}")], jobs, begun)
-    ablate.do_all([partial(mark, tmp_path, "slow", 600)], 2, time.monotonic() + 0.5)
-    assert time.monotonic() - begun < 300 and not list(tmp_path.iterdir())
+        ablate.do_all([partial(mark, tmp_path, f"late {jobs}")], jobs, time.monotonic())
+    ablate.do_all([partial(mark, tmp_path, f"slow {k}", 600) for k in range(3)], 2, time.monotonic() + 0.5)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_option_that_the_ablation_overrules_is_an_error(in_process, tmp_path):
@@ -126,48 +135,79 @@ def test_kinds_of_references_have_folders_and_other_settings_are_refused(in_proc
     assert code == 2 and "was begun with optim.betas" in error
 
 
+SMALLEST = Budget(2, 2, 8, 2, {"optim.batch": 8, "optim.decay": "constant", "guidance.steps": 2}, marks=(1,))
+
+
 @pytest.mark.slow
 def test_a_small_run_and_its_continuation(root, tmp_path, in_process, monkeypatch):
     """Base and TASS rows for two steps each, of two people; the second run trains and measures nothing again."""
-    here = tmp_path / "here"
+    here, out = tmp_path / "here", tmp_path / "out"
     (here / "configs").mkdir(parents=True)
     (here / "assets").mkdir()
     for name in ("train.py", "assets/faces", "assets/gemma"):
         (here / name).symlink_to(root / name)
     config = (root / "configs" / "toy-ablation.toml").read_text()
     config = re.sub(r'cache = "cache/toy"', f'cache = "{tmp_path / "cache"}"', config)
-    config = config.replace("batch = 32", "batch = 8").replace("steps = 30", "steps = 2")
     (here / "configs" / "toy-ablation.toml").write_text(config)
     monkeypatch.setattr(ablate, "HERE", here)
-    monkeypatch.setitem(ablate.BUDGETS, "small", Budget(base=2, row=2, clips=8, people=2))
-    page, figure = tmp_path / "out" / "ablation.md", tmp_path / "out" / "ablation.png"
-    options = ["--rows", "tass,base", "--seeds", 2, "--out", tmp_path / "out", "--reference", "same clip"]
+    monkeypatch.setitem(ablate.BUDGETS, "small", SMALLEST)
+    options = ["--rows", "tass,base", "--seeds", 2, "--out", out, "--reference", "same clip"]
     code, _, error = in_process(ablate.main, "ablate.py", *options)
     assert code == 0, error
-    made = sorted(path.name for path in (tmp_path / "out" / "results").iterdir())
-    names = [f"{name}-0-{seed}.json" for name in ("base", "drawn", "tass") for seed in (0, 1)]
-    assert made == names
-    assert all(len(json.loads((tmp_path / "out" / "results" / name).read_text())) == 2 for name in made)
-    text = page.read_text()
-    assert "| base: text to video |" in text and "| + TASS-RoPE |" in text and "(ablation.png)" in text
-    assert "a share of 1 is of the same clip" in text
-    drawn = ablate.read_results(tmp_path / "out")["drawn"]
-    assert all(means["similarity"] > 0.6 and means["background"] == 1 for means in drawn)
+    made = sorted((out / "results").glob("*/*.json"))
+    assert [path.relative_to(out / "results").as_posix() for path in made] == [
+        *[f"apart/{name}.json" for name in ("base-0-0-2", "base-0-1-2", "drawn-0-0-0", "drawn-0-1-0")],
+        *[f"same-clip-1/tass-0-{seed}-{steps}.json" for seed in (0, 1) for steps in (1, 2)],
+    ]
+    assert all(len(json.loads(path.read_text())) == 2 for path in made)
+    text = (out / "copying.md").read_text()
+    assert "| base: text to video |" in text and "| + TASS-RoPE |" in text and "(copying.png)" in text
+    assert "## Training references: same clip, share 1" in text and "guidance.png" not in text
+    drawn = copying.read_results(out)[copying.Key("apart", "drawn", 0)][0]
+    assert drawn["similarity"] > 0.6 and drawn["background"] == 1
     settings = json.loads((tmp_path / "cache-8-same-clip-1" / "cache.json").read_text())
     assert (settings["reference"], settings["share"], settings["toy"]) == ("same clip", 1.0, 8)
-    assert figure.stat().st_size > 1000
+    assert (out / "copying.png").stat().st_size > 1000
 
-    page.write_text(text + "What people wrote.\n")
+    (out / "copying.md").write_text("What people wrote.\n" + text)
     monkeypatch.setattr(ablate, "run_command", lambda *command: pytest.fail(f"again: {command}"))
     monkeypatch.setattr(ablate.judge, "make_videos", lambda *a, **k: pytest.fail("measured again"))
     code, _, error = in_process(ablate.main, "ablate.py", *options)
     assert code == 0, error
-    assert page.read_text() == text + "What people wrote.\n"
+    assert (out / "copying.md").read_text() == "What people wrote.\n" + text
     assert not (here / "docs").exists()
     code, _, error = in_process(ablate.main, "ablate.py", *options, "--publish")
     assert code == 0, error
-    assert "../assets/ablation.png" in (here / "docs" / "ablation.md").read_text()
+    assert "../assets/copying.png" in (here / "docs" / "copying.md").read_text()
+    assert (here / "assets" / "copying.png").is_file()
 
     (here / "configs" / "toy-ablation.toml").write_text(config.replace("lr = 1e-3", "lr = 2e-3"))
     code, _, error = in_process(ablate.main, "ablate.py", *options)
     assert code == 2 and "was begun with optim.lr = 0.001 and this run has 0.002" in error
+
+
+@pytest.mark.slow
+def test_the_smallest_study(tmp_path, in_process, monkeypatch):
+    """One row with every kind of references, two at a time: base, caches, marks, sweep, page."""
+    monkeypatch.setitem(ablate.BUDGETS, "minutes", SMALLEST)
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    options = ["--study", "--budget", "minutes", "--rows", "tass", "--seeds", 1, "--jobs", 2, "--out", out]
+    options += ["--set", f"data.cache={cache}"]
+    code, _, error = in_process(ablate.main, "ablate.py", *options)
+    assert code == 0 and "ended with an error" not in error, error
+    made = {path.relative_to(out / "results").with_suffix("").as_posix() for path in out.glob("results/*/*.json")}
+    kinds = "apart", "same-clip-0.5", "same-clip-1", "same-scene-1"
+    expected = {"apart/base-0-0-2", "apart/drawn-0-0-0"}
+    expected |= {f"{kind}/tass-0-0-{steps}" for kind in kinds for steps in (1, 2)}
+    expected |= {f"same-clip-0.5/tass-0-0-2-{s_y}-{s_r}" for s_y, s_r in ablate.SCALES}
+    assert made == expected
+    assert {path.name for path in tmp_path.glob("cache-*")} == {
+        f"cache-8{end}" for end in ("", *(f"-{k}" for k in kinds[1:]))
+    }
+    text = (out / "copying.md").read_text()
+    assert text.count("## Training references: ") == 4 and text.count("| + TASS-RoPE | 1 |") == 4
+    assert "(copying.png)" in text and "(guidance.png)" in text and "2 rows at a time" in text
+    assert (out / "copying.png").is_file() and (out / "guidance.png").is_file()
+
+    code, _, error = in_process(ablate.main, "ablate.py", *options, "--deadline", 0)
+    assert code == 0 and copying.numbers(copying.read_results(out)) in text, error
