@@ -97,6 +97,7 @@ BUDGETS = {
     "medium": Budget(3_000, 1_200, 16_000, 64),
     "large": Budget(1_800, 600, 16_000, 64, {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5}),
 }
+TITLE = "# Identity and copying in the tiny world\n\n"
 PROSE = "<!-- Everything below this line is written by toy/ablate.py. -->"
 
 
@@ -285,20 +286,19 @@ def work(task: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
-def do_all(tasks: list[Callable[[], None]], jobs: int, ends: float) -> None:
+def do_all(tasks: list[Callable[[], None]], jobs: int, ends: float) -> int:
     """Do the tasks, in `jobs` processes if that is above 1, where a task that fails does not stop the others. What is
-    unfinished at the time `ends` is given up."""
+    unfinished at the time `ends` is given up. Returns how many failed."""
     for task in tasks if jobs == 1 else ():
         if time.monotonic() < ends:
             task()
     if jobs == 1 or not tasks or time.monotonic() > ends:
-        return
+        return 0
     with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
         done, late = wait([pool.submit(work, task) for task in tasks], min(ends - time.monotonic(), 1e6))
         for process in multiprocessing.active_children() if late else ():
             process.kill()
-    if failed := sum(bool(future.exception()) for future in done):
-        print(f"{failed} of {len(tasks)} tasks ended with an error: see above", file=sys.stderr)
+    return sum(bool(future.exception()) for future in done)
 
 
 def hardware() -> str:
@@ -309,20 +309,19 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {[*names, platform.machine()][0]}, PyTorch {torch.__version__}"
 
 
-def settings_text(ablation: Ablation, runs: list[Run], command: str) -> str:
+def settings_text(ablation: Ablation, command: str) -> str:
     """How the numbers were made."""
     out, budget, config = ablation.out, ablation.budget, read(ablation.options(Run("base", 0)))
     trained = [path.read_text().strip().partition(" ") for path in sorted(out.rglob("*.seconds"))]
     minutes, where = sum(int(seconds) for seconds, _, _ in trained) / 60, sorted({place for _, _, place in trained})
-    seeds, steps = len({run.seed for run in runs}), ", ".join(map(str, ablation.marks("tass")))
+    steps = ", ".join(map(str, ablation.marks("tass")))
     return (
         f"Written by `python -m toy.ablate {command}`: {budget.base} steps for the base, then each further row from "
         f"the base's weights, measured after {steps} steps; optim.batch = {config.optim.batch}, optim.lr = "
-        f"{config.optim.lr}, faces.min_weight = {config.faces.min_weight}, {budget.clips} clips. {seeds} training "
-        f"seeds; each is measured on {ablation.seeds * budget.people} people of its own who, like their prompts, are "
-        "of the test split. Mean ± standard error over training seeds; a difference above two of them is bold. Chance "
-        f"for the nearest reference is 1 in {budget.people}. {judge.LEGEND} `toy/judge.py` explains all columns."
-        "\n\n"
+        f"{config.optim.lr}, faces.min_weight = {config.faces.min_weight}, {budget.clips} clips. Of each training seed "
+        f"{ablation.seeds * budget.people} people are measured who, like their prompts, are of the test split. Mean ± "
+        "standard error over training seeds; a difference above two of them is bold. Chance for the nearest reference "
+        f"is 1 in {budget.people}. {judge.LEGEND} `toy/judge.py` explains all columns.\n\n"
         f"Trained on {'; '.join(where)}, {ablation.jobs} rows at a time, {minutes:.0f} minutes if one by one.\n\n"
     )
 
@@ -331,7 +330,7 @@ def write_page(page: Path, figures: Path, text: str, results: copying.Results) -
     """Figures, and the page with the prose that people wrote at its top."""
     for figure in copying.draw(figures, results):
         text += f"![{figure.stem}]({os.path.relpath(figure, page.parent)})\n\n"
-    above = page.read_text(encoding="utf-8").partition(PROSE)[0] if page.is_file() else ""
+    above = page.read_text(encoding="utf-8").partition(PROSE)[0] if page.is_file() else TITLE
     judge.write_text(page, f"{above}{PROSE}\n\n{text}{copying.numbers(results)}")
 
 
@@ -370,8 +369,8 @@ def plan(options: argparse.Namespace) -> dict[Run, bool]:
         for seed in range(options.training_seeds):
             for temptation, rows, swept in part:
                 for row in [row for row in rows if row in options.rows and row != "base"]:
-                    before = {Run(shared, seed, temptation): False} if (shared := ROWS[row].shares) else {}
-                    runs = runs | {run: False for run in before if run not in runs}
+                    if shared := ROWS[row].shares:
+                        runs.setdefault(Run(shared, seed, temptation), False)
                     runs[Run(row, seed, temptation)] = row in swept
     return runs
 
@@ -387,28 +386,29 @@ def main() -> None:
         read(ablation.options(run))
     same_settings(ablation)
     instruments(options.device)
-    missing = [run for run in runs if not ablation.weights(run).is_file()]
-    caches = dict.fromkeys(run.temptation for run in missing)
-    if missing:
-        make_cache(APART, ablation, jobs)  # of the base
-        caches.pop(APART)
+    caches = dict.fromkeys(run.temptation for run in runs if not ablation.weights(run).is_file())
+    if APART in caches:  # first, since the base needs it
+        make_cache(APART, ablation, jobs)
+        del caches[APART]
     stages = {run: 0 if run.row == "base" else 1 + bool(ROWS[run.row].shares) for run in runs}
     bases, own, shared = (
         [partial(do, run, ablation, runs[run]) for run in runs if stages[run] == stage] for stage in range(3)
     )
     each = max(1, (jobs - len(bases)) // max(1, len(caches)))  # the bases and the further caches at a time
-    do_all([*bases, *[partial(make_cache, kind, ablation, each) for kind in caches]], jobs, ends)
+    failed = do_all([*bases, *[partial(make_cache, kind, ablation, each) for kind in caches]], jobs, ends)
     drawn = [partial(do, Run("drawn", seed), ablation) for seed in range(options.training_seeds)]
-    do_all([*own, *drawn], jobs, ends)
-    do_all(shared, jobs, ends)
+    failed += do_all([*own, *drawn], jobs, ends)
+    failed += do_all(shared, jobs, ends)
     results = copying.read_results(options.out)
-    text = settings_text(ablation, list(runs), shlex.join(sys.argv[1:]))
+    text = settings_text(ablation, shlex.join(sys.argv[1:]))
     pages = [(options.out / "copying.md", options.out)]
     pages += [(HERE / "docs" / "copying.md", HERE / "assets")] if options.publish else []
     for page, figures in pages:
         write_page(page, figures, text, results)
     print(f"{copying.numbers(results)}{judge.LEGEND}\n")
     print(f"wrote {', '.join(str(page) for page, _ in pages)} after {time.monotonic() - begun:.0f} s")
+    if failed:
+        raise UserError(f"{failed} tasks failed, see above: the same command tries them again")
 
 
 def same_settings(ablation: Ablation) -> None:
