@@ -147,8 +147,8 @@ class Ablation:
 
     def marks(self, row: str) -> list[int]:
         """The steps after which a row is exported and measured. Weights that a row shares are there at the end only."""
-        if row == "base":
-            return [self.budget.base]
+        if row in ("base", "drawn"):
+            return [self.budget.base if row == "base" else 0]
         return [*(() if ROWS[row].shares else self.budget.marks), self.budget.row]
 
     def weights(self, run: Run, steps: int = 0) -> Path:
@@ -182,9 +182,7 @@ def read(options: list[str]) -> Config:
 
 def label(temptation: Temptation) -> str:
     """The name of the folder of a kind of references."""
-    return "-".join(
-        [temptation.reference.replace(" ", "-"), *([f"{temptation.share:g}"] if temptation != APART else [])]
-    )
+    return temptation.reference.replace(" ", "-") + ("" if temptation == APART else f"-{temptation.share:g}")
 
 
 def as_words(options: dict[str, Any]) -> list[str]:
@@ -257,7 +255,7 @@ def judge_run(run: Run, steps: int, seed: int, ablation: Ablation, scales: tuple
 def do(run: Run, ablation: Ablation, sweep: bool = False) -> None:
     """Train a run and measure it after each of its marks; every training seed has people of its own."""
     seeds = range(run.seed * ablation.seeds, (run.seed + 1) * ablation.seeds)
-    for steps in [0] if run.row == "drawn" else ablation.marks(run.row):
+    for steps in ablation.marks(run.row):
         if run.row != "drawn":
             train_run(run, steps, ablation)
         for seed in seeds:
