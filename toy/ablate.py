@@ -14,34 +14,43 @@ prompts and pairs of motion and color of the test split.
     python -m toy.ablate --budget large                     # for a GPU: batches of 256
     python -m toy.ablate --rows base,reference,tass         # only these; the others can follow later
     python -m toy.ablate --reference "same clip" --share 1  # training references are frames of their own clips
+    python -m toy.ablate --study --budget gpu --training-seeds 3 --seeds 1 --jobs 16   # all of docs/copying.md
     python -m toy.ablate --set parallel.compile=true        # 1.2 times as fast on two cores; it wants a C++ compiler
 
-The same command again continues: rows that are trained or measured are kept. Table and figure go into the run's folder;
---publish also replaces docs/ablation.md and assets/ablation.png.
+The same command again continues: rows that are trained or measured are kept. copying.md, with tables and figures, goes
+into the run's folder. --publish also writes docs/copying.md and its figures in assets/.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import re
+import runpy
+import shlex
+import signal
+import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from common.device import resolve_device
-from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.errors import Parser, UserError, one_line_errors
 from common.outputs import require_same
 from common.schema import parse_json
 from config import ASSETS, Config, as_dict, read_config
 from evaluation.metrics import FaceReader
 from rope import PLACEMENTS
-from toy import judge
+from toy import copying, judge
 from toy.cache import add_temptation, read_temptation
 from toy.eye import Eye
 from toy.make import ON_GPU, run_command, torchrun
@@ -52,7 +61,6 @@ HERE = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Row:
-    title: str
     change: dict[str, Any]  # options of train.py
     shares: str = ""  # the row whose weights this one uses, where only inference differs
 
@@ -61,15 +69,14 @@ TASS = {"reference.placement": "tass"}
 AUGMENTED = TASS | {"reference.augment": True}
 IDENTITY = AUGMENTED | {"faces.pack": "assets/faces"}
 ROWS = {
-    "base": Row("base: text to video", {"model.scratch": True, "reference.use": False, "guidance.s_ref": 0.0}),
-    "reference": Row("+ reference concatenation", {"reference.placement": "overlap"}),
-    "tass": Row("+ TASS-RoPE", TASS),
-    "augmentation": Row("+ reference augmentation", AUGMENTED),
-    "identity": Row("+ identity losses", IDENTITY),
-    "guidance": Row("+ decoupled guidance", IDENTITY | {"guidance.s_ref": 3.0}, shares="identity"),
-    **{k: Row(f"TASS -> {k}", {"reference.placement": k}) for k in PLACEMENTS if k not in ("tass", "overlap")},
+    "base": Row({"model.scratch": True, "reference.use": False, "guidance.s_ref": 0.0}),
+    "reference": Row({"reference.placement": "overlap"}),
+    "tass": Row(TASS),
+    "augmentation": Row(AUGMENTED),
+    "identity": Row(IDENTITY),
+    "guidance": Row(IDENTITY | {"guidance.s_ref": 3.0}, shares="identity"),
+    **{k: Row({"reference.placement": k}) for k in PLACEMENTS if k not in ("tass", "overlap")},
 }
-TITLES = {name: row.title for name, row in ROWS.items()} | {"drawn": "drawn clips, the truth"}
 
 
 @dataclass(frozen=True)
@@ -79,25 +86,48 @@ class Budget:
     clips: int  # drawn clips of the cache
     people: int  # in an evaluation
     change: dict[str, Any] = field(default_factory=dict)  # options of train.py, which --set may overrule
+    marks: tuple[int, ...] = ()  # steps after which a further row is measured too; the learning rate must not fall
 
 
+STEADY = {"optim.decay": "constant", "faces.min_weight": 0.2}
 BUDGETS = {
-    "minutes": Budget(10, 5, 64, 4, {"faces.min_weight": 0.2, "optim.batch": 8, "guidance.steps": 4}),
+    "minutes": Budget(10, 5, 64, 4, STEADY | {"optim.batch": 8, "guidance.steps": 4}, (3,)),
+    "gpu": Budget(1_200, 200, 4_000, 48, STEADY | {"optim.batch": 64, "optim.lr": 1.5e-3}, (50, 100)),
     "small": Budget(800, 250, 4_000, 32, {"faces.min_weight": 0.2}),
     "medium": Budget(3_000, 1_200, 16_000, 64),
     "large": Budget(1_800, 600, 16_000, 64, {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5}),
 }
-# Number of an evaluation -> digits in the table.
-FIGURES = {"similarity": 3, "retrieved": 2, "direction": 2, "motion": 2, "background": 2, "face_rate": 2, "drift": 3}
-FIGURES |= {f"copied {group}": 2 for group in judge.GROUPS}
-PROSE = "<!-- Everything above this line is written by toy/ablate.py. -->"
-Evaluation = dict[str, float | None]  # means of one row, training seed and evaluation seed
+TITLE = "# Identity and copying in the tiny world\n\n"
+PROSE = "<!-- Everything below this line is written by toy/ablate.py. -->"
 
 
-def needed(rows: list[str]) -> list[str]:
-    """The rows to train for these rows, in the order of ROWS."""
-    names = {"base", *rows, *[ROWS[name].shares for name in rows]}
-    return [name for name in ROWS if name in names]
+class Cell(NamedTuple):
+    """Rows that are trained with the same kind of references. sweep: also measured at SCALES."""
+
+    temptation: Temptation
+    rows: tuple[str, ...]
+    sweep: tuple[str, ...] = ()
+
+
+# The rows of docs/copying.md, the most important first. "identity" takes longest, so it begins first.
+CORE, SWEPT = ("identity", "reference", "tass", "phase", "augmentation"), ("reference", "tass", "augmentation")
+CLIP, HALF, SCENE = (
+    Temptation(reference=f"same {k}", share=q) for k, q in (("clip", 1.0), ("clip", 0.5), ("scene", 1.0))
+)
+STUDY = [Cell(CLIP, CORE), Cell(HALF, CORE, SWEPT), Cell(APART, CORE)]
+FURTHER = [Cell(CLIP, ("temporal", "fixed", "remote")), Cell(SCENE, SWEPT)]  # after all seeds of the others
+SCALES = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (2, 5), (4, 2), (4, 4), (4, 6)]  # (s_y, s_r) of Eq. 13
+
+
+class Run(NamedTuple):
+    """A row trained with one seed on one kind of references. Those of the base do not matter: it sees none."""
+
+    row: str
+    seed: int
+    temptation: Temptation = APART
+
+    def path(self, out: Path) -> Path:
+        return out / label(self.temptation) / f"{self.row}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -107,21 +137,33 @@ class Ablation:
     budget: Budget
     out: Path
     set: list[str] = field(default_factory=list)  # "section.key=value" of the user
-    temptation: Temptation = APART
+    device: str = "cpu"  # of the evaluation
+    seeds: int = 2  # evaluation seeds for each training seed
+    jobs: int = 1  # rows that are trained at a time
 
-    def cache(self) -> Path:
-        return Path("-".join([read(self.set).data.cache, str(self.budget.clips), *label(self.temptation)]))
+    def cache(self, temptation: Temptation) -> Path:
+        kind = [] if temptation == APART else [label(temptation)]
+        return Path("-".join([read(self.set).data.cache, str(self.budget.clips), *kind]))
 
-    def weights(self, name: str, seed: int) -> Path:
-        return self.out / f"{name}-{seed}.safetensors"
+    def marks(self, row: str) -> list[int]:
+        """The steps after which a row is exported and measured. Weights that a row shares are there at the end only."""
+        if row in ("base", "drawn"):
+            return [self.budget.base if row == "base" else 0]
+        return [*(() if ROWS[row].shares else self.budget.marks), self.budget.row]
 
-    def options(self, name: str, seed: int) -> list[str]:
-        """The changes of a row's configuration: budget and device first, then the user's, then the row's."""
-        row = ROWS[name].change | {"data.cache": self.cache(), "run.out": self.out / f"{name}-{seed}", "run.seed": seed}
-        row["optim.steps"] = self.budget.base if name == "base" else self.budget.row
-        if name != "base":
-            row["model.ckpt"] = self.weights("base", seed)
+    def weights(self, run: Run, steps: int = 0) -> Path:
+        """The export after these steps, or after the last."""
+        return Path(f"{run.path(self.out)}-{steps or self.marks(run.row)[-1]}.safetensors")
+
+    def options(self, run: Run, steps: int = 0) -> list[str]:
+        """The changes of a run's configuration: budget and device first, then the user's, then the row's."""
+        row = ROWS[run.row].change | {"data.cache": self.cache(run.temptation), "run.out": run.path(self.out)}
+        row |= {"run.seed": run.seed, "optim.steps": steps or self.marks(run.row)[-1]}
+        if run.row != "base":
+            row["model.ckpt"] = self.weights(Run("base", run.seed))
         start = self.budget.change | (ON_GPU if torch.cuda.is_available() else {})
+        if self.jobs > 1 and run.row != "base":
+            start["data.workers"] = 0  # the other rows use the cores
         return [*as_words(start), *self.set, *as_words(row)]
 
     def refuse_overruled(self, rows: list[str]) -> None:
@@ -138,94 +180,123 @@ def read(options: list[str]) -> Config:
     return read_config(HERE / "configs" / "toy-ablation.toml", options)
 
 
-def label(temptation: Temptation) -> list[str]:
-    """The words of a folder's name that tell temptations apart."""
-    return [] if temptation == APART else [temptation.reference.replace(" ", "-"), f"{temptation.share:g}"]
+def label(temptation: Temptation) -> str:
+    """The name of the folder of a kind of references."""
+    return temptation.reference.replace(" ", "-") + ("" if temptation == APART else f"-{temptation.share:g}")
 
 
 def as_words(options: dict[str, Any]) -> list[str]:
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
 
 
-def train_row(name: str, seed: int, ablation: Ablation) -> None:
-    """Train a row and export it, unless its weights are there. The row whose weights it shares is there."""
-    if ablation.weights(name, seed).is_file():
+def run_program(command: list[str], here: bool) -> None:
+    """Run a program of the repository: here, in this process, or as one process for each device."""
+    if not here:
+        return run_command(command)
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise UserError(f"{' '.join(command)} ended with code {end.code}") from None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py takes it for a wish to save
+
+
+def train_run(run: Run, steps: int, ablation: Ablation) -> None:
+    """Train a run up to these steps and export it, unless that is done. The run that it starts from is there."""
+    if (out := ablation.weights(run, steps)).is_file():
         return
-    row, begun = ROWS[name], time.perf_counter()
-    options = ablation.options(row.shares or name, seed)
+    row, begun, here = ROWS[run.row], time.perf_counter(), ablation.jobs > 1
+    options = ablation.options(run._replace(row=row.shares or run.row), steps)
     options += as_words(row.change) if row.shares else []  # the same weights with other defaults
     command = [str(HERE / "train.py"), str(HERE / "configs" / "toy-ablation.toml"), *(f"--set={o}" for o in options)]
     if not row.shares:
-        run_command([*torchrun(), *command])
-    run_command([*command, "--export", str(ablation.weights(name, seed))])
-    judge.write_text(ablation.out / f"{name}-{seed}.seconds", f"{time.perf_counter() - begun:.0f} {hardware()}\n")
+        run_program(command if here else [*torchrun(), *command], here)
+    run_program([*command, "--export", str(out)], here)
+    judge.write_text(out.with_suffix(".seconds"), f"{time.perf_counter() - begun:.0f} {hardware()}\n")
 
 
-def judge_row(name: str, train_seed: int, seed: int, ablation: Ablation, where: tuple, instruments: tuple) -> None:
-    """Measure a row, or the drawn clips, on the people of one evaluation seed: results/<row>-<seeds>.json.
+@lru_cache
+def instruments(device: str) -> tuple[FaceReader, Eye]:
+    faces = FaceReader(ASSETS / "faces", device=device, det_size=128)
+    return faces, Eye.from_file(ASSETS / "judge.safetensors", device)
 
-    Their references are independent of the prompts, whatever the training references are. where: device and dtype;
-    instruments: FaceReader and Eye.
+
+people = lru_cache(judge.cases)
+
+
+def judge_run(run: Run, steps: int, seed: int, ablation: Ablation, scales: tuple[int, int] | None = None) -> None:
+    """Measure a run after these steps, or the drawn clips, on the people of one evaluation seed: a file of results/.
+
+    Their references are independent of the prompts, whatever the training references are. scales: s_y and s_r instead
+    of the row's, for half of the people.
     """
-    record, people = ablation.out / "results" / f"{name}-{train_seed}-{seed}.json", ablation.budget.people
+    name = "-".join(map(str, [run.row, run.seed, seed, steps, *(scales or ())]))
+    record, count = ablation.out / "results" / label(run.temptation) / f"{name}.json", ablation.budget.people
     if record.is_file():
         return
-    path = ablation.weights("base" if name == "drawn" else name, train_seed)
-    recipe = judge.recipe_of(path)
-    clips = judge.cases(seed, people, recipe.frames, recipe.fps, recipe.height)
-    if name == "drawn":
+    path = ablation.weights(Run("base", 0) if run.row == "drawn" else run, steps)
+    changes = {"steps": read(ablation.options(Run("base", 0))).guidance.steps}
+    recipe = judge.recipe_of(path, **changes | dict(zip(("s_text", "s_ref"), map(float, scales or ()))))
+    clips = people(seed, count, recipe.frames, recipe.fps, recipe.height)[: count // 2 if scales else count]
+    if run.row == "drawn":
         videos = np.stack([clip["frames"] for clip in clips])
     else:
-        photos, seeds = [clip["reference"] for clip in clips], range(seed * people, (seed + 1) * people)
-        videos = judge.make_videos(path, ASSETS / "gemma", clips, photos, seeds, recipe, *where, title=f"{name} {seed}")
-    judge.write_text(record, json.dumps(judge.measure(videos, clips, *instruments)))
+        photos, seeds = [clip["reference"] for clip in clips], range(seed * count, seed * count + len(clips))
+        how = recipe, *resolve_device(argparse.Namespace(device=ablation.device, dtype=None)), count
+        videos = judge.make_videos(path, ASSETS / "gemma", clips, photos, seeds, *how, title=name)
+    rows = judge.measure(videos, clips, *instruments(ablation.device))
+    if not scales and run.seed == 0 and steps == ablation.marks(run.row)[-1]:
+        judge.draw_rows(record.with_suffix(".jpg"), clips[:4], rows, videos)
+    rounded = json.loads(json.dumps(rows), parse_float=lambda digits: round(float(digits), 5))
+    judge.write_text(record, json.dumps(rounded))
 
 
-def read_results(out: Path) -> dict[str, list[Evaluation]]:
-    """Row -> its evaluations, one for each pair of seeds, in the order of TITLES."""
-    results: dict[str, list[Evaluation]] = {}
-    for name in TITLES:
-        for path in sorted((out / "results").glob(f"{name}-*-*.json")):
-            means = {key: number and number[0] for key, number in judge.summarize(judge.read_rows(path)).items()}
-            results.setdefault(name, []).append(means)
-    return results
+def do(run: Run, ablation: Ablation, sweep: bool = False) -> None:
+    """Train a run and measure it after each of its marks; every training seed has people of its own."""
+    seeds = range(run.seed * ablation.seeds, (run.seed + 1) * ablation.seeds)
+    for steps in ablation.marks(run.row):
+        if run.row != "drawn":
+            train_run(run, steps, ablation)
+        for seed in seeds:
+            judge_run(run, steps, seed, ablation)
+    for scales in SCALES if sweep else ():
+        for seed in seeds:
+            judge_run(run, steps, seed, ablation, scales)
 
 
-def spread(evaluations: list[Evaluation], key: str) -> list[float]:
-    """Mean and, of several evaluations, standard deviation; empty where none has the number."""
-    values = [e[key] for e in evaluations if e[key] is not None]
-    return [number(values) for number, least in ((fmean, 1), (stdev, 2)) if len(values) >= least]
+def make_cache(temptation: Temptation, ablation: Ablation, processes: int) -> None:
+    words = ["--reference", temptation.reference, "--share", str(temptation.share)]
+    words += ["--count", str(ablation.budget.clips), "--out", str(ablation.cache(temptation))]
+    words += ["--device", ablation.device] if ablation.jobs > 1 else []
+    start = [*torchrun()[:-1], f"--nproc_per_node={processes}"] if ablation.jobs > 1 else torchrun()
+    run_command([*start, "-m", "toy.cache", *words])
 
 
-def table(results: dict[str, list[Evaluation]]) -> str:
-    """Markdown: a line for each row, mean ± standard deviation over seeds."""
-    lines = [
-        [TITLES[name], *(" ± ".join(f"{x:.{digits}f}" for x in spread(each, key)) for key, digits in FIGURES.items())]
-        for name, each in results.items()
-    ]
-    return judge.markdown(f"| row | {' | '.join(judge.HEADINGS[key] for key in FIGURES)} |", lines)
+def work(task: Callable[[], None]) -> None:
+    """A task in one of several processes."""
+    torch.set_num_threads(1)
+    try:
+        with one_line_errors():
+            task()
+    finally:
+        if dist.is_initialized():  # a training that failed: the next one begins a group of its own
+            dist.destroy_process_group()
 
 
-def draw(path: Path, results: dict[str, list[Evaluation]]) -> None:
-    """Identity, prompt and copying side by side: a bar for each row, a line for the spread."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    keys = ["retrieved", "direction", "background", "copied pose", "copied light", "copied background"]
-    figure, axes = plt.subplots(1, len(keys), figsize=(15, 0.35 * len(results) + 1), sharey=True)
-    for ax, key, color in zip(axes, keys, ["C0", "C1", "C1", "C2", "C2", "C2"]):
-        means, deviations = np.array([[*spread(each, key), 0, 0][:2] for each in results.values()]).T
-        ax.barh([TITLES[name] for name in results], means, xerr=deviations, color=color, ecolor="#00000090")
-        ax.axvline(0, color="black", linewidth=0.8)
-        ax.set_title(judge.HEADINGS[key], fontsize=10)
-        ax.set_xlim(min(0, ax.get_xlim()[0]), max(1, ax.get_xlim()[1]))
-    axes[0].invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+def do_all(tasks: list[Callable[[], None]], jobs: int, ends: float) -> int:
+    """Do the tasks, in `jobs` processes if that is above 1, where a task that fails does not stop the others. What is
+    unfinished at the time `ends` is given up. Returns how many failed."""
+    for task in tasks if jobs == 1 else ():
+        if time.monotonic() < ends:
+            task()
+    if jobs == 1 or not tasks or time.monotonic() > ends:
+        return 0
+    with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
+        done, late = wait([pool.submit(work, task) for task in tasks], min(ends - time.monotonic(), 1e6))
+        for process in multiprocessing.active_children() if late else ():
+            process.kill()
+    return sum(bool(future.exception()) for future in done)
 
 
 def hardware() -> str:
@@ -236,94 +307,113 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {[*names, platform.machine()][0]}, PyTorch {torch.__version__}"
 
 
-def report(ablation: Ablation, budget: str, figure: str) -> str:
-    """The page: the table, its settings, its hardware."""
-    out, steps, temptation = ablation.out, ablation.budget, ablation.temptation
-    config = read(ablation.options("base", 0))
-    records = [record.stem.split("-") for record in (out / "results").glob("*.json")]
-    trained = {path.stem: path.read_text().strip().partition(" ") for path in sorted(out.glob("*.seconds"))}
-    times = ", ".join(f"{name} {int(seconds) / 60:.0f}" for name, (seconds, _, _) in trained.items())
-    where = "; ".join(sorted({place for _, _, place in trained.values()}))
-    words = f"--budget {budget}" + "".join(f" --set {change}" for change in ablation.set)
-    relation = "All training references are drawn apart from their clips."
-    if temptation != APART:
-        words += f" --reference '{temptation.reference}' --share {temptation.share:g}"
-        relation = f"Of the training references, a share of {temptation.share:g} is of the {temptation.reference}."
+def settings_text(ablation: Ablation, command: str) -> str:
+    """How the numbers were made."""
+    out, budget, config = ablation.out, ablation.budget, read(ablation.options(Run("base", 0)))
+    trained = [path.read_text().strip().partition(" ") for path in sorted(out.rglob("*.seconds"))]
+    minutes, where = sum(int(seconds) for seconds, _, _ in trained) / 60, sorted({place for _, _, place in trained})
+    steps = ", ".join(map(str, ablation.marks("tass")))
     return (
-        "# The ablation in the tiny world\n\n"
-        f"Written by `python -m toy.ablate {words}`: {steps.base} steps for the base, {steps.row} for each further row "
-        f"from the base's weights, optim.batch = {config.optim.batch}, optim.lr = {config.optim.lr}, "
-        f"faces.min_weight = {config.faces.min_weight}, the same seed and clips. {relation} An evaluation has "
-        f"{steps.people} people who, like their prompts, are of the test split. Mean ± standard deviation over "
-        f"{len({record[1] for record in records})} training and {len({record[2] for record in records})} evaluation "
-        f"seeds; chance for the nearest reference is 1 in {steps.people}.\n\n{table(read_results(out))}\n"
-        f"![The same as bars]({figure})\n\n{judge.LEGEND} All columns are explained in `toy/judge.py`.\n\n"
-        f"Trained on {where}. Minutes of training: {times}.\n\n"
+        f"Written by `python -m toy.ablate {command}`: {budget.base} steps for the base, then each further row from "
+        f"the base's weights, measured after {steps} steps; optim.batch = {config.optim.batch}, optim.lr = "
+        f"{config.optim.lr}, faces.min_weight = {config.faces.min_weight}, {budget.clips} clips. Of each training seed "
+        f"{ablation.seeds * budget.people} people are measured who, like their prompts, are of the test split. Mean ± "
+        "standard error over training seeds; a difference above two of them is bold. Chance for the nearest reference "
+        f"is 1 in {budget.people}. {judge.LEGEND} `toy/judge.py` explains all columns.\n\n"
+        f"Trained on {'; '.join(where)}, {ablation.jobs} rows at a time, {minutes:.0f} minutes if one by one.\n\n"
     )
+
+
+def write_page(page: Path, figures: Path, text: str, results: copying.Results) -> None:
+    """Figures, and the page with the prose that people wrote at its top."""
+    for figure in copying.draw(figures, results):
+        text += f"![{figure.stem}]({os.path.relpath(figure, page.parent)})\n\n"
+    above = page.read_text(encoding="utf-8").partition(PROSE)[0] if page.is_file() else TITLE
+    judge.write_text(page, f"{above}{PROSE}\n\n{text}{copying.numbers(results)}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", choices=list(BUDGETS), default="small", help="steps and people (%(default)s)")
     parser.add_argument("--rows", default=",".join(ROWS), help="rows, by comma (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="evaluation seeds (%(default)s)")
+    parser.add_argument("--study", action="store_true", help="these rows with all kinds of references, and a sweep")
+    parser.add_argument("--seeds", type=int, default=2, help="evaluation seeds for each training seed (%(default)s)")
     parser.add_argument("--training-seeds", type=int, default=1, help="each trains all rows anew (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for train.py, in all rows")
     add_temptation(parser)
-    parser.add_argument("--out", help="folder of runs, results, table and figure (default: runs/ablation-BUDGET...)")
-    parser.add_argument("--publish", action="store_true", help="also replace docs/ablation.md and assets/ablation.png")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, on one GPU or 1 core each (%(default)s)")
+    parser.add_argument("--deadline", type=float, default=1e9, metavar="SECONDS", help="then stop, with what is done")
+    parser.add_argument("--out", help="folder of runs, results and page (default: runs/ablation-BUDGET)")
+    parser.add_argument("--publish", action="store_true", help="also write docs/copying.md and its figures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the evaluation")
     options = parser.parse_args(namespace=argparse.Namespace(dtype=None))  # as resolve_device needs it
     options.rows = [name.strip() for name in options.rows.split(",")]
     if unknown := set(options.rows) - set(ROWS):
         raise UserError(f"--rows has {', '.join(sorted(unknown))}: it takes {', '.join(ROWS)}")
-    if not (1 <= options.seeds <= 1000 and 1 <= options.training_seeds <= 1000):
-        raise UserError("--seeds and --training-seeds are at least 1 and at most 1000")
+    if not all(1 <= number <= 1000 for number in (options.seeds, options.training_seeds, options.jobs)):
+        raise UserError("--seeds, --training-seeds and --jobs are at least 1 and at most 1000")
     options.temptation = read_temptation(options)
-    options.out = Path(options.out or "-".join(["runs/ablation", options.budget, *label(options.temptation)]))
+    if options.study and options.temptation != APART:
+        raise UserError("--study has kinds of references of its own: leave out --reference")
+    options.out = Path(options.out or f"runs/ablation-{options.budget}")
     return options
 
 
+def plan(options: argparse.Namespace) -> dict[Run, bool]:
+    """The runs in their order, each with whether it is also measured at SCALES."""
+    parts = [STUDY, FURTHER] if options.study else [[Cell(options.temptation, tuple(options.rows))]]
+    runs = {Run("base", seed): False for seed in range(options.training_seeds)}
+    for part in parts:
+        for seed in range(options.training_seeds):
+            for temptation, rows, swept in part:
+                for row in [row for row in rows if row in options.rows and row != "base"]:
+                    if shared := ROWS[row].shares:
+                        runs.setdefault(Run(shared, seed, temptation), False)
+                    runs[Run(row, seed, temptation)] = row in swept
+    return runs
+
+
 def main() -> None:
-    options = parse_arguments()
-    where = resolve_device(options)
-    ablation = Ablation(BUDGETS[options.budget], options.out, options.set, options.temptation)
-    rows, seeds = needed(options.rows), range(options.training_seeds)
-    ablation.refuse_overruled(rows)
-    for name in rows:  # a wrong option is an error before the work
-        read(ablation.options(name, 0))
+    options, begun = parse_arguments(), time.monotonic()
+    resolve_device(options)
+    ends, jobs = begun + options.deadline, options.jobs
+    ablation = Ablation(BUDGETS[options.budget], options.out, options.set, options.device, options.seeds, jobs)
+    runs = plan(options)
+    ablation.refuse_overruled([run.row for run in runs])
+    for run in runs:  # a wrong option is an error before the work
+        read(ablation.options(run))
     same_settings(ablation)
-    faces = FaceReader(ASSETS / "faces", device=where[0], det_size=128)
-    instruments = faces, Eye.from_file(ASSETS / "judge.safetensors", where[0])
-    if not all(ablation.weights(name, seed).is_file() for name in rows for seed in seeds):
-        words = ["--reference", ablation.temptation.reference, "--share", str(ablation.temptation.share)]
-        words += ["--count", str(ablation.budget.clips), "--out", str(ablation.cache())]
-        run_command([*torchrun(), "-m", "toy.cache", *words])
-    for train_seed in seeds:
-        for name in rows:
-            train_row(name, train_seed, ablation)
-            for seed in range(options.seeds if name in options.rows else 0):
-                judge_row(name, train_seed, seed, ablation, where, instruments)
-    for seed in range(options.seeds):
-        judge_row("drawn", 0, seed, ablation, where, instruments)
-    pages = [(ablation.out / "ablation.md", ablation.out / "ablation.png")]
-    if options.publish:
-        pages.append((HERE / "docs" / "ablation.md", HERE / "assets" / "ablation.png"))
-    for page, figure in pages:
-        draw(figure, read_results(ablation.out))
-        below = page.read_text(encoding="utf-8").partition(PROSE)[2] if page.is_file() else "\n"
-        text = report(ablation, options.budget, os.path.relpath(figure, page.parent))
-        judge.write_text(page, text + PROSE + below)  # people write the part below
-    chance = f"Chance for the nearest reference is 1 in {ablation.budget.people}."
-    print(f"{table(read_results(ablation.out))}\n{judge.LEGEND} {chance}\n")
-    print("wrote " + ", ".join(str(path) for pair in pages for path in pair))
+    instruments(options.device)
+    caches = dict.fromkeys(run.temptation for run in runs if not ablation.weights(run).is_file())
+    if APART in caches:  # first, since the base needs it
+        make_cache(APART, ablation, jobs)
+        del caches[APART]
+    stages = {run: 0 if run.row == "base" else 1 + bool(ROWS[run.row].shares) for run in runs}
+    bases, own, shared = (
+        [partial(do, run, ablation, runs[run]) for run in runs if stages[run] == stage] for stage in range(3)
+    )
+    each = max(1, (jobs - len(bases)) // max(1, len(caches)))  # the bases and the further caches at a time
+    failed = do_all([*bases, *[partial(make_cache, kind, ablation, each) for kind in caches]], jobs, ends)
+    drawn = [partial(do, Run("drawn", seed), ablation) for seed in range(options.training_seeds)]
+    failed += do_all([*own, *drawn], jobs, ends)
+    failed += do_all(shared, jobs, ends)
+    results = copying.read_results(options.out)
+    text = settings_text(ablation, shlex.join(sys.argv[1:]))
+    pages = [(options.out / "copying.md", options.out)]
+    pages += [(HERE / "docs" / "copying.md", HERE / "assets")] if options.publish else []
+    for page, figures in pages:
+        write_page(page, figures, text, results)
+    print(f"{copying.numbers(results)}{judge.LEGEND}\n")
+    print(f"wrote {', '.join(str(page) for page, _ in pages)} after {time.monotonic() - begun:.0f} s")
+    if failed:
+        raise UserError(f"{failed} tasks failed, see above: the same command tries them again")
 
 
 def same_settings(ablation: Ablation) -> None:
     """Rows of different settings cannot be compared: UserError where the folder was begun with others."""
     config, record = as_dict(read(ablation.set)), ablation.out / "settings.json"
     settings = {f"{section}.{key}": value for section, options in config.items() for key, value in options.items()}
-    settings |= asdict(ablation.budget) | {f"toy.{key}": value for key, value in asdict(ablation.temptation).items()}
+    settings |= asdict(ablation.budget) | {"marks": list(ablation.budget.marks)}
     if record.is_file():
         before = parse_json(dict[str, Any], record.read_bytes(), record)
         return require_same(before, settings, ablation.out, "give another --out")

@@ -348,10 +348,7 @@ def main() -> None:
         videos = make_videos(options.ckpt, options.gemma, clips, photos, seeds, *how)
         rows[kind] = measure(videos, clips, reader, network, ref_of)
         if kind == OWN:
-            picks = np.linspace(0, recipe.frames - 1, 6).round().astype(int)
-            titles = [f"{c['caption']}   similarity {row['similarity']:.2f}" for c, row in zip(clips, rows[kind])]
-            portraits = [Image.fromarray(photo) for photo in photos]
-            draw_sheet(out / "sheet.png", [*zip(titles, portraits, videos[:, picks])][:12])
+            draw_rows(out / "sheet.png", clips[:12], rows[kind], videos)
     rows["drawn"] = measure(np.stack([clip["frames"] for clip in clips]), clips, reader, network)
     text = table({kind: summarize(of_kind) for kind, of_kind in rows.items()})
     text += f"\n{LEGEND} Chance for the nearest reference is 1 in {count}.\n"
@@ -360,6 +357,14 @@ def main() -> None:
     write_text(out / "summary.md", text)
     write_text(out / "rows.json", json.dumps(rows))
     print(f"{text}\nwrote summary.md, rows.json and sheet.png into {out}")
+
+
+def draw_rows(path: Path, clips: Clips, rows: Rows, videos: np.ndarray) -> None:
+    """A sheet: for each clip its portrait and six frames of its video (N, F, H, W, 3)."""
+    picks = np.linspace(0, videos.shape[1] - 1, 6).round().astype(int)
+    titles = [f"{clip['caption']}   similarity {row['similarity']:.2f}" for clip, row in zip(clips, rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(path, [*zip(titles, [Image.fromarray(clip["reference"]) for clip in clips], videos[:, picks])])
 
 
 def write_text(path: Path, text: str) -> None:

@@ -84,7 +84,8 @@ def torchrun() -> list[str]:
 def run_command(command: list[str], begin: str = "") -> None:
     """Show and run a command, the words after `python`. The line of an error starts with `begin`."""
     print(f"$ python {' '.join(command)}", flush=True)
-    environment = os.environ | {"PYTHONPATH": str(HERE)}  # for -m in any current folder
+    paths = filter(None, [str(HERE), os.environ.get("PYTHONPATH")])  # for -m in any current folder
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     if "torch.distributed.run" in command:
         environment["OMP_NUM_THREADS"] = "1"
     code = subprocess.run([sys.executable, *command], env=environment).returncode
