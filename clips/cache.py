@@ -191,7 +191,11 @@ def made_with(settings: dict[str, Any], models: Models, clips: int, shard_gb: fl
     """cache.json: the `settings`, completed by fingerprints of the models and the division into shards."""
     vae = models.checkpoint.config["vae"]
     for size in settings.get("buckets", [settings]):
-        require_video_size(size, latent_scale(vae))
+        try:
+            require_video_size(size, latent_scale(vae))
+        except UserError as error:
+            where = "x".join(str(size[key]) for key in ("height", "width", "frames"))
+            raise UserError(f"--buckets {where}: {error}" if "buckets" in settings else str(error)) from None
         pixels = size["frames"] * size["height"] * size["width"]
         what = f"one video of {size['frames']} frames of {size['height']}x{size['width']}"
         require_memory(15 * pixels, what, "take a smaller size")  # bytes of three channels, as they are and in float32
