@@ -84,6 +84,7 @@ def build_model(config: Config, source: Checkpoint, device: torch.device, recomp
         multiply_in_fp8(model, device)
     if run.compile:
         logging.getLogger("torch._higher_order_ops.wrap").setLevel("ERROR")  # warns of KEEP_PRODUCTS
+        torch._dynamo.config.recompile_limit = 64  # a graph for each size of clips, with reference and without
         model.compile_blocks()
     if run.mode == "fsdp":
         shard(model, run, device)
