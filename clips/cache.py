@@ -175,13 +175,18 @@ def made_with(settings: dict[str, Any], models: Models, clips: int, shard_gb: fl
     what = f"one video of {settings['frames']} frames of {settings['height']}x{settings['width']}"
     require_memory(15 * pixels, what, "take a smaller size")  # bytes of three channels, as they are and in float32
     shape = latent_shape(settings, vae)
-    clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * models.checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
-    rows = max(1, int(shard_gb * 2**30 / (clip_bytes + TYPICAL_IMAGE)))
+    (width,) = models.checkpoint.tensors[PROJECTION + "bias"]["shape"]
+    rows = max(1, int(shard_gb * 2**30 / clip_bytes(shape, width)))
     settings = settings | {"latent_shape": shape, "dtype": str(models.dtype).removeprefix("torch.")}
     settings |= {"checkpoint": fingerprint(models.checkpoint), "gemma": fingerprint_gemma(models.gemma)}
     settings |= {"faces": fingerprint_faces(models.faces), "rows_per_shard": rows, "shards": -(-clips // rows)}
     validate(stored.CacheSettings, settings, "options")
     return settings
+
+
+def clip_bytes(shape: list[int], width: int, tokens: int = TYPICAL_TOKENS, image: int = TYPICAL_IMAGE) -> int:
+    """Bytes of a clip with latents (C, T, h, w) and text features (tokens, width)."""
+    return 2 * int(np.prod(shape)) + 2 * tokens * width + image
 
 
 class _Progress(tqdm):
@@ -265,7 +270,7 @@ def _write_shard(
             if note := future.result()["note"]:
                 report.append(line | {"note": note})
             tensors |= {f"{row:07d}.{part}": parts[part] for part in PARTS}
-            clips.append({"row": row, "name": clip.name})
+            clips.append({"row": row, "name": clip.name, "identity": clip.identity or clip.video.stem})
         progress.step(sum(tensor.nbytes for tensor in parts.values()))
     _save(folder / shard_file(number), tensors, settings, clips=clips, report=report)
     text.unlink()

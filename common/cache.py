@@ -5,7 +5,8 @@ import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -51,6 +52,7 @@ class NullMetadata:
 class CachedClip:
     row: Annotated[int, Field(ge=0, lt=10**12)]
     name: str
+    identity: str = ""  # of the manifest, or the file's name; empty in caches of older versions
 
 
 @record
@@ -113,7 +115,8 @@ class CachedClips(Dataset):
     """The clips of a cache.
 
     settings: its cache.json, and max_tokens, the slots of the text context. latent_shape: (C, T, h, w) of every clip.
-    null_features: (tokens, D) of the empty prompt. names: of all clips. report: rows that were left out, and remarks.
+    null_features: (tokens, D) of the empty prompt. names: of all clips. identities: of their people. report: rows that
+    were left out, and remarks.
     Shards are opened once in each process, when needed, and are left out of pickles.
     """
 
@@ -127,6 +130,8 @@ class CachedClips(Dataset):
             raise UserError(f"no cache in {folder} (it has no cache.json): make it with python prepare.py")
         shards = [self._metadata(shard_file(k), settings, ShardMetadata) for k in range(settings["shards"])]
         self.names = [clip.name for shard in shards for clip in shard.clips]
+        identities = (clip.identity or clip.name.rpartition(":")[0] for shard in shards for clip in shard.clips)
+        self.identities = list(identities)  # without one, the file's name: clips of one film may show one person
         self.report = [line for shard in shards for line in shard.report]
         # Shard and row of each clip (n, 2): an array, because a list would be copied into every worker bit by bit.
         self.places = np.array([(k, clip.row) for k, shard in enumerate(shards) for clip in shard.clips])
@@ -158,6 +163,13 @@ class CachedClips(Dataset):
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def subset(self, numbers: Sequence[int]) -> "CachedClips":
+        """The clips of these numbers alone."""
+        part = copy(self)
+        part.names, part.identities = ([column[k] for k in numbers] for column in (self.names, self.identities))
+        part.places = self.places[list(numbers)]
+        return part
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"opened": {}}
