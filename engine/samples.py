@@ -43,7 +43,7 @@ def encode_samples(
     if not entries:
         clips = [held[k] for k in range(min(HELD_OUT, len(held)))]
         images = [fit(clip["image"], size["height"], size["width"]) for clip in clips]
-        features = [*(clip["features"] for clip in clips), objective.null_features]
+        features = [row.to(device) for row in (*(clip["features"] for clip in clips), objective.null_features)]
         kept = Draws(0.0, torch.empty(0), drop_text=False, drop_ref=False, window_start=0)
         contexts = objective.encode_text(features, [kept] * len(features)).split(1)
         return list(zip([*images, None], [*(clip["caption"] for clip in clips), ""], contexts))
