@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from pydantic import Field
 
+from clips.buckets import ENLARGE, read_bucket
 from clips.cache import prepare
 from clips.vip200k import vip200k
 from common.device import own_place, resolve_device
@@ -38,6 +39,9 @@ class Numbers:
     fps: Annotated[float, Field(ge=0.1, le=1000)] | None
     shard_gb: PositiveFloat
     seed: Count
+    enlarge: Annotated[float, Field(ge=1, le=100)] | None
+    windows: Annotated[int, Field(ge=1, le=1000)]
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] | None
     workers: Annotated[int, Field(ge=1, le=256)]
 
 
@@ -60,13 +64,20 @@ def make_cache(arguments: list[str]) -> None:
     parser.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA}, or the tiny one)")
     parser.add_argument("--faces", help="insightface model pack, name or folder (default: buffalo_l, or the tiny one)")
     parser.add_argument("--out", required=True, help="folder of the cache")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of the VAE's cell (default: the checkpoint's)")
-    parser.add_argument("--width", type=int, help="pixels, likewise (default: the checkpoint's)")
-    parser.add_argument("--frames", type=int, help="a multiple of the VAE's cell, and 1 (default: the checkpoint's)")
+    sizes = "sizes of clips, HEIGHTxWIDTHxFRAMES, the main one first (default: fifteen around the checkpoint's size)"
+    parser.add_argument("--buckets", nargs="+", metavar="SIZE", help=sizes)
+    text = f"small clips are enlarged up to this factor, smaller ones left out (default: {ENLARGE})"
+    parser.add_argument("--enlarge", type=float, metavar="FACTOR", help=text)
+    parser.add_argument("--windows", type=int, default=1, help="most clips to cut out of a long row (%(default)s)")
+    parser.add_argument("--height", type=int, help="one size instead of buckets; pixels (default: the checkpoint's)")
+    parser.add_argument("--width", type=int, help="pixels, likewise")
+    parser.add_argument("--frames", type=int, help="likewise; a multiple of the VAE's cell, and 1")
     parser.add_argument("--fps", type=float, help="frames per second (default: the checkpoint's)")
     where = "for rows without one: a face from the same video, or from another clip of its identity (%(default)s)"
     parser.add_argument("--reference", choices=["same", "other"], default="same", help=where)
     parser.add_argument("--require-face-in-video", action="store_true", help="leave out clips without one midway")
+    text = "leave out clips whose faces have all a lower cosine similarity with the reference"
+    parser.add_argument("--min-similarity", type=float, metavar="X", help=text)
     parser.add_argument("--shard-gb", type=float, default=2.0, help="about the size of a shard (%(default)s)")
     parser.add_argument("--device", help="default: this rank's GPU, else cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16 on a GPU, float32 on a CPU")
@@ -74,6 +85,7 @@ def make_cache(arguments: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=4, help="threads that read videos ahead (%(default)s)")
     options, place = parser.parse_args(arguments), own_place()
     validate(Numbers, {key: getattr(options, key) for key in Numbers.__dataclass_fields__}, "options")
+    options.buckets = options.buckets and [read_bucket(text) for text in options.buckets]
     if options.device is None:
         options.device = f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu"
     options.device, options.dtype = resolve_device(options)

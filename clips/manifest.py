@@ -18,6 +18,7 @@ work, and the number of a row decides its shard of the cache.
 
 import csv
 import io
+import math
 import os
 import re
 import zlib
@@ -33,14 +34,17 @@ from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from clips.buckets import enlargement, window
 from common.errors import UserError
-from common.media import TooShort, probe_video, read_frame, read_image, read_video, to_tensor
-from common.schema import Text, foreign_record, parse_json, validate
+from common.media import TooShort, from_bytes, probe_video, read_frame, read_image, read_video, to_tensor
+from common.schema import Count, Text, foreign_record, parse_json, validate
+from common.video import SAME_TIME, probe_rate
 from face import FaceDetector
 
 FACE_MARGIN = 1.6  # side of a face crop over the longer side of the face's box: hair and chin, little background
 REFERENCE_TRIES = 5  # random frames in which a face is searched
 REFERENCE_SIDE = 1024  # larger references are reduced to this, which is more than the letterbox of 480x832 shows
+SHOTS = 5  # frames of a video whose faces are compared with the reference
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".ts", ".3gp", ".mpg", ".mpeg", ".wmv"}
 
 
@@ -90,6 +94,7 @@ class Clip:
     reference_video: FilePath | None = None
     reference_time: Seconds | None = None
     reference_box: Box | None = None
+    window: Count = 0  # number of the part of a long clip; no column
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Clip":
@@ -103,8 +108,8 @@ class Clip:
 
     @property
     def name(self) -> str:
-        """For reports and error messages: the video and the manifest's line."""
-        return f"{self.video.stem}:{self.line}"
+        """For reports and error messages: the video, the manifest's line, and which window if not the first."""
+        return f"{self.video.stem}:{self.line}" + (f".{self.window + 1}" if self.window else "")
 
 
 def read_manifest(path: str | Path) -> list[Clip]:
@@ -160,32 +165,71 @@ def _clip(line: int, row: dict[str, Any] | str, folder: Path) -> Clip:
             raise UserError(row)
         fields = {key: value.strip() if isinstance(value, str) else value for key, value in row.items()}
         fields = {key: value for key, value in fields.items() if value not in (None, "")}
-        clip = validate(Clip, fields | {"line": line, "problem": None}, "row")
+        clip = validate(Clip, fields | {"line": line, "problem": None, "window": 0}, "row")
     except UserError as error:
         return Clip(line=line, problem=str(error))
     paths = {key: getattr(clip, key) for key in ("video", "reference", "reference_video")}
     return replace(clip, **{key: folder / path for key, path in paths.items() if path})
 
 
-def load_clip(clip: Clip, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]) -> dict:
-    """Pixels of a row: frames (F, H, W, 3), and the reference with its landmarks. Raises Rejected, with the reason."""
+def load_clip(
+    clip: Clip, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]
+) -> dict | None:
+    """A clip of its bucket: frames (F, H, W, 3), source (the fields of cache.Source), and the reference with its
+    landmarks. None: the row is too short for this window. Raises Rejected, with the reason."""
     if clip.problem:
         raise Rejected("bad row", clip.problem)
     if not clip.caption:
         raise Rejected("empty caption", "the row has none")
-    size = (settings[key] for key in ("frames", "fps", "height", "width"))
     reason = "unreadable video"
     try:
-        frames = read_video(clip.video, *size, clip.start, clip.end)
+        if (read := read_window(clip, settings)) is None:
+            return None
+        bucket, frames, source = read
         middle = len(frames) // 2
         if settings["require_face_in_video"] and not _face(Image.fromarray(frames[middle]), detector):
             raise Rejected("no face in the video", f"frame {middle + 1} of {len(frames)} of {clip.video} shows none")
         reason = "unreadable reference"
-        image, note = _find_reference(clip, settings, detector, identities)
+        image, note = _find_reference(clip, len(frames) / settings["fps"], settings, detector, identities)
     except UserError as error:
         raise Rejected("too short" if isinstance(error, TooShort) else reason, str(error)) from None
     where = clip.reference or clip.reference_video or clip.video
-    return {"frames": frames, "note": note} | with_face(image, detector, where)
+    loaded = {"frames": frames, "bucket": bucket, "source": source, "note": note} | with_face(image, detector, where)
+    if "min_similarity" in settings:
+        shots = np.linspace(0, len(frames) - 1, SHOTS).round().astype(int)
+        shots = from_bytes(frames[shots]).permute(0, 3, 1, 2)
+        landmarks, _, valid = detector.detect(shots)
+        loaded["shots"] = shots[valid], landmarks[valid]
+    return loaded
+
+
+def read_window(clip: Clip, settings: dict[str, Any]) -> tuple[int, np.ndarray, dict[str, float]] | None:
+    """The number of the clip's bucket, frames (F, H, W, 3) of its size, and the fields of cache.Source; None if the
+    clip ends before this window. Raises TooShort, UserError, and Rejected for a picture too small for all buckets."""
+    buckets, fps, enlarge = settings.get("buckets", [settings]), settings["fps"], settings.get("enlarge", math.inf)
+    ends = [end for end in (clip.end, probe_video(clip.video)) if end]
+    seconds = max(0.0, min(ends) - clip.start) if ends else 0.0
+    # Without a length in the file's header, decoding tells: the longest buckets first.
+    frames = math.ceil((seconds - SAME_TIME) * fps) if ends else 10**9
+    width, height = read_frame(clip.video, clip.start if frames > 0 else 0.0).size
+    source = {"width": width, "height": height, "seconds": seconds, "fps": probe_rate(clip.video)}
+    if (least := min(enlargement(bucket, width, height) for bucket in buckets)) > enlarge:
+        detail = f"{width}x{height} would be enlarged {least:.2f} times or more, and --enlarge allows {enlarge:g}"
+        raise Rejected("too small", f"{clip.video}: {detail}")
+    first, fits = window(clip.window, buckets, width, height, frames, enlarge)
+    if not fits and clip.window:
+        return None
+    fits = fits or [min(range(len(buckets)), key=lambda k: buckets[k]["frames"])]  # read_video says what is missing
+    for number in fits:
+        size = (buckets[number][key] for key in ("height", "width"))
+        try:
+            video = read_video(clip.video, buckets[number]["frames"], fps, *size, clip.start + first / fps, clip.end)
+            return number, video, source
+        except TooShort as error:  # the header promises more than there is
+            problem = error
+    if clip.window:
+        return None
+    raise problem
 
 
 def with_face(image: Image.Image | None, detector: FaceDetector, where: str | Path) -> dict:
@@ -213,7 +257,7 @@ def _cut_out(frame: Image.Image, detector: FaceDetector) -> Image.Image | None:
 
 
 def _find_reference(
-    clip: Clip, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]
+    clip: Clip, length: float, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]
 ) -> tuple[Image.Image | None, str]:
     """The reference, no larger than REFERENCE_SIDE, or None if no frame shows a face; and a remark, if any."""
     note, image = "", None
@@ -228,7 +272,6 @@ def _find_reference(
     else:
         key = 2, zlib.crc32(clip.name.encode())  # 0 and 1 are data.sample_rng and data.epoch_order
         rng = np.random.default_rng(np.random.SeedSequence(settings["seed"], spawn_key=key))
-        length = settings["frames"] / settings["fps"]
         if settings["reference"] == "other":
             others = [c for c in identities.get(clip.identity, ()) if (c.video, c.start) != (clip.video, clip.start)]
             for k in rng.permutation(len(others))[:REFERENCE_TRIES]:
