@@ -35,7 +35,7 @@ def default_buckets(size: Size, scale: tuple[int, int, int]) -> list[Size]:
 
 def read_bucket(text: str) -> Size:
     """480x832x121: height, width, frames."""
-    if not (match := re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text)):
+    if not (match := re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})x([0-9]{1,6})", text)):
         raise UserError(f"--buckets {text!r} is not like 480x832x121: height, width, frames")
     return dict(zip(("height", "width", "frames"), map(int, match.groups())))
 
