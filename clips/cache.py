@@ -5,7 +5,8 @@ The cache is a folder, which `data.CachedClips` reads:
     cache.json                its settings: size, fps, fingerprints of the models, seed, rows per shard
     null.safetensors          features of the empty prompt, for dropped text
     shard-00000.safetensors   the manifest's rows 0 to n-1: for each clip ROW.latents, .features, .image, .e_ref and
-    shard-00001...            .caption, and in the metadata the names of the clips, and the reasons of rows left out
+    shard-00001...            .caption, .strip and .facts (clips/facts.py); in the metadata the names of the clips, and
+                              the reasons of rows left out
     report.jsonl              all rows that were left out, and remarks on others; there when every shard is
     text-00001.safetensors    while the work lasts: the features of a shard's captions, deleted when the shard is there
 
@@ -38,9 +39,10 @@ from tqdm import tqdm
 import config
 from checkpoint import NAMES, Checkpoint, open_checkpoint, write
 from clips.buckets import ENLARGE, default_buckets, kept_area
+from clips.facts import measure
 from clips.manifest import Clip, Rejected, load_clip, read_manifest
 from common import cache as stored
-from common.cache import NULL, PARTS, CachedClip, NullMetadata, ShardMetadata, read_metadata, shard_file
+from common.cache import NULL, CachedClip, NullMetadata, ShardMetadata, read_metadata, shard_file
 from common.device import free, own_place
 from common.errors import UserError, whole_file
 from common.media import from_bytes
@@ -175,10 +177,11 @@ def fill(
     checkpoint, _, faces, device, dtype = models
     free(torch.device(device))  # Gemma is gone, and the VAE needs its memory
     if own:
-        load = partial(load, settings=settings, detector=FaceDetector(faces, device))
+        detector = FaceDetector(faces, device)
+        load = partial(load, settings=settings, detector=detector)
         arcface = ArcFace.from_onnx(recognition_file(faces)).to(device)
         vae, least = VideoVAE.from_checkpoint(checkpoint, device, dtype), settings.get("min_similarity", -1.0)
-        parts_of = partial(clip_tensors, vae=vae, arcface=arcface, min_similarity=least)
+        parts_of = partial(clip_tensors, vae=vae, detector=detector, arcface=arcface, min_similarity=least)
         with _Progress("videos", sum(map(len, own.values())), rank) as progress, ThreadPoolExecutor(workers) as pool:
             for k, shard in own.items():
                 _write_shard(folder, k, _ahead(pool, load, shard, workers), settings, parts_of, progress)
@@ -290,7 +293,7 @@ def _write_shard(
             if parts:
                 if note := loaded["note"]:
                     report.append(line | {"note": note})
-                tensors |= {f"{row:07d}.{part}": parts[part] for part in PARTS}
+                tensors |= {f"{row:07d}.{part}": parts[part] for part in parts}
                 of_bucket = {key: loaded[key] for key in ("bucket", "source") if key in loaded}
                 clips.append({"row": row, "name": clip.name} | of_bucket)
         progress.step(sum(tensor.nbytes for tensor in parts.values()))
@@ -299,7 +302,13 @@ def _write_shard(
 
 
 def clip_tensors(
-    loaded: dict[str, Any], clip: Clip, features: Tensor, vae: VideoVAE, arcface: ArcFace, min_similarity: float
+    loaded: dict[str, Any],
+    clip: Clip,
+    features: Tensor,
+    vae: VideoVAE,
+    detector: FaceDetector,
+    arcface: ArcFace,
+    min_similarity: float,
 ) -> dict[str, Tensor]:
     """The tensors of a clip in a shard: z_0 = E(video), e_ref of Eq. 8, text, photo. Rejected if not finite, or if no
     face of its `shots` resembles the reference."""
@@ -321,6 +330,7 @@ def clip_tensors(
         e = embed(shots.to(weight.device), shot_landmarks.to(weight.device), arcface)  # (k, E)
         if (similarity := F.cosine_similarity(e, parts["e_ref"][None]).max().item()) < min_similarity:
             raise Rejected("another person", f"{clip.video} and its reference have a similarity of {similarity:.2f}")
+    parts |= measure(loaded, parts["e_ref"], detector, arcface)
     return {part: tensor.cpu() for part, tensor in parts.items()}
 
 

@@ -233,13 +233,14 @@ def read_window(clip: Clip, settings: dict[str, Any]) -> tuple[int, np.ndarray, 
 
 
 def with_face(image: Image.Image | None, detector: FaceDetector, where: str | Path) -> dict:
-    """A reference as the cache takes it: pixels, landmarks of its face, the PNG. Raises Rejected if it shows none."""
+    """A reference as the cache takes it: pixels, landmarks and box of its face, the PNG. Rejected if it shows none."""
     face = _face(image, detector) if image else None
     if face is None:
         raise Rejected("no face in the reference", f"the detector finds none in {where}")
     png = io.BytesIO()
     image.save(png, "PNG")  # lossless: e_ref and the trainer see the same pixels
-    return {"image": to_tensor(image)[None], "landmarks": face[0][None], "png": bytearray(png.getvalue())}
+    face = dict(zip(("landmarks", "box"), (face[0][None], face[1])))
+    return face | {"image": to_tensor(image)[None], "png": bytearray(png.getvalue())}
 
 
 def _face(image: Image.Image, detector: FaceDetector) -> tuple[Tensor, np.ndarray] | None:

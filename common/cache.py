@@ -233,6 +233,19 @@ class CachedClips(Dataset):
             raise UserError(f"clip {self.names[i]} in {self.folder}: its {part} is damaged ({error})") from None
         return item | {"name": self.names[i]}
 
+    def part(self, i: int, part: str) -> bytes | None:
+        """The bytes of one part of a clip, unchecked; None where it is missing."""
+        shard, row = self.places[i]
+        try:
+            return self._open(shard).get_tensor(f"{row:07d}.{part}").numpy().tobytes()
+        except SafetensorError:
+            return None
+
+    def tokens(self, i: int) -> int:
+        """Number of a caption's tokens, at most settings["max_tokens"]."""
+        shard, row = self.places[i]
+        return self._open(shard).get_slice(f"{row:07d}.features").get_shape()[0]
+
 
 def _photo(png: bytes) -> Image.Image:
     with warnings.catch_warnings():
