@@ -2,7 +2,7 @@
 
     python prepare.py --manifest clips.jsonl --ckpt ltx-2.3-22b-dev.safetensors --out cache
     torchrun --nproc-per-node 8 prepare.py ...            # on 8 GPUs; run it again after any interruption
-    python prepare.py show cache                          # what a cache holds
+    python prepare.py show cache                          # what a cache holds, and what to mend: a page
     python prepare.py vip200k --annotations vip200k.json --videos videos --out vip200k.jsonl
 
 clips/manifest.py lists the columns of a manifest.
@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from PIL import Image
 from pydantic import Field
 
 from clips.buckets import ENLARGE, read_bucket
 from clips.cache import prepare
+from clips.show import show
 from clips.vip200k import vip200k
+from common.cache import CachedClips
 from common.device import own_place, resolve_device
-from common.errors import Parser, one_line_errors, whole_file
+from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.outputs import refuse_overwrite
 from common.schema import Count, PositiveFloat, record, validate
-from common.sizes import amount
 from config import ASSETS
-from data import CachedClips, letterbox
 from text import GEMMA
 
 
@@ -48,9 +47,7 @@ class Numbers:
 def main() -> None:
     command, *arguments = sys.argv[1:] or [""]
     if command == "show":
-        parser = Parser(prog="prepare.py show", description="Print what a cache holds; draw its first references.")
-        parser.add_argument("cache", help="its folder")
-        show(Path(parser.parse_args(arguments).cache))
+        look(arguments)
     elif command == "vip200k":
         make_manifest(arguments)
     else:
@@ -112,20 +109,21 @@ def make_manifest(arguments: list[str]) -> None:
     print(f"wrote {options.out}")
 
 
-def show(folder: Path) -> None:
-    """Print what a cache holds, and draw its first references, letterboxed as for the trainer."""
-    clips = CachedClips(folder)
-    for key, value in clips.settings.items():
-        print(f"{key:24}{value}")
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    left_out = sum("reason" in line for line in clips.report)
-    print(f"{len(clips):,} clips, {left_out:,} rows left out, {amount(size)}")
-    sheet = Image.new("RGB", (4 * 256, 2 * 256))
-    for k in range(min(8, len(clips))):
-        sheet.paste(letterbox(clips[k]["image"], 252, 252), (k % 4 * 256, k // 4 * 256))
-    with whole_file(folder / "references.png") as temporary:
-        sheet.save(temporary)
-    print(f"wrote {folder / 'references.png'}")
+def look(arguments: list[str]) -> None:
+    text = "Write a page that shows a cache before training: clips, figures, and what to mend."
+    parser = Parser(prog="prepare.py show", description=text)
+    parser.add_argument("cache", type=Path, help="its folder")
+    parser.add_argument("--out", type=Path, help="the page, .html (default: show.html in the cache)")
+    parser.add_argument("--seed", type=int, default=0, help="decides which clips are shown by chance")
+    options = parser.parse_args(arguments)
+    validate(Count, options.seed, "--seed")
+    out = options.out or options.cache / "show.html"
+    if out.suffix != ".html":
+        raise UserError(f"--out {out} does not end in .html")
+    clips = CachedClips(options.cache)
+    with whole_file(out) as temporary:
+        lines = show(clips, temporary, options.seed)
+    print(*lines, f"wrote {out}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ def _write_shard(
                     report.append(line | {"note": note})
                 tensors |= {f"{row:07d}.{part}": parts[part] for part in parts}
                 of_bucket = {key: loaded[key] for key in ("bucket", "source") if key in loaded}
-                clips.append({"row": row, "name": clip.name} | of_bucket)
+                clips.append({"row": row, "name": clip.name, "identity": clip.identity or clip.video.stem} | of_bucket)
         progress.step(sum(tensor.nbytes for tensor in parts.values()))
     _save(folder / shard_file(number), tensors, settings, clips=clips, report=report)
     text.unlink()

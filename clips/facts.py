@@ -48,7 +48,7 @@ def measure(loaded: dict[str, Any], e_ref: Tensor, detector: FaceDetector, arcfa
     strip = frames[np.linspace(0, len(frames) - 1, STRIP).astype(int)]  # (5, H, W, 3)
     x = from_bytes(strip[::2]).permute(0, 3, 1, 2)  # (3, 3, H, W)
     similarity, landmarks, boxes, valid = _likeness(x, e_ref, detector, arcface)
-    pose = torch.rad2deg(head_pose(landmarks[valid])).mean(0).round().tolist() if valid.any() else None
+    pose = torch.rad2deg(head_pose(landmarks[valid])).mean(0).round().add(0.0).tolist() if valid.any() else None
     turned = round(pose[0] / 90) % 4 if pose else 0
     if similarity < SAME_PERSON and not turned:  # a detector may find a face, but not this one, in a video on its side
         turns = [similarity, *(_likeness(x.rot90(k, (2, 3)), e_ref, detector, arcface)[0] for k in (1, 2, 3))]
@@ -65,7 +65,7 @@ def measure(loaded: dict[str, Any], e_ref: Tensor, detector: FaceDetector, arcfa
         "turned": 90 * turned,
         "pose": pose,
         "background": shared and round(shared, 4),
-        "signature": b"".join(picture.convert("L").resize((GRID, GRID)).tobytes() for picture in small[::2]).hex(),
+        "signature": b"".join(_gray(picture) for picture in small[::2]).hex(),
     }
     parts = {"strip": jpeg(Image.fromarray(np.hstack(small))), "facts": json.dumps(facts).encode()}
     return {part: torch.frombuffer(bytearray(data), dtype=torch.uint8) for part, data in parts.items()}
@@ -98,9 +98,13 @@ def thumbnail(image: Image.Image) -> Image.Image:
     return small
 
 
+def _gray(image: Image.Image) -> bytes:
+    return image.convert("L").resize((GRID, GRID), Image.Resampling.BOX).tobytes()
+
+
 def jpeg(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
+    image.save(file, "JPEG", quality=80, subsampling=0)  # small pictures need all of their color
     return file.getvalue()
 
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -83,6 +84,7 @@ class Source:
 class CachedClip:
     row: Annotated[int, Field(ge=0, lt=10**12)]
     name: str
+    identity: str = ""  # of the manifest, or the file's name; empty in caches of older versions
     bucket: Count = 0  # its number in CacheSettings.buckets
     source: Source | None = None  # None where the clip was drawn
 
@@ -241,16 +243,21 @@ class CachedClips(Dataset):
         except SafetensorError:
             return None
 
+    def picture(self, i: int, part: str) -> Image.Image | None:
+        """The clip's `image` or `strip`; None where it is missing or damaged."""
+        with suppress(Exception):
+            return _photo(self.part(i, part), "PNG" if part == "image" else "JPEG")
+
     def tokens(self, i: int) -> int:
         """Number of a caption's tokens, at most settings["max_tokens"]."""
         shard, row = self.places[i]
         return self._open(shard).get_slice(f"{row:07d}.features").get_shape()[0]
 
 
-def _photo(png: bytes) -> Image.Image:
+def _photo(file: bytes, kind: str = "PNG") -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB")
+            return Image.open(io.BytesIO(file), formats=[kind]).convert("RGB")
         except UnidentifiedImageError:
-            raise ValueError("no PNG") from None
+            raise ValueError(f"no {kind}") from None

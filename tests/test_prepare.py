@@ -72,4 +72,4 @@ def test_without_a_checkpoint_it_says_which_model_it_uses(root, tmp_path, in_pro
     code, stdout, _ = in_process(prepare.main, "prepare.py", "--manifest", manifest, "--out", tmp_path / "c")
     assert code == 0 and "tiny model" in stdout and "drawn faces" in stdout
     code, stdout, _ = in_process(prepare.main, "prepare.py", "show", tmp_path / "c")
-    assert code == 0 and "4 clips, 0 rows left out" in stdout and (tmp_path / "c" / "references.png").is_file()
+    assert code == 0 and "4 clips, 0 rows left out" in stdout and (tmp_path / "c" / "show.html").is_file()

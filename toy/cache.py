@@ -58,7 +58,7 @@ def prepare_toy(
     settings = made_with(settings, models, count, SHARD_GB)
     own = [k // settings["rows_per_shard"] % place.world == place.rank for k in range(count)]
     words = [toy_words(seed, k, frames, fps) if own[k] else "" for k in range(count)]
-    clips = [Clip(line=k + 1, video=Path("toy"), caption=text) for k, text in enumerate(words)]
+    clips = [Clip(line=k + 1, video=Path("toy"), caption=text, identity=f"{k}") for k, text in enumerate(words)]
 
     def load(clip: Clip, settings: dict[str, Any], detector: FaceDetector) -> dict[str, Any]:
         """The fields of manifest.load_clip, drawn."""
