@@ -35,6 +35,7 @@ from evaluation import metrics, report
 from evaluation import vbench as quality
 from evaluation.curricular import CurricularFace
 from evaluation.metrics import ClipScore, FaceReader
+from evaluation.results import append_line
 from face import FaceDetector, embed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1076,3 +1077,8 @@ def test_the_docs_name_options_that_exist(monkeypatch):
     for words in lines:
         monkeypatch.setattr(sys, "argv", ["eval.py", *words])
         assert evaluation.parse_arguments().videos
+
+
+def test_results_that_cannot_be_written_are_named():
+    with pytest.raises(UserError, match="/dev/full cannot be written: No space left"):
+        append_line(Path("/dev/full"), {"id": "a"})
