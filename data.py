@@ -154,13 +154,25 @@ def draw_sample(
     component off leaves the draws of the others alone.
     """
     tokens = math.prod(grid)
-    state = SeedSequence([seed, number]).generate_state(1, np.uint64)
-    generator = torch.Generator("cpu").manual_seed(int(state[0]) >> 1)
-    t = shifted_logit_normal(1, noise_tokens or tokens, generator).item()
-    text, ref, place = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    generator, t, (text, ref, place) = _draw_numbers(seed, number, noise_tokens or tokens)
     eps = torch.randn(tokens, channels, generator=generator)  # (N, C)
     windows = max(1, grid[0] - window + 1)
     return Draws(t, eps, text < p_text, ref < p_ref, min(int(place * windows), windows - 1))
+
+
+def _draw_numbers(seed: int, number: int, tokens: int) -> tuple[torch.Generator, float, list[float]]:
+    """The generator of a sample, its t, and its numbers for text, reference and window."""
+    state = SeedSequence([seed, number]).generate_state(1, np.uint64)
+    generator = torch.Generator("cpu").manual_seed(int(state[0]) >> 1)
+    t = shifted_logit_normal(1, tokens, generator).item()
+    return generator, t, torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+
+
+def share_of_rank(numbers: Sequence[int], rank: int, world: int, seed: int, p_ref: float) -> list[int]:
+    """This rank's samples of a step, in order. All ranks get as many, and as many without reference within one: the
+    sequence of those is shorter."""
+    dropped = {number: _draw_numbers(seed, number, 1)[2][1] < p_ref for number in numbers}
+    return sorted(sorted(numbers, key=dropped.get)[rank::world])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +305,7 @@ def unpack(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_batches(config: Config, clips: CachedClips, first: int, steps: int) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches of steps `first` to `steps` - 1. Sample j goes to rank j mod the number of ranks.
+    """This rank's micro-batches of steps `first` to `steps` - 1, of its samples by `share_of_rank`.
 
     A batch: latents (B, C, T, h, w), ref_images (B, 3, H, W), e_ref (B, E), features (list of (tokens, D)), draws (list
     of Draws), and lists of names, captions, numbers (of the samples) and problems ("", or why zeros stand in).
@@ -303,7 +315,8 @@ def training_batches(config: Config, clips: CachedClips, first: int, steps: int)
 
     def numbers() -> Iterator[list[int]]:
         for step in range(first, steps):
-            own = list(range(step * batch + rank, (step + 1) * batch, world))
+            whole = range(step * batch, (step + 1) * batch)
+            own = share_of_rank(whole, rank, world, config.run.seed, config.dropout.reference)
             yield from (own[k : k + size] for k in range(0, len(own), size))
 
     workers = config.data.workers

@@ -38,7 +38,7 @@ from engine.logbook import Log
 from engine.lora import seed_dropout
 from engine.optim import AdamWBF16
 from engine.parallel import StopSignal, build_model, gather_rows, join_processes
-from engine.plan import Plan
+from engine.plan import Plan, plan_of
 from engine.samples import draw_samples, encode_samples
 from face import ArcFace, FaceDetector, recognition_file
 from objective import Objective
@@ -104,6 +104,7 @@ def train(
 
         # -- loss and gradients
         micro_batches = [next(batches) for _ in range(math.ceil(batch // world / micro_batch))]
+        log.grid = tuple(micro_batches[0]["latents"].shape[2:])  # a step has one bucket
         for k, micro in enumerate(micro_batches):
             if config.lora.dropout:
                 seed_dropout(config.run.seed, micro["numbers"][0])
@@ -255,7 +256,7 @@ def make_plan(config: Config, ckpt: Path) -> Plan:
     ltx = Checkpoint(ckpt).config if ckpt.exists() else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     cache = Path(config.data.cache)
     settings = CachedClips(cache).settings if (cache / "cache.json").exists() else VIDEO | {"max_tokens": 1024}
-    return Plan(config, ltx, tuple(settings[key] for key in ("frames", "height", "width")), settings["max_tokens"])
+    return plan_of(config, ltx, settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

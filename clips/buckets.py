@@ -8,7 +8,9 @@ A picture is scaled until it covers the bucket and cut around its centre. Beyond
 blur, so such a bucket is none for the clip.
 """
 
+import math
 import re
+from functools import partial
 from typing import Any
 
 from common.errors import UserError
@@ -26,11 +28,18 @@ def default_buckets(size: Size, scale: tuple[int, int, int]) -> list[Size]:
     area, cells = size["height"] * size["width"], (size["frames"] - 1) / time
     shapes = [(size["height"], size["width"])]
     for aspect in ASPECTS:
-        height, width = (area / aspect) ** 0.5 / rows, (area * aspect) ** 0.5 / columns
-        shapes.append((max(1, round(height)) * rows, max(1, round(width)) * columns))
+        h, w = int((area / aspect) ** 0.5 / rows), int((area * aspect) ** 0.5 / columns)
+        near = [(a * rows, b * columns) for a in (h, h + 1) for b in (w, w + 1) if a and b]
+        shapes.append(min(near, key=partial(_misfit, aspect=aspect, area=area)))
     lengths = [round(cells * part) * time + 1 for part in LENGTHS]
     sizes = dict.fromkeys((*shape, frames) for frames in lengths for shape in shapes)
     return [dict(zip(("height", "width", "frames"), size)) for size in sizes]
+
+
+def _misfit(shape: tuple[int, int], aspect: float, area: float) -> float:
+    """How far a (height, width) is from a shape and from an area; the shape counts twice."""
+    height, width = shape
+    return 2 * abs(math.log(width / height / aspect)) + abs(math.log(height * width / area))
 
 
 def read_bucket(text: str) -> Size:

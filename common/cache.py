@@ -148,9 +148,9 @@ def fingerprint_files(files: Iterable[Path]) -> str:
 class CachedClips(Dataset):
     """The clips of a cache.
 
-    settings: its cache.json, and max_tokens, the slots of the text context. buckets: the sizes of clips. bucket_of: the
-    number of each clip's bucket, (n,). null_features: (tokens, D) of the empty prompt. names: of all clips. report:
-    rows that were left out, and remarks.
+    settings: its cache.json; max_tokens, the slots of the text context; with buckets the number of clips in each.
+    buckets: the sizes of clips. bucket_of: the number of each clip's bucket, (n,). null_features: (tokens, D) of the
+    empty prompt. names: of all clips. report: rows that were left out, and remarks.
     Shards are opened once in each process, when needed, and are left out of pickles.
     """
 
@@ -179,7 +179,10 @@ class CachedClips(Dataset):
         if not self.null_features.abs().max() < LARGEST_NUMBER:
             raise UserError(f"{self.folder / NULL} holds numbers that are not finite: make the cache anew")
         self.e_ref_shape = self._usual_shape("e_ref", 0)  # (E,)
-        for number, first in zip(*np.unique(self.bucket_of, return_index=True)):
+        numbers, firsts, counts = np.unique(self.bucket_of, return_index=True, return_counts=True)
+        if "buckets" in settings:
+            self.settings["clips"] = dict(zip(numbers.tolist(), counts.tolist()))
+        for number, first in zip(numbers, firsts):
             expected = self.buckets[number].latent_shape if number < len(self.buckets) else None
             if expected != (shape := self._usual_shape("latents", first)):
                 raise UserError(f"{folder}: cache.json has latent_shape = {expected}, and the clips have {shape}")

@@ -92,6 +92,11 @@ class Plan:
         self.rank = config.lora.rank
         adapted = find_targets(self.dit, config.lora.targets).values() if self.rank else []
         self.trained = sum(self.rank * sum(weight.shape) for weight in adapted) or parameters(self.dit)
+        self.buckets = [(self, 1.0)]  # the plan of each bucket of the cache, and its part of the samples
+
+    def mean_flops(self) -> float:
+        """`flops_per_sample`, averaged over the clips of all buckets."""
+        return sum(plan.flops_per_sample() * part for plan, part in self.buckets)
 
     def flops_per_sample(self) -> float:
         """Useful operations of one training sample, all parts: what MFU is counted with."""
@@ -196,7 +201,7 @@ class Plan:
         ways = f"{run.mode}, {gpus} GPUs" + (f", {run.replicas} replicas" if run.replicas > 1 else "")
         adapters = f", adapters of rank {self.rank} with {self.trained / 1e6:,.1f} M" if self.rank else ""
         total = sum(parts.values())
-        per_step = self.flops_per_sample() * optim.batch
+        per_step = self.mean_flops() * optim.batch
         lines = [
             f"{self.width}x{self.height}, latent grid {'x'.join(map(str, self.grid))}: {self.tokens:,} video and "
             f"{self.reference_tokens:,} reference tokens, {self.text_tokens:,} text tokens",
@@ -209,6 +214,8 @@ class Plan:
             f"(identity losses on {self.decoded_share():.0%} of samples)",
             f"\n| card | memory | at {mfu:.0%} MFU, {optim.steps:,} steps |\n|---|---|---:|",
         ]
+        if len(self.buckets) > 1:
+            lines.insert(1, f"the largest of {len(self.buckets)} buckets; operations and days are of the mean clip")
         holding = cards_that_hold(total)
         for name, (tflops, _) in CARDS.items():
             verdict = "fits" if name in holding else f"needs {total / GIB:.0f} GiB"
@@ -228,6 +235,18 @@ class Plan:
             cards = ", ".join(cards_that_hold(total)) or "none"
             lines.append(f"| {mode}, {kind} | {total / GIB:.0f} GiB | {cards} |")
         return lines
+
+
+def plan_of(config: Config, ltx: dict[str, Any], settings: dict[str, Any]) -> Plan:
+    """The plan of a run on a cache: of its largest bucket, with the plans of all of them in `buckets`."""
+    sizes, clips = settings.get("buckets", [settings]), settings.get("clips", {0: 1})
+    plans = []
+    for number, count in clips.items():
+        size = tuple(sizes[number][key] for key in ("frames", "height", "width"))
+        plans.append((Plan(config, ltx, size, settings["max_tokens"]), count / sum(clips.values())))
+    largest, _ = max(plans, key=lambda part: part[0].tokens + part[0].reference_tokens)
+    largest.buckets = plans
+    return largest
 
 
 def cards_that_hold(size: float) -> list[str]:
