@@ -49,10 +49,6 @@ def read_bucket(text: str) -> Size:
     return dict(zip(("height", "width", "frames"), map(int, match.groups())))
 
 
-def enlargement(bucket: Size, width: int, height: int) -> float:
-    return max(bucket["width"] / width, bucket["height"] / height)
-
-
 def kept_area(bucket: Size, width: int, height: int) -> float:
     """The share of a picture that is left when it is scaled to cover the bucket and cut."""
     ratio = bucket["width"] * height / (bucket["height"] * width)
@@ -65,8 +61,11 @@ def fitting(buckets: list[Size], width: int, height: int, frames: int, enlarge: 
     def kept(k: int) -> tuple[float, int]:
         return kept_area(buckets[k], width, height) * buckets[k]["frames"], buckets[k]["height"] * buckets[k]["width"]
 
-    able = [k for k, b in enumerate(buckets) if b["frames"] <= frames and enlargement(b, width, height) <= enlarge]
-    return sorted(able, key=kept, reverse=True)
+    def fits(bucket: Size) -> bool:
+        factor = max(bucket["width"] / width, bucket["height"] / height)
+        return bucket["frames"] <= frames and factor <= enlarge
+
+    return sorted((k for k, bucket in enumerate(buckets) if fits(bucket)), key=kept, reverse=True)
 
 
 def window(

@@ -34,7 +34,7 @@ from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from clips.buckets import enlargement, window
+from clips.buckets import fitting, window
 from common.errors import UserError
 from common.media import TooShort, from_bytes, probe_video, read_frame, read_image, read_video, to_tensor
 from common.schema import Count, Text, foreign_record, parse_json, validate
@@ -213,23 +213,23 @@ def read_window(clip: Clip, settings: dict[str, Any]) -> tuple[int, np.ndarray, 
     frames = math.ceil((seconds - SAME_TIME) * fps) if ends else 10**9
     width, height = read_frame(clip.video, clip.start if frames > 0 else 0.0).size
     source = {"width": width, "height": height, "seconds": seconds, "fps": probe_rate(clip.video)}
-    if (least := min(enlargement(bucket, width, height) for bucket in buckets)) > enlarge:
-        detail = f"{width}x{height} would be enlarged {least:.2f} times or more, and --enlarge allows {enlarge:g}"
-        raise Rejected("too small", f"{clip.video}: {detail}")
+    able = fitting(buckets, width, height, 10**9, enlarge)
+    if not able:
+        raise Rejected("too small", f"{clip.video} is {width}x{height}, and --enlarge {enlarge:g} leaves it no bucket")
     first, fits = window(clip.window, buckets, width, height, frames, enlarge)
-    if not fits and clip.window:
-        return None
-    fits = fits or [min(range(len(buckets)), key=lambda k: buckets[k]["frames"])]  # read_video says what is missing
+    if not fits and not clip.window:  # the header may be wrong; if it is not, read_video says what is missing
+        fits = sorted(able, key=lambda number: buckets[number]["frames"])[:1]
+    problem, longest = None, 10**9
     for number in fits:
-        size = (buckets[number][key] for key in ("height", "width"))
-        try:
-            video = read_video(clip.video, buckets[number]["frames"], fps, *size, clip.start + first / fps, clip.end)
-            return number, video, source
-        except TooShort as error:  # the header promises more than there is
-            problem = error
-    if clip.window:
-        return None
-    raise problem
+        count, *size = (buckets[number][key] for key in ("frames", "height", "width"))
+        if count < longest:
+            try:
+                return number, read_video(clip.video, count, fps, *size, clip.start + first / fps, clip.end), source
+            except TooShort as error:  # the header promises more than there is
+                problem, longest = error, count
+    if problem and not clip.window:
+        raise problem
+    return None
 
 
 def with_face(image: Image.Image | None, detector: FaceDetector, where: str | Path) -> dict:

@@ -220,7 +220,7 @@ def test_stills_are_no_clips(tmp_path):
 def test_a_picture_too_small_for_all_buckets_is_left_out(tmp_path):
     path, *_ = encode(tmp_path / "small.mp4", 40, pixels=PLAIN[:32, :32])
     settings = {"buckets": SMALL, "enlarge": 1.5, "fps": 12.0}
-    with pytest.raises(Rejected, match=r"32x32 would be enlarged 2\.00 times") as caught:
+    with pytest.raises(Rejected, match=r"small\.mp4 is 32x32, and --enlarge 1\.5") as caught:
         read_window(Clip(line=1, video=path), settings)
     assert caught.value.args[0] == "too small"
     assert read_window(Clip(line=1, video=path), settings | {"enlarge": 2.0})[0] == 0

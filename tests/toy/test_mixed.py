@@ -26,7 +26,7 @@ from toy.mixed import LENGTHS, SHAPES, write_mixed
 
 COUNT, WINDOWS, FPS = 60, 4, 12
 MODELS = {"ckpt": ASSETS / "tiny.safetensors", "gemma": ASSETS / "gemma", "faces": ASSETS / "faces"}
-STEPS, BATCH, SEED = 6, 4, 7
+STEPS, BATCH, SEED = 4, 4, 7
 
 
 def test_shapes_lengths_and_rates_of_the_set(tmp_path):
