@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -310,8 +309,8 @@ def clip_tensors(
     arcface: ArcFace,
     min_similarity: float,
 ) -> dict[str, Tensor]:
-    """The tensors of a clip in a shard: z_0 = E(video), e_ref of Eq. 8, text, photo. Rejected if not finite, or if no
-    face of its `shots` resembles the reference."""
+    """The tensors of a clip in a shard: z_0 = E(video), e_ref of Eq. 8, text, photo, and what it shows. Rejected if not
+    finite, or if its faces resemble the reference too little."""
     weight = vae.encoder.conv_in.conv.weight
     video = torch.from_numpy(loaded["frames"]).to(weight.device).permute(3, 0, 1, 2)  # (3, F, H, W)
     image, landmarks = (loaded[key].to(weight.device) for key in ("image", "landmarks"))  # (1, 3, H, W), (1, 5, 2)
@@ -325,12 +324,10 @@ def clip_tensors(
     for part in ("latents", "e_ref"):
         if not parts[part].abs().max() < stored.LARGEST_NUMBER:
             raise Rejected("numbers that are not finite", f"in the {part} of {clip.video}")
-    shots, shot_landmarks = loaded.get("shots", ((), ()))
-    if len(shots):
-        e = embed(shots.to(weight.device), shot_landmarks.to(weight.device), arcface)  # (k, E)
-        if (similarity := F.cosine_similarity(e, parts["e_ref"][None]).max().item()) < min_similarity:
-            raise Rejected("another person", f"{clip.video} and its reference have a similarity of {similarity:.2f}")
     parts |= measure(loaded, parts["e_ref"], detector, arcface)
+    similarity = json.loads(parts["facts"].numpy().tobytes())["similarity"]  # None without a face
+    if similarity is not None and similarity < min_similarity:
+        raise Rejected("another person", f"{clip.video} and its reference have a similarity of {similarity:.2f}")
     return {part: tensor.cpu() for part, tensor in parts.items()}
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from clips.buckets import fitting, window
 from common.errors import UserError
-from common.media import TooShort, from_bytes, probe_video, read_frame, read_image, read_video, to_tensor
+from common.media import TooShort, probe_video, read_frame, read_image, read_video, to_tensor
 from common.schema import Count, Text, foreign_record, parse_json, validate
 from common.video import SAME_TIME, probe_rate
 from face import FaceDetector
@@ -44,7 +44,6 @@ from face import FaceDetector
 FACE_MARGIN = 1.6  # side of a face crop over the longer side of the face's box: hair and chin, little background
 REFERENCE_TRIES = 5  # random frames in which a face is searched
 REFERENCE_SIDE = 1024  # larger references are reduced to this, which is more than the letterbox of 480x832 shows
-SHOTS = 5  # frames of a video whose faces are compared with the reference
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".ts", ".3gp", ".mpg", ".mpeg", ".wmv"}
 
 
@@ -194,13 +193,7 @@ def load_clip(
     except UserError as error:
         raise Rejected("too short" if isinstance(error, TooShort) else reason, str(error)) from None
     where = clip.reference or clip.reference_video or clip.video
-    loaded = {"frames": frames, "bucket": bucket, "source": source, "note": note} | with_face(image, detector, where)
-    if "min_similarity" in settings:
-        shots = np.linspace(0, len(frames) - 1, SHOTS).round().astype(int)
-        shots = from_bytes(frames[shots]).permute(0, 3, 1, 2)
-        landmarks, _, valid = detector.detect(shots)
-        loaded["shots"] = shots[valid], landmarks[valid]
-    return loaded
+    return {"frames": frames, "bucket": bucket, "source": source, "note": note} | with_face(image, detector, where)
 
 
 def read_window(clip: Clip, settings: dict[str, Any]) -> tuple[int, np.ndarray, dict[str, float]] | None:

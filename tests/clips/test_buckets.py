@@ -347,7 +347,7 @@ def test_a_reference_of_another_person_is_left_out(root, tmp_path, insightface_e
     kept = CachedClips(tmp_path / "c")
     similarities = []
     for video, photo in pairs:
-        frames = read_video(clips / f"{video}.mp4", 17, 12, 64, 64)[[0, 4, 8, 12, 16]]
+        frames = read_video(clips / f"{video}.mp4", 17, 12, 64, 64)[[0, 8, 16]]
         (e_ref,) = insightface_embeddings(np.asarray(Image.open(clips / f"{photo}.png").convert("RGB"))[None])
         found = [e for e in insightface_embeddings(frames) if e is not None]
         similarities.append(max(e @ e_ref / np.linalg.norm(e) / np.linalg.norm(e_ref) for e in found))
