@@ -23,6 +23,7 @@ from common.schema import FiniteFloat, Share, record
 from face import ArcFace, FaceDetector, embed
 
 SAME_PERSON = 0.3  # cosine of two ArcFace embeddings; two people rarely reach it
+CERTAIN = 0.6  # a face this similar is upright, without a second look
 STRIP, STRIP_SIDE = 5, 144  # pictures of a strip, and the longer side of each in pixels
 GRID = 8  # side of a signature's pictures
 Box = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]  # left, top, right, bottom in fractions of the picture
@@ -50,10 +51,9 @@ def measure(loaded: dict[str, Any], e_ref: Tensor, detector: FaceDetector, arcfa
     similarity, landmarks, boxes, valid = _likeness(x, e_ref, detector, arcface)
     pose = torch.rad2deg(head_pose(landmarks[valid])).mean(0).round().add(0.0).tolist() if valid.any() else None
     turned = round(pose[0] / 90) % 4 if pose else 0
-    if similarity < SAME_PERSON and not turned:  # a detector may find a face, but not this one, in a video on its side
-        turns = [similarity, *(_likeness(x.rot90(k, (2, 3)), e_ref, detector, arcface)[0] for k in (1, 2, 3))]
-        best = int(np.argmax(turns))
-        turned = best if turns[best] > max(SAME_PERSON, similarity + 0.2) else 0
+    if similarity < CERTAIN and not turned:  # detectors find faces in a picture on its side, ArcFace not the person
+        turns = [_likeness(x[1:2].rot90(k, (2, 3)), e_ref, detector, arcface)[0] for k in (1, 2, 3)]
+        turned = 1 + int(np.argmax(turns)) if max(turns) > max(SAME_PERSON, similarity + 0.15) else 0
     small, ref_small = [thumbnail(Image.fromarray(picture)) for picture in strip], thumbnail(ref_image)
     boxes = [_fractions(box, x.shape[3], x.shape[2]) if found else None for box, found in zip(boxes, valid)]
     ref_box = _fractions(torch.as_tensor(loaded["box"]), *ref_image.size)

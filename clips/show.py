@@ -25,6 +25,7 @@ WORST, EXAMPLES, NAMED = 50, 6, 200  # clips least like their reference; per fin
 SAME_PICTURES = 3.0  # root mean square between two signatures, of 255
 TEMPTING = 0.5  # share of a clip's surroundings that is in its reference
 SMALL_FACE, SHORT = 0.1, 10  # of the picture's height; words
+CARD = 104  # longer side of a picture on the page
 
 HEAD = """<!doctype html><meta charset=utf-8>
 <meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -32,7 +33,7 @@ HEAD = """<!doctype html><meta charset=utf-8>
 body{font:15px/1.45 system-ui,sans-serif;max-width:68em;margin:2em auto;padding:0 1em;color:#222}
 h2{margin-top:2em;border-bottom:1px solid #ccc} b{font-weight:600} small,svg text{color:#666;fill:#666;font-size:12px}
 .clip{display:flex;gap:2px;margin:14px 0;align-items:flex-start}
-.clip img{height:96px}.clip img:first-child{margin-right:8px}
+.clip img:first-child{margin-right:8px}
 .clip p{margin:0 0 0 8px;min-width:14em;flex:1;overflow-wrap:anywhere}.figures{display:flex;flex-wrap:wrap;gap:22px}
 figure{margin:0}figcaption{font-weight:600}
 </style>
@@ -43,6 +44,7 @@ class Row(NamedTuple):
     """A clip as the page sees it. Numbers are None where they are not known."""
 
     number: int  # in the cache
+    line: int  # of the manifest: windows of a long video share it
     name: str
     identity: str
     caption: str
@@ -106,7 +108,8 @@ def read_records(clips: CachedClips) -> list[CachedClip]:
 
 def read_row(clips: CachedClips, k: int, record: CachedClip) -> Row:
     caption, text = (clips.part(k, "caption") or b"").decode(errors="replace"), clips.part(k, "facts")
-    row = Row(k, record.name, record.identity, caption, len(caption.split()), clips.tokens(k), None)
+    line = record.row // clips.settings.get("windows", 1)
+    row = Row(k, line, record.name, record.identity, caption, len(caption.split()), clips.tokens(k), None)
     if source := record.source:
         size = f"{source.width}x{source.height}"
         row = row._replace(size=size, fps=source.fps or None, seconds=source.seconds or None)
@@ -217,14 +220,16 @@ def _signature(facts: Facts) -> np.ndarray:
 
 
 def duplicates(rows: list[Row]) -> dict[int, int]:
-    """Numbers of the clips with nearly the pictures of an earlier one -> its number."""
+    """Numbers of the clips with nearly the pictures of an earlier one, of another line -> its number."""
     known = [row.number for row in rows if row.facts]
     s = np.stack([_signature(rows[k].facts) for k in known] or [np.zeros(3)]) - 128  # (n, pixels)
+    lines = np.array([rows[k].line for k in known])
     square, twins, step = (s**2).sum(1), {}, max(1, 10**7 // len(s))
     for begin in range(0, len(known), step):
         end = min(begin + step, len(s))
         distance = square[begin:end, None] + square[:end] - 2 * s[begin:end] @ s[:end].T  # squares, (step, end)
         near = np.tril(distance < SAME_PICTURES**2 * s.shape[1], begin - 1)
+        near &= lines[begin:end, None] != lines[:end]
         twins |= {known[begin + k]: known[near[k].argmax()] for k in np.nonzero(near.any(1))[0]}
     return twins
 
@@ -285,12 +290,16 @@ def card(clips: CachedClips, row: Row, label: str = "") -> str:
         texts.insert(0, f"upright after {row.facts.turned} degrees against the clock")
     ref_image = clips.picture(row.number, "image")
     images = ([thumbnail(ref_image)] if ref_image else []) + strip_frames(clips, row)
-    data = [base64.b64encode(jpeg(image)).decode() for image in images]
-    pictures = "".join(f'<img src="data:image/jpeg;base64,{text}" alt="">' for text in data)
+    pictures = "".join(map(_image, images))
     label = f"<br><i>{escape(label)}</i>" if label else ""
     caption, texts = escape(row.caption), escape(", ".join(texts))
     text = f"<b>{escape(row.name)}</b>{label}<br>{caption}<br><small>{texts}</small>"
     return f"<div class=clip>{pictures}<p>{text}</p></div>"
+
+
+def _image(image: Image.Image) -> str:
+    height = round(CARD * image.height / max(image.size))
+    return f'<img height={height} src="data:image/jpeg;base64,{base64.b64encode(jpeg(image)).decode()}" alt="">'
 
 
 def _list(texts: Iterable[str]) -> str:
