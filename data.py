@@ -15,7 +15,7 @@ the same numbers, and a resumed run continues as if it had not stopped.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +120,17 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return default_rng(SeedSequence(seed, spawn_key=(1, epoch))).permutation(n)
 
 
+def bucket_of_steps(clips: Sequence[int], seed: int, steps: int) -> list[int]:
+    """The bucket of each step, where bucket k has clips[k] clips.
+
+    Multiples of the golden ratio, modulo 1, are spread more evenly than chance: after any number of steps each bucket
+    has had its share, within a few steps.
+    """
+    start = default_rng(SeedSequence(seed, spawn_key=(3,))).random()  # 2: clips/manifest.py
+    points = (start + np.arange(steps) * ((math.sqrt(5) - 1) / 2)) % 1
+    return np.searchsorted(np.cumsum(clips) / sum(clips), points, side="right").tolist()
+
+
 Grid = tuple[int, int, int]  # T, h, w
 
 
@@ -143,13 +154,25 @@ def draw_sample(
     component off leaves the draws of the others alone.
     """
     tokens = math.prod(grid)
-    state = SeedSequence([seed, number]).generate_state(1, np.uint64)
-    generator = torch.Generator("cpu").manual_seed(int(state[0]) >> 1)
-    t = shifted_logit_normal(1, noise_tokens or tokens, generator).item()
-    text, ref, place = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    generator, t, (text, ref, place) = _draw_numbers(seed, number, noise_tokens or tokens)
     eps = torch.randn(tokens, channels, generator=generator)  # (N, C)
     windows = max(1, grid[0] - window + 1)
     return Draws(t, eps, text < p_text, ref < p_ref, min(int(place * windows), windows - 1))
+
+
+def _draw_numbers(seed: int, number: int, tokens: int) -> tuple[torch.Generator, float, list[float]]:
+    """The generator of a sample, its t, and its numbers for text, reference and window."""
+    state = SeedSequence([seed, number]).generate_state(1, np.uint64)
+    generator = torch.Generator("cpu").manual_seed(int(state[0]) >> 1)
+    t = shifted_logit_normal(1, tokens, generator).item()
+    return generator, t, torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+
+
+def share_of_rank(numbers: Sequence[int], rank: int, world: int, seed: int, p_ref: float) -> list[int]:
+    """This rank's samples of a step, in order. All ranks get as many, and as many without reference within one: the
+    sequence of those is shorter."""
+    dropped = {number: _draw_numbers(seed, number, 1)[2][1] < p_ref for number in numbers}
+    return sorted(sorted(numbers, key=dropped.get)[rank::world])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,10 +198,10 @@ def fingerprint_faces(pack: str | Path) -> str:
     return fingerprint_files(recognition_file(pack).parent.glob("*.onnx"))
 
 
-def latent_shape(settings: dict[str, Any], vae: dict[str, Any]) -> list[int]:
-    """C, T, h, w of a clip of the settings' size; `vae` is that part of the checkpoint's JSON."""
+def latent_shape(size: dict[str, Any], vae: dict[str, Any]) -> list[int]:
+    """C, T, h, w of a clip; `vae` is that part of the checkpoint's JSON."""
     time, rows, columns = latent_scale(vae)
-    grid = [(settings["frames"] - 1) // time + 1, settings["height"] // rows, settings["width"] // columns]
+    grid = [(size["frames"] - 1) // time + 1, size["height"] // rows, size["width"] // columns]
     return [vae["latent_channels"], *grid]
 
 
@@ -189,8 +212,9 @@ def check_cache_fits(
 
     An empty name is not compared, nor is a Gemma that is not a local folder: training itself needs no Gemma.
     """
-    shape = latent_shape(settings, checkpoint.config["vae"])
-    now: dict[str, Any] = {"checkpoint": fingerprint(checkpoint), "latent_shape": shape}
+    vae, buckets = checkpoint.config["vae"], settings.get("buckets")
+    now: dict[str, Any] = {"checkpoint": fingerprint(checkpoint), "latent_shape": latent_shape(settings, vae)}
+    now["buckets"] = buckets and [size | {"latent_shape": latent_shape(size, vae)} for size in buckets]
     if gemma and Path(gemma).is_dir():
         now["gemma"] = fingerprint_gemma(gemma)
     if faces:
@@ -206,36 +230,53 @@ def check_cache_fits(
 class TrainingClips(Dataset):
     """The endless sequence of a run's samples: sample `number` is the same on any rank and in any worker.
 
+    A step trains on clips of one bucket. So its batches have one shape, and all ranks the same work. Each bucket gets
+    steps in proportion to its clips, and goes through them in epochs of its own.
+
     An item is one of CachedClips with ref_image (3, H, W) in [-1, 1], draws, number, and problem: the reason why zeros
     stand in for a clip that cannot be read, or "".
     """
 
     def __init__(self, clips: CachedClips, config: Config):
         self.clips, self.config = clips, config
-        self.epoch, self.order = -1, np.empty(0, int)
+        self.members = [np.flatnonzero(clips.bucket_of == number) for number in range(len(clips.buckets))]
+        self.step = self.bucket = self.visits = self.epoch = -1  # visits: earlier steps on the bucket of this one
+        self.order = np.empty(0, int)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Epoch and index of sample `number`."""
+        seed, batch = self.config.run.seed, self.config.optim.batch
+        step, slot = divmod(number, batch)
+        before = self.bucket, self.epoch
+        if step != self.step:
+            *earlier, self.bucket = bucket_of_steps([len(members) for members in self.members], seed, step + 1)
+            self.step, self.visits = step, earlier.count(self.bucket)
+        members = self.members[self.bucket]
+        self.epoch, place = divmod(self.visits * batch + slot, len(members))
+        if before != (self.bucket, self.epoch):
+            self.order = members[epoch_order(len(members), seed, self.epoch)]
+        return self.epoch, int(self.order[place])
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         clips, config, seed = self.clips, self.config, self.config.run.seed
-        epoch, place = divmod(number, len(clips))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, epoch_order(len(clips), seed, epoch)
-        index, problem = int(self.order[place]), ""
+        (epoch, index), problem = self.place(number), ""
         try:
             item = clips[index]
         except UserError as error:
             item, problem = self._stand_in(index), str(error)
         rng = sample_rng(seed, epoch, index) if config.reference.augment else None
-        size = clips.settings["height"], clips.settings["width"]
+        bucket = clips.buckets[self.bucket]
+        size = bucket.height, bucket.width
         item["ref_image"] = reference_tensor(item["image"], *size, rng, config.reference.fit, **asdict(config.augment))
-        channels, *grid = clips.latent_shape
+        channels, *grid = bucket.latent_shape
         p_text, p_ref, window = config.dropout.text, config.dropout.reference, config.faces.window
         draws = draw_sample(seed, number, tuple(grid), channels, p_text, p_ref, window, config.optim.noise_tokens)
         return item | {"draws": draws, "number": number, "problem": problem}
 
     def _stand_in(self, index: int) -> dict[str, Any]:
         """A batch must keep its size on every rank, so zeros and the empty prompt take the place of a damaged clip."""
-        clips = self.clips
-        latents, e_ref = torch.zeros(clips.latent_shape, dtype=torch.bfloat16), torch.zeros(clips.e_ref_shape)
+        clips, shape = self.clips, self.clips.buckets[self.bucket].latent_shape
+        latents, e_ref = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(clips.e_ref_shape)
         item = {"name": clips.names[index], "caption": "", "image": Image.new("RGB", (1, 1))}
         return item | {"latents": latents, "features": clips.null_features, "e_ref": e_ref}
 
@@ -264,7 +305,7 @@ def unpack(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_batches(config: Config, clips: CachedClips, first: int, steps: int) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches of steps `first` to `steps` - 1. Sample j goes to rank j mod the number of ranks.
+    """This rank's micro-batches of steps `first` to `steps` - 1, of its samples by `share_of_rank`.
 
     A batch: latents (B, C, T, h, w), ref_images (B, 3, H, W), e_ref (B, E), features (list of (tokens, D)), draws (list
     of Draws), and lists of names, captions, numbers (of the samples) and problems ("", or why zeros stand in).
@@ -274,7 +315,8 @@ def training_batches(config: Config, clips: CachedClips, first: int, steps: int)
 
     def numbers() -> Iterator[list[int]]:
         for step in range(first, steps):
-            own = list(range(step * batch + rank, (step + 1) * batch, world))
+            whole = range(step * batch, (step + 1) * batch)
+            own = share_of_rank(whole, rank, world, config.run.seed, config.dropout.reference)
             yield from (own[k : k + size] for k in range(0, len(own), size))
 
     workers = config.data.workers

@@ -140,6 +140,7 @@ def train(
 
         # -- loss and gradients
         micro_batches = [next(batches) for _ in range(math.ceil(batch // world / micro_batch))]
+        log.grid = tuple(micro_batches[0]["latents"].shape[2:])  # a step has one bucket
         for k, micro in enumerate(micro_batches):
             if config.lora.dropout:
                 seed_dropout(config.run.seed, micro["numbers"][0])

@@ -5,7 +5,8 @@ The cache is a folder, which `data.CachedClips` reads:
     cache.json                its settings: size, fps, fingerprints of the models, seed, rows per shard
     null.safetensors          features of the empty prompt, for dropped text
     shard-00000.safetensors   the manifest's rows 0 to n-1: for each clip ROW.latents, .features, .image, .e_ref and
-    shard-00001...            .caption, and in the metadata the names of the clips, and the reasons of rows left out
+    shard-00001...            .caption, .strip and .facts (clips/facts.py); in the metadata the names of the clips, and
+                              the reasons of rows left out
     report.jsonl              all rows that were left out, and remarks on others; there when every shard is
     text-00001.safetensors    while the work lasts: the features of a shard's captions, deleted when the shard is there
 
@@ -23,6 +24,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +37,11 @@ from tqdm import tqdm
 
 import config
 from checkpoint import NAMES, Checkpoint, open_checkpoint, write
+from clips.buckets import ENLARGE, default_buckets, kept_area
+from clips.facts import measure
 from clips.manifest import Clip, Rejected, load_clip, read_manifest
 from common import cache as stored
-from common.cache import NULL, PARTS, NullMetadata, ShardMetadata, read_metadata, shard_file
+from common.cache import NULL, CachedClip, NullMetadata, ShardMetadata, read_metadata, shard_file
 from common.device import free, own_place
 from common.errors import UserError, whole_file
 from common.media import from_bytes
@@ -98,11 +102,17 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     workers: int = 2,
+    buckets: list[dict[str, Any]] | None = None,
+    enlarge: float | None = None,
+    windows: int = 1,
+    min_similarity: float | None = None,
 ) -> None:
     """Make, or complete, the cache `out` of a manifest's clips; under torchrun, this rank's share of its shards.
 
-    A size that is None is the checkpoint's own default, else the paper's. reference: the source of references that the
-    manifest does not name, "same" video or "other" clip of the same identity. workers: threads that read ahead.
+    buckets: the sizes of clips (clips/buckets.py). None: `default_buckets`; with a height, width or frames a single
+    size, the checkpoint's but for these. windows: most clips out of a row. reference: the source of references that the
+    manifest does not name, "same" video or "other" clip of the same identity. min_similarity: least cosine of reference
+    and clip. workers: threads that read ahead.
     """
     clips, checkpoint, folder = read_manifest(manifest), open_checkpoint(ckpt), Path(out)
     files = [folder / name for name in ("cache.json", NULL, "report.jsonl", shard_file(0), text_file(0))]
@@ -111,6 +121,13 @@ def prepare(
     settings: dict[str, Any] = VIDEO | {key: of_model[key] for key in VIDEO if key in of_model}
     settings |= {k: v for k, v in zip(VIDEO, (height, width, frames, fps)) if v is not None}
     settings["fps"] = float(settings["fps"])  # 24 and 24.0 are the same cache
+    if (height, width, frames) == (None, None, None):
+        buckets = buckets or default_buckets(settings, latent_scale(checkpoint.config["vae"]))
+        settings |= buckets[0] | {"buckets": buckets, "enlarge": enlarge or ENLARGE}
+    elif buckets or enlarge:
+        raise UserError("--height, --width and --frames are for one size: leave out --buckets and --enlarge")
+    settings |= {"windows": windows} if windows > 1 else {}
+    settings |= {"min_similarity": min_similarity} if min_similarity is not None else {}
     settings |= {
         "reference": reference,
         "require_face_in_video": require_face_in_video,
@@ -120,6 +137,7 @@ def prepare(
     }
     models = Models(checkpoint, gemma, faces, device, dtype)
     settings = made_with(settings, models, len(clips), shard_gb)
+    parts = [replace(clip, window=number) for clip in clips for number in range(windows)] if windows > 1 else clips
     identities: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
         if clip.identity and not clip.problem:
@@ -127,7 +145,7 @@ def prepare(
     if own_place().rank == 0:
         with_reference = sum(bool(clip.reference or clip.reference_video) for clip in clips)
         print(f"{manifest}: {len(clips):,} rows, {with_reference:,} with a reference")
-    fill(folder, clips, settings, partial(load_clip, identities=identities), models, workers)
+    fill(folder, parts, settings, partial(load_clip, identities=identities), models, workers)
 
 
 def fill(
@@ -158,9 +176,11 @@ def fill(
     checkpoint, _, faces, device, dtype = models
     free(torch.device(device))  # Gemma is gone, and the VAE needs its memory
     if own:
-        load = partial(load, settings=settings, detector=FaceDetector(faces, device))
-        vae = VideoVAE.from_checkpoint(checkpoint, device, dtype)
-        parts_of = partial(clip_tensors, vae=vae, arcface=ArcFace.from_onnx(recognition_file(faces)).to(device))
+        detector = FaceDetector(faces, device)
+        load = partial(load, settings=settings, detector=detector)
+        arcface = ArcFace.from_onnx(recognition_file(faces)).to(device)
+        vae, least = VideoVAE.from_checkpoint(checkpoint, device, dtype), settings.get("min_similarity", -1.0)
+        parts_of = partial(clip_tensors, vae=vae, detector=detector, arcface=arcface, min_similarity=least)
         with _Progress("videos", sum(map(len, own.values())), rank) as progress, ThreadPoolExecutor(workers) as pool:
             for k, shard in own.items():
                 _write_shard(folder, k, _ahead(pool, load, shard, workers), settings, parts_of, progress)
@@ -170,16 +190,20 @@ def fill(
 def made_with(settings: dict[str, Any], models: Models, clips: int, shard_gb: float) -> dict[str, Any]:
     """cache.json: the `settings`, completed by fingerprints of the models and the division into shards."""
     vae = models.checkpoint.config["vae"]
-    require_video_size(settings, latent_scale(vae))
-    pixels = settings["frames"] * settings["height"] * settings["width"]
-    what = f"one video of {settings['frames']} frames of {settings['height']}x{settings['width']}"
-    require_memory(15 * pixels, what, "take a smaller size")  # bytes of three channels, as they are and in float32
-    shape = latent_shape(settings, vae)
+    for size in settings.get("buckets", [settings]):
+        require_video_size(size, latent_scale(vae))
+        pixels = size["frames"] * size["height"] * size["width"]
+        what = f"one video of {size['frames']} frames of {size['height']}x{size['width']}"
+        require_memory(15 * pixels, what, "take a smaller size")  # bytes of three channels, as they are and in float32
+    shape, windows = latent_shape(settings, vae), settings.get("windows", 1)
     (width,) = models.checkpoint.tensors[PROJECTION + "bias"]["shape"]
-    rows = max(1, int(shard_gb * 2**30 / clip_bytes(shape, width)))
+    rows = max(1, int(shard_gb * 2**30 / clip_bytes(shape, width) / windows)) * windows  # a shard has whole rows
     settings = settings | {"latent_shape": shape, "dtype": str(models.dtype).removeprefix("torch.")}
+    if "buckets" in settings:
+        settings["buckets"] = [size | {"latent_shape": latent_shape(size, vae)} for size in settings["buckets"]]
     settings |= {"checkpoint": fingerprint(models.checkpoint), "gemma": fingerprint_gemma(models.gemma)}
-    settings |= {"faces": fingerprint_faces(models.faces), "rows_per_shard": rows, "shards": -(-clips // rows)}
+    settings |= {"faces": fingerprint_faces(models.faces), "rows_per_shard": rows}
+    settings["shards"] = -(-clips * windows // rows)
     validate(stored.CacheSettings, settings, "options")
     return settings
 
@@ -237,7 +261,7 @@ def _write_texts(folder: Path, shards: dict[int, list], settings: dict[str, Any]
             tensors, problems = {}, {}
             for row, clip in rows:
                 name = f"{row:07d}.features"
-                if clip.caption and not clip.problem:
+                if clip.caption and not clip.problem and not clip.window:  # windows of a row share its caption
                     try:
                         tensors[name] = features(clip.caption)
                     except Exception as error:  # of whatever kind: it costs this row only
@@ -261,25 +285,37 @@ def _write_shard(
             if error := future.exception():  # of whatever kind: it costs this row only
                 reason = "cannot be read", f"{type(error).__name__}: {error}"
                 raise error if isinstance(error, Rejected) else Rejected(*reason)
-            if str(row) in problems:
-                raise Rejected("unreadable caption", problems[str(row)])
-            parts = parts_of(future.result(), clip, texts[f"{row:07d}.features"])
+            text_row = row - clip.window  # of the row's first window
+            if str(text_row) in problems:
+                raise Rejected("unreadable caption", problems[str(text_row)])
+            if loaded := future.result():
+                parts = parts_of(loaded, clip, texts[f"{text_row:07d}.features"])
         except Rejected as rejection:
-            report.append(line | dict(zip(("reason", "detail"), rejection.args)))
+            if not any(other["line"] == clip.line and "reason" in other for other in report):  # a line for each row
+                report.append(line | dict(zip(("reason", "detail"), rejection.args)))
         else:
-            if note := future.result()["note"]:
-                report.append(line | {"note": note})
-            tensors |= {f"{row:07d}.{part}": parts[part] for part in PARTS}
-            clips.append({"row": row, "name": clip.name, "identity": clip.identity or clip.video.stem})
+            if parts:
+                if note := loaded["note"]:
+                    report.append(line | {"note": note})
+                tensors |= {f"{row:07d}.{part}": parts[part] for part in parts}
+                of_bucket = {key: loaded[key] for key in ("bucket", "source") if key in loaded}
+                clips.append({"row": row, "name": clip.name, "identity": clip.identity or clip.video.stem} | of_bucket)
         progress.step(sum(tensor.nbytes for tensor in parts.values()))
     _save(folder / shard_file(number), tensors, settings, clips=clips, report=report)
     text.unlink()
 
 
 def clip_tensors(
-    loaded: dict[str, Any], clip: Clip, features: Tensor, vae: VideoVAE, arcface: ArcFace
+    loaded: dict[str, Any],
+    clip: Clip,
+    features: Tensor,
+    vae: VideoVAE,
+    detector: FaceDetector,
+    arcface: ArcFace,
+    min_similarity: float,
 ) -> dict[str, Tensor]:
-    """The tensors of a clip in a shard: z_0 = E(video), e_ref of Eq. 8, text, photo. Rejected if not finite."""
+    """The tensors of a clip in a shard: z_0 = E(video), e_ref of Eq. 8, text, photo, and what it shows. Rejected if not
+    finite, or if its faces resemble the reference too little."""
     weight = vae.encoder.conv_in.conv.weight
     video = torch.from_numpy(loaded["frames"]).to(weight.device).permute(3, 0, 1, 2)  # (3, F, H, W)
     image, landmarks = (loaded[key].to(weight.device) for key in ("image", "landmarks"))  # (1, 3, H, W), (1, 5, 2)
@@ -293,6 +329,10 @@ def clip_tensors(
     for part in ("latents", "e_ref"):
         if not parts[part].abs().max() < stored.LARGEST_NUMBER:
             raise Rejected("numbers that are not finite", f"in the {part} of {clip.video}")
+    parts |= measure(loaded, parts["e_ref"], detector, arcface)
+    similarity = json.loads(parts["facts"].numpy().tobytes())["similarity"]  # None without a face
+    if similarity is not None and similarity < min_similarity:
+        raise Rejected("another person", f"{clip.video} and its reference have a similarity of {similarity:.2f}")
     return {part: tensor.cpu() for part, tensor in parts.items()}
 
 
@@ -306,9 +346,10 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable, rows: list, workers: int) -
     yield from waiting
 
 
-def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> None:
+def _report(folder: Path, settings: dict[str, Any], parts: int, rank: int) -> None:
     """When every shard is there: report.jsonl, and the counts in a few printed lines."""
-    metadata = [read_metadata(folder / shard_file(k), settings, ShardMetadata) for k in range(settings["shards"])]
+    shards, rows = range(settings["shards"]), parts // settings.get("windows", 1)
+    metadata = [read_metadata(folder / shard_file(k), settings, ShardMetadata) for k in shards]
     if missing := metadata.count(None):
         print(f"rank {rank} is done; {missing} of {settings['shards']} shards are left to other ranks")
         return
@@ -318,8 +359,10 @@ def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> Non
     with suppress(FileNotFoundError), whole_file(folder / "report.jsonl") as temporary:
         temporary.write_text(text, encoding="utf-8")
     reasons = Counter(line["reason"] for line in lines if "reason" in line)
-    clips, size = rows - reasons.total(), sum((folder / shard_file(k)).stat().st_size for k in range(len(metadata)))
-    print(f"{folder}: {clips:,} of {rows:,} clips, {amount(size)} in {len(metadata)} shards")
+    clips = [clip for shard in metadata for clip in shard.clips]
+    size = sum((folder / shard_file(k)).stat().st_size for k in shards)
+    print(f"{folder}: {len(clips):,} clips of {rows:,} rows, {amount(size)} in {len(metadata)} shards")
+    _report_buckets(clips, settings)
     for reason, count in reasons.most_common():
         print(f"  left out, {reason}: {count:,}")
     if len(lines) > reasons.total():
@@ -330,3 +373,17 @@ def _report(folder: Path, settings: dict[str, Any], rows: int, rank: int) -> Non
         for name in ("cache.json", NULL, *map(shard_file, range(len(metadata)))):
             (folder / name).unlink(missing_ok=True)
         raise UserError(f"none of the {rows:,} clips can be used: {folder / 'report.jsonl'} says why")
+
+
+def _report_buckets(clips: list[CachedClip], settings: dict[str, Any]) -> None:
+    """The number of clips in each bucket, and what is left of their pictures and of their time."""
+    buckets = settings.get("buckets", [settings])
+    for number, count in Counter(clip.bucket for clip in clips).most_common():
+        size = buckets[number]
+        print(f"  {size['height']}x{size['width']}, {size['frames']} frames: {count:,}")
+    if known := [clip for clip in clips if clip.source and clip.source.seconds]:
+        sources = [(buckets[clip.bucket], clip.source) for clip in known]
+        area = sum(kept_area(size, source.width, source.height) for size, source in sources) / len(known)
+        seconds = {clip.row // settings.get("windows", 1): clip.source.seconds for clip in known}  # of whole rows
+        time = sum(size["frames"] for size, _ in sources) / settings["fps"] / sum(seconds.values())
+        print(f"  of these clips {area:.0%} of the picture and {time:.0%} of the time")

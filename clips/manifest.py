@@ -18,6 +18,7 @@ work, and the number of a row decides its shard of the cache.
 
 import csv
 import io
+import math
 import os
 import re
 import zlib
@@ -33,9 +34,11 @@ from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from clips.buckets import fitting, window
 from common.errors import UserError
 from common.media import TooShort, probe_video, read_frame, read_image, read_video, to_tensor
-from common.schema import Text, foreign_record, parse_json, validate
+from common.schema import Count, Text, foreign_record, parse_json, validate
+from common.video import SAME_TIME, probe_rate
 from face import FaceDetector
 
 FACE_MARGIN = 1.6  # side of a face crop over the longer side of the face's box: hair and chin, little background
@@ -90,6 +93,7 @@ class Clip:
     reference_video: FilePath | None = None
     reference_time: Seconds | None = None
     reference_box: Box | None = None
+    window: Count = 0  # number of the part of a long clip; no column
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Clip":
@@ -103,8 +107,8 @@ class Clip:
 
     @property
     def name(self) -> str:
-        """For reports and error messages: the video and the manifest's line."""
-        return f"{self.video.stem}:{self.line}"
+        """For reports and error messages: the video, the manifest's line, and which window if not the first."""
+        return f"{self.video.stem}:{self.line}" + (f".{self.window + 1}" if self.window else "")
 
 
 def read_manifest(path: str | Path) -> list[Clip]:
@@ -160,42 +164,76 @@ def _clip(line: int, row: dict[str, Any] | str, folder: Path) -> Clip:
             raise UserError(row)
         fields = {key: value.strip() if isinstance(value, str) else value for key, value in row.items()}
         fields = {key: value for key, value in fields.items() if value not in (None, "")}
-        clip = validate(Clip, fields | {"line": line, "problem": None}, "row")
+        clip = validate(Clip, fields | {"line": line, "problem": None, "window": 0}, "row")
     except UserError as error:
         return Clip(line=line, problem=str(error))
     paths = {key: getattr(clip, key) for key in ("video", "reference", "reference_video")}
     return replace(clip, **{key: folder / path for key, path in paths.items() if path})
 
 
-def load_clip(clip: Clip, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]) -> dict:
-    """Pixels of a row: frames (F, H, W, 3), and the reference with its landmarks. Raises Rejected, with the reason."""
+def load_clip(
+    clip: Clip, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]
+) -> dict | None:
+    """A clip of its bucket: frames (F, H, W, 3), source (the fields of cache.Source), and the reference with its
+    landmarks. None: the row is too short for this window. Raises Rejected, with the reason."""
     if clip.problem:
         raise Rejected("bad row", clip.problem)
     if not clip.caption:
         raise Rejected("empty caption", "the row has none")
-    size = (settings[key] for key in ("frames", "fps", "height", "width"))
     reason = "unreadable video"
     try:
-        frames = read_video(clip.video, *size, clip.start, clip.end)
+        if (read := read_window(clip, settings)) is None:
+            return None
+        bucket, frames, source = read
         middle = len(frames) // 2
         if settings["require_face_in_video"] and not _face(Image.fromarray(frames[middle]), detector):
             raise Rejected("no face in the video", f"frame {middle + 1} of {len(frames)} of {clip.video} shows none")
         reason = "unreadable reference"
-        image, note = _find_reference(clip, settings, detector, identities)
+        image, note = _find_reference(clip, len(frames) / settings["fps"], settings, detector, identities)
     except UserError as error:
         raise Rejected("too short" if isinstance(error, TooShort) else reason, str(error)) from None
     where = clip.reference or clip.reference_video or clip.video
-    return {"frames": frames, "note": note} | with_face(image, detector, where)
+    return {"frames": frames, "bucket": bucket, "source": source, "note": note} | with_face(image, detector, where)
+
+
+def read_window(clip: Clip, settings: dict[str, Any]) -> tuple[int, np.ndarray, dict[str, float]] | None:
+    """The number of the clip's bucket, frames (F, H, W, 3) of its size, and the fields of cache.Source; None if the
+    clip ends before this window. Raises TooShort, UserError, and Rejected for a picture too small for all buckets."""
+    buckets, fps, enlarge = settings.get("buckets", [settings]), settings["fps"], settings.get("enlarge", math.inf)
+    ends = [end for end in (clip.end, probe_video(clip.video)) if end]
+    seconds = max(0.0, min(ends) - clip.start) if ends else 0.0
+    # Without a length in the file's header, decoding tells: the longest buckets first.
+    frames = math.ceil((seconds - SAME_TIME) * fps) if ends else 10**9
+    width, height = read_frame(clip.video, clip.start if frames > 0 else 0.0).size
+    source = {"width": width, "height": height, "seconds": seconds, "fps": probe_rate(clip.video)}
+    able = fitting(buckets, width, height, 10**9, enlarge)
+    if not able:
+        raise Rejected("too small", f"{clip.video} is {width}x{height}, and --enlarge {enlarge:g} leaves it no bucket")
+    first, fits = window(clip.window, buckets, width, height, frames, enlarge)
+    if not fits and not clip.window:  # the header may be wrong; if it is not, read_video says what is missing
+        fits = sorted(able, key=lambda number: buckets[number]["frames"])[:1]
+    problem, longest = None, 10**9
+    for number in fits:
+        count, *size = (buckets[number][key] for key in ("frames", "height", "width"))
+        if count < longest:
+            try:
+                return number, read_video(clip.video, count, fps, *size, clip.start + first / fps, clip.end), source
+            except TooShort as error:  # the header promises more than there is
+                problem, longest = error, count
+    if problem and not clip.window:
+        raise problem
+    return None
 
 
 def with_face(image: Image.Image | None, detector: FaceDetector, where: str | Path) -> dict:
-    """A reference as the cache takes it: pixels, landmarks of its face, the PNG. Raises Rejected if it shows none."""
+    """A reference as the cache takes it: pixels, landmarks and box of its face, the PNG. Rejected if it shows none."""
     face = _face(image, detector) if image else None
     if face is None:
         raise Rejected("no face in the reference", f"the detector finds none in {where}")
     png = io.BytesIO()
     image.save(png, "PNG")  # lossless: e_ref and the trainer see the same pixels
-    return {"image": to_tensor(image)[None], "landmarks": face[0][None], "png": bytearray(png.getvalue())}
+    face = dict(zip(("landmarks", "box"), (face[0][None], face[1])))
+    return face | {"image": to_tensor(image)[None], "png": bytearray(png.getvalue())}
 
 
 def _face(image: Image.Image, detector: FaceDetector) -> tuple[Tensor, np.ndarray] | None:
@@ -213,7 +251,7 @@ def _cut_out(frame: Image.Image, detector: FaceDetector) -> Image.Image | None:
 
 
 def _find_reference(
-    clip: Clip, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]
+    clip: Clip, length: float, settings: dict[str, Any], detector: FaceDetector, identities: dict[str, list[Clip]]
 ) -> tuple[Image.Image | None, str]:
     """The reference, no larger than REFERENCE_SIDE, or None if no frame shows a face; and a remark, if any."""
     note, image = "", None
@@ -228,7 +266,6 @@ def _find_reference(
     else:
         key = 2, zlib.crc32(clip.name.encode())  # 0 and 1 are data.sample_rng and data.epoch_order
         rng = np.random.default_rng(np.random.SeedSequence(settings["seed"], spawn_key=key))
-        length = settings["frames"] / settings["fps"]
         if settings["reference"] == "other":
             others = [c for c in identities.get(clip.identity, ()) if (c.video, c.start) != (clip.video, clip.start)]
             for k in rng.permutation(len(others))[:REFERENCE_TRIES]:

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,7 +19,17 @@ from torch.utils.data import Dataset
 
 from common.errors import UserError
 from common.images import require_file
-from common.schema import Count, Positive, PositiveFloat, Text, foreign_record, parse_json, record
+from common.schema import (
+    Count,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Text,
+    foreign_record,
+    parse_json,
+    record,
+    validate,
+)
 
 PARTS = ("latents", "features", "image", "e_ref", "caption")  # of each clip in a shard: tensors ROW.latents, ...
 NULL = "null.safetensors"
@@ -27,14 +38,26 @@ M = TypeVar("M")
 
 
 @foreign_record
-class CacheSettings:
-    """The fields of cache.json that reading needs."""
+class Bucket:
+    """A size of clips, in pixels and in latent cells."""
 
     height: Positive
     width: Positive
     frames: Positive
+    latent_shape: tuple[Positive, Positive, Positive, Positive]  # C, T, h, w
+
+
+@foreign_record
+class CacheSettings:
+    """The fields of cache.json that reading needs."""
+
+    height: Positive  # the checkpoint's own size: of samples and, without `buckets`, of every clip
+    width: Positive
+    frames: Positive
     fps: PositiveFloat
-    latent_shape: tuple[Positive, Positive, Positive, Positive]  # C, T, h, w of every clip
+    latent_shape: tuple[Positive, Positive, Positive, Positive]
+    buckets: Annotated[list[Bucket], Field(min_length=1)] | None = None
+    windows: Positive = 1  # most clips of a row
     shards: Positive
     rows_per_shard: Positive
     checkpoint: Text  # fingerprints of the models
@@ -49,10 +72,22 @@ class NullMetadata:
 
 
 @record
+class Source:
+    """A clip before it was cut to its bucket: upright, in pixels; from its start to its end, 0 if nothing says."""
+
+    width: Positive
+    height: Positive
+    seconds: NonNegativeFloat
+    fps: NonNegativeFloat  # on average; 0 if the file does not say
+
+
+@record
 class CachedClip:
     row: Annotated[int, Field(ge=0, lt=10**12)]
     name: str
     identity: str = ""  # of the manifest, or the file's name; empty in caches of older versions
+    bucket: Count = 0  # its number in CacheSettings.buckets
+    source: Source | None = None  # None where the clip was drawn
 
 
 @record
@@ -114,9 +149,9 @@ def fingerprint_files(files: Iterable[Path]) -> str:
 class CachedClips(Dataset):
     """The clips of a cache.
 
-    settings: its cache.json, and max_tokens, the slots of the text context. latent_shape: (C, T, h, w) of every clip.
-    null_features: (tokens, D) of the empty prompt. names: of all clips. identities: of their people. report: rows that
-    were left out, and remarks.
+    settings: its cache.json; max_tokens, the slots of the text context; with buckets the number of clips in each.
+    buckets: the sizes of clips. bucket_of: the number of each clip's bucket, (n,). null_features: (tokens, D) of the
+    empty prompt. names: of all clips. identities: of their people. report: rows that were left out, and remarks.
     Shards are opened once in each process, when needed, and are left out of pickles.
     """
 
@@ -135,20 +170,25 @@ class CachedClips(Dataset):
         self.report = [line for shard in shards for line in shard.report]
         # Shard and row of each clip (n, 2): an array, because a list would be copied into every worker bit by bit.
         self.places = np.array([(k, clip.row) for k, shard in enumerate(shards) for clip in shard.clips])
+        self.bucket_of = np.array([clip.bucket for shard in shards for clip in shard.clips])
         max_tokens = self._metadata(NULL, settings, NullMetadata).max_tokens
         if not self.names:
             raise UserError(f"the cache in {folder} holds no clip")
         self.settings: dict[str, Any] = settings | {"max_tokens": max_tokens}
-        self.latent_shape: tuple[int, ...] = tuple(settings["latent_shape"])
+        self.buckets = [validate(Bucket, size, folder) for size in settings.get("buckets") or [settings]]
         self.opened: dict[int, Any] = {}  # shard -> its file; opening one takes longer than reading a small clip
         with safe_open(self.folder / NULL, framework="pt") as file:
             self.null_features = file.get_tensor("features")  # (tokens, D)
         if not self.null_features.abs().max() < LARGEST_NUMBER:
             raise UserError(f"{self.folder / NULL} holds numbers that are not finite: make the cache anew")
-        shard = self._open(self.places[0, 0])
-        self.e_ref_shape = _usual_shape(shard, "e_ref")  # (E,)
-        if self.latent_shape != (shape := _usual_shape(shard, "latents")):
-            raise UserError(f"{folder}: cache.json has latent_shape = {self.latent_shape}, and the clips have {shape}")
+        self.e_ref_shape = self._usual_shape("e_ref", 0)  # (E,)
+        numbers, firsts, counts = np.unique(self.bucket_of, return_index=True, return_counts=True)
+        if "buckets" in settings:
+            self.settings["clips"] = dict(zip(numbers.tolist(), counts.tolist()))
+        for number, first in zip(numbers, firsts):
+            expected = self.buckets[number].latent_shape if number < len(self.buckets) else None
+            if expected != (shape := self._usual_shape("latents", first)):
+                raise UserError(f"{folder}: cache.json has latent_shape = {expected}, and the clips have {shape}")
 
     def _metadata(self, name: str, settings: dict[str, Any], kind: type[M]) -> M:
         if metadata := read_metadata(self.folder / name, settings, kind):
@@ -161,6 +201,13 @@ class CachedClips(Dataset):
             self.opened[shard] = safe_open(self.folder / shard_file(shard), framework="pt")
         return self.opened[shard]
 
+    def _usual_shape(self, part: str, i: int) -> tuple[int, ...]:
+        """The shape of most clips of the shard and bucket of clip i: one damaged clip does not decide it."""
+        shard = self.places[i, 0]
+        rows = self.places[(self.places[:, 0] == shard) & (self.bucket_of == self.bucket_of[i]), 1]
+        shapes = [tuple(self._open(shard).get_slice(f"{row:07d}.{part}").get_shape()) for row in rows]
+        return Counter(shapes).most_common(1)[0][0]
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -168,7 +215,7 @@ class CachedClips(Dataset):
         """The clips of these numbers alone."""
         part = copy(self)
         part.names, part.identities = ([column[k] for k in numbers] for column in (self.names, self.identities))
-        part.places = self.places[list(numbers)]
+        part.places, part.bucket_of = (column[list(numbers)] for column in (self.places, self.bucket_of))
         return part
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,7 +232,8 @@ class CachedClips(Dataset):
             item = {part: self._open(shard).get_tensor(f"{row:07d}.{part}") for part in PARTS}
             tokens = item["features"].shape[0] if item["features"].ndim else 0
             features_shape = min(max(1, tokens), self.settings["max_tokens"]), self.null_features.shape[1]
-            shapes = {"latents": self.latent_shape, "features": features_shape, "e_ref": self.e_ref_shape}
+            latent_shape = self.buckets[self.bucket_of[i]].latent_shape
+            shapes = {"latents": latent_shape, "features": features_shape, "e_ref": self.e_ref_shape}
             for part, shape in shapes.items():
                 dtype, actual = item[part].dtype, tuple(item[part].shape)
                 if not dtype.is_floating_point or actual != shape:
@@ -200,17 +248,29 @@ class CachedClips(Dataset):
             raise UserError(f"clip {self.names[i]} in {self.folder}: its {part} is damaged ({error})") from None
         return item | {"name": self.names[i]}
 
+    def part(self, i: int, part: str) -> bytes | None:
+        """The bytes of one part of a clip, unchecked; None where it is missing."""
+        shard, row = self.places[i]
+        try:
+            return self._open(shard).get_tensor(f"{row:07d}.{part}").numpy().tobytes()
+        except SafetensorError:
+            return None
 
-def _usual_shape(file: Any, part: str) -> tuple[int, ...]:
-    """The shape of most clips in a shard: one damaged clip does not decide it."""
-    shapes = [tuple(file.get_slice(name).get_shape()) for name in list(file.keys()) if name.endswith(f".{part}")]
-    return Counter(shapes).most_common(1)[0][0]
+    def picture(self, i: int, part: str) -> Image.Image | None:
+        """The clip's `image` or `strip`; None where it is missing or damaged."""
+        with suppress(Exception):
+            return _photo(self.part(i, part), "PNG" if part == "image" else "JPEG")
+
+    def tokens(self, i: int) -> int:
+        """Number of a caption's tokens, at most settings["max_tokens"]."""
+        shard, row = self.places[i]
+        return self._open(shard).get_slice(f"{row:07d}.features").get_shape()[0]
 
 
-def _photo(png: bytes) -> Image.Image:
+def _photo(file: bytes, kind: str = "PNG") -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB")
+            return Image.open(io.BytesIO(file), formats=[kind]).convert("RGB")
         except UnidentifiedImageError:
-            raise ValueError("no PNG") from None
+            raise ValueError(f"no {kind}") from None

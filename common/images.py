@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, TiffImagePlugin, UnidentifiedImageError
 from PIL.Image import Transpose
 from torch import Tensor
 
@@ -25,6 +25,8 @@ with suppress(ImportError):  # iPhones write HEIC; Pillow reads it where this pa
 
     register_heif_opener()
     FORMATS.append("HEIF")
+
+LARGEST = 50_000_000  # pixels of a picture as the rest of the program sees it: 600 MB in float32
 
 UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
@@ -70,16 +72,24 @@ def read_image(path: str | Path) -> Image.Image:
     """An image file as upright 8-bit RGB, as a viewer would show it.
 
     EXIF rotation is applied; 16-bit grayscale is scaled, not clipped; CMYK goes through its own colour profile if it
-    has one; transparency lies over white, as in most viewers. An animation gives its first picture. UserError for a
-    file that is missing, empty, damaged, of another format than FORMATS, or no ordinary file.
+    has one; transparency lies over white, as in most viewers. An animation gives its first picture. A picture of more
+    than LARGEST pixels is scaled down. UserError for a file that is missing, empty, damaged, of another format than
+    FORMATS, or no ordinary file.
     """
     require_file(path, "image")
     with blame(f"{path} is a damaged image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decoders warn about EXIF, colour tables, large pictures
         try:
             with Image.open(path, formats=FORMATS) as image:
+                if image.format == "TIFF" and image.tag_v2.get(262) == 6:  # YCbCr: Pillow's own reader fails
+                    TiffImagePlugin.READ_LIBTIFF = True
+                    image = Image.open(path, formats=FORMATS)
                 image.load()
-                return _upright_rgb(image)
+                image = _upright_rgb(image)
+                scale = (LARGEST / (image.width * image.height)) ** 0.5
+                if scale < 1:
+                    image = image.resize([max(1, int(side * scale)) for side in image.size], reducing_gap=2.0)
+                return image
         except UnidentifiedImageError:
             raise UserError(f"{path} is not an image that can be read ({', '.join(FORMATS)})") from None
         except Image.DecompressionBombError:

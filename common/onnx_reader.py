@@ -5,8 +5,8 @@ Protobuf only: nothing is unpickled and no code of a file runs. Operators are to
 """
 
 import contextlib
+import io
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,7 @@ def pack_files(pack: str | Path, root: str | Path) -> list[Path]:
         from insightface.utils import download
 
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # progress of a few hundred MB: worth seeing, not output
+            with contextlib.redirect_stdout(io.StringIO()):  # names of folders; the progress goes to stderr
                 download("models", str(pack), force=True, root=str(root))  # force: a broken download left a folder
         except Exception as error:  # requests, zipfile and insightface have classes of their own
             reason = f"its download failed ({type(error).__name__})"

@@ -128,6 +128,12 @@ def probe_video(path: str | Path) -> float:
         return (container.duration or 0) / 1e6
 
 
+def probe_rate(path: str | Path) -> float:
+    """Frames per second of a video on average, according to its header; 0 if the header does not say."""
+    with _opened(path) as (_, stream):
+        return float(stream.average_rate or 0)
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple]:
     """The container and its first video stream. Any exception about the file becomes a UserError.

@@ -33,7 +33,9 @@ class Log:
 
     def __init__(self, config: Config, plan: Plan, run: Path, first: int, enabled: bool):
         self.config, self.first, self.begin = config, first, time.perf_counter()
-        self.flops, self.tokens = plan.flops_per_sample(), plan.tokens + plan.reference_tokens
+        self.grid = plan.grid  # of this step's clips
+        # Tokens and operations of a sample, by grid.
+        self.costs = {p.grid: (p.tokens + p.reference_tokens, p.flops_per_sample()) for p, _ in plan.buckets}
         self.file = self.held_out = self.board = self.wandb = None
         self.sinks = ExitStack()
         if not enabled:
@@ -71,8 +73,9 @@ class Log:
         figures |= {key: columns[key][with_face].mean().item() if with_face.any() else 0.0 for key in ("id", "tic")}
         faces, frames = (columns[key][intact].sum().item() for key in ("faces", "frames"))
         figures |= {"face_rate": faces / frames if frames else 0.0, "grad_norm": norm, "lr": lr, "seconds": seconds}
-        figures["tokens_per_s"] = len(table) * self.tokens / seconds
-        figures["tflops"] = len(table) * self.flops / seconds / dist.get_world_size() / 1e12
+        tokens, flops = self.costs[self.grid]
+        figures["tokens_per_s"] = len(table) * tokens / seconds
+        figures["tflops"] = len(table) * flops / seconds / dist.get_world_size() / 1e12
         return figures | {"memory_gib": memory_gib()}
 
     def line(self, f: dict[str, float]) -> str:

@@ -98,6 +98,11 @@ class Plan:
         self.rank = config.lora.rank
         adapted = find_targets(self.dit, config.lora.targets).values() if self.rank else []
         self.trained = sum(self.rank * sum(weight.shape) for weight in adapted) or parameters(self.dit)
+        self.buckets = [(self, 1.0)]  # the plan of each bucket of the cache, and its part of the samples
+
+    def mean_flops(self) -> float:
+        """`flops_per_sample`, averaged over the clips of all buckets."""
+        return sum(plan.flops_per_sample() * part for plan, part in self.buckets)
 
     @property
     def low(self) -> int:
@@ -267,7 +272,7 @@ class Plan:
         adapters = f", adapters of rank {self.rank} with {self.trained / 1e6:,.1f} M" if self.rank else ""
         total = sum(parts.values())
         unit, size_of = ("GiB", GIB) if total >= GIB else ("MiB", MIB)
-        per_step, weights = self.flops_per_sample() * optim.batch, parameters(self.dit)
+        per_step, weights = self.mean_flops() * optim.batch, parameters(self.dit)
         looks = ""
         if self.config.data.holdout:
             looks = f"; the held-out clips add {self.held_out_share(per_step / optim.batch):.1%}"
@@ -285,6 +290,8 @@ class Plan:
             self.disk(file_size),
             f"\n| card | memory | {optim.steps:,} steps | recompute | MFU |\n|---|---|---:|---|---:|",
         ]
+        if len(self.buckets) > 1:
+            lines.insert(1, f"the largest of {len(self.buckets)} buckets; operations and days are of the mean clip")
         for name, (tflops, gigabytes) in CARDS.items():
             how = self.recompute(gpus, room := USABLE * gigabytes * 1e9)
             needed = sum(self.memory(gpus, how).values())
@@ -324,8 +331,15 @@ def operations(number: float) -> str:
 
 
 def plan_of(config: Config, ltx: dict[str, Any], settings: dict[str, Any]) -> Plan:
-    """The plan of a run on a cache of these settings."""
-    return Plan(config, ltx, tuple(settings[key] for key in ("frames", "height", "width")), settings["max_tokens"])
+    """The plan of a run on a cache: of its largest bucket, with the plans of all of them in `buckets`."""
+    sizes, clips = settings.get("buckets", [settings]), settings.get("clips", {0: 1})
+    plans = []
+    for number, count in clips.items():
+        size = tuple(sizes[number][key] for key in ("frames", "height", "width"))
+        plans.append((Plan(config, ltx, size, settings["max_tokens"]), count / sum(clips.values())))
+    largest, _ = max(plans, key=lambda part: part[0].tokens + part[0].reference_tokens)
+    largest.buckets = plans
+    return largest
 
 
 def cards_that_hold(size: float) -> list[str]:

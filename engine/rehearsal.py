@@ -19,7 +19,9 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, file_name
 from clips.cache import TYPICAL_TOKENS
+from common.cache import Bucket
 from common.errors import UserError
+from common.schema import validate
 from common.sizes import amount
 from config import ASSETS, Config
 from data import CachedClips
@@ -58,6 +60,8 @@ class RandomClips(CachedClips):
     def __init__(self, plan: Plan, settings: dict[str, Any], e_ref_shape: tuple[int, ...]):
         self.settings = settings
         self.latent_shape = (plan.ltx["vae"]["latent_channels"], *plan.grid)
+        self.buckets = [validate(Bucket, settings | {"latent_shape": self.latent_shape}, "rehearsal")]
+        self.bucket_of = np.zeros(64, int)
         self.null_features = torch.randn(1, plan.connector.dim).bfloat16()
         self.e_ref_shape, self.names = e_ref_shape, [f"random-{k}" for k in range(64)]
 

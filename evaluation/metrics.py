@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clips.manifest import FACE_MARGIN
+from clips.facts import background_copy, pose_copy
 from common.errors import UserError
 from common.media import from_bytes
 from evaluation.curricular import CurricularFace, require_finite
@@ -144,74 +144,6 @@ def identity_drift(e: Tensor, valid: Tensor) -> float | None:
     A still image scores 0, so does a wrong face that stays: read it beside FaceSim. None with fewer than two faces.
     """
     return temporal_identity_loss(e[None].float(), valid[None])[0].item() if valid.sum() > 1 else None
-
-
-def head_pose(landmarks: Tensor) -> Tensor:
-    """(roll, yaw, pitch) in about radians from landmarks (n, 5, 2): eyes, nose, corners of the mouth -> (n, 3).
-
-    With u the unit vector from eye to eye, v across it, d their distance, a the middle of the eyes, b of the mouth:
-    roll = angle of u;  yaw = 2 (nose - a)·u / d;  pitch = 2 ((nose - a)·v / (b - a)·v - 1/2).
-    The factors 2 make radians of it: the tip of a nose stands out by about half the distance of the eyes.
-    """
-    left, right, nose, mouth_left, mouth_right = landmarks.double().unbind(1)
-    across, eyes, mouth = right - left, (left + right) / 2, (mouth_left + mouth_right) / 2
-    distance = across.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    u = across / distance
-    v = torch.stack([-u[:, 1], u[:, 0]], 1)  # downwards in an upright face: y points down
-    height = ((mouth - eyes) * v).sum(1)
-    height = torch.where(height.abs() < 1e-6, 1e-6, height)
-    roll = torch.atan2(u[:, 1], u[:, 0])
-    yaw = 2 * ((nose - eyes) * u).sum(1) / distance[:, 0]
-    pitch = 2 * (((nose - eyes) * v).sum(1) / height - 0.5)
-    return torch.stack([roll, yaw, pitch], 1)
-
-
-def pose_copy(landmarks: Tensor, reference: Tensor, valid: Tensor, sigma: float = 0.2) -> float | None:
-    """How closely the video repeats the photo's head pose: mean over frames of exp(-|p_f - p_ref|^2 / (2 sigma^2)).
-
-    p is `head_pose`. 1: exactly the photo's pose in every frame; 0.61 at a distance of sigma, about 11 degrees. High is
-    copy-paste, unless the prompt asks for that pose. None without a face.
-    """
-    if not valid.any():
-        return None
-    square = (head_pose(landmarks[valid]) - head_pose(reference[None])).square().sum(1)
-    return torch.exp(-square / (2 * sigma**2)).mean().item()
-
-
-def colors_outside(image: np.ndarray, box: np.ndarray, bins: int = 8) -> np.ndarray | None:
-    """Joint RGB histogram, (bins^3,) with sum 1, of an image's (H, W, 3) pixels outside FACE_MARGIN times the box.
-
-    Each pixel is shared out among its nearest bins (trilinear), so a slight change of colour is a slight change of the
-    histogram. None where the face leaves less than 5 %.
-    """
-    center, half = (box[:2] + box[2:]) / 2, FACE_MARGIN * (box[2:] - box[:2]) / 2
-    (left, top), (right, bottom) = np.maximum(center - half, 0).astype(int), np.ceil(center + half).astype(int)
-    outside = np.ones(image.shape[:2], bool)
-    outside[top : max(bottom, 0), left : max(right, 0)] = False
-    if outside.mean() < 0.05:
-        return None
-    place = image[outside].astype(np.float64) / 255 * (bins - 1)  # (pixels, 3)
-    low = np.minimum(place.astype(int), bins - 2)
-    histogram = np.zeros(bins**3)
-    for corner in np.ndindex(2, 2, 2):
-        weight = np.where(corner, place - low, 1 - (place - low)).prod(1)
-        histogram += np.bincount((low + corner) @ (bins**2, bins, 1), weight, bins**3)
-    return histogram / outside.sum()
-
-
-def background_copy(
-    frames: np.ndarray, boxes: Tensor, valid: Tensor, reference: np.ndarray, box: Tensor
-) -> float | None:
-    """How much of the photo's surroundings the video repeats: mean over frames of sum_c min(h_f(c), h_ref(c)).
-
-    h is `colors_outside`: backgrounds and clothes, by colour, wherever they are in the picture. 1: the same colours in
-    the same shares; 0: none in common. High is copy-paste, unless the prompt describes the photo. None without a face,
-    or where the faces fill the pictures.
-    """
-    h_ref = colors_outside(reference, box.numpy())
-    histograms = [colors_outside(frames[i], boxes[i].numpy()) for i in torch.nonzero(valid)[:, 0].tolist()]
-    shared = [np.minimum(h, h_ref).sum() for h in histograms if h is not None and h_ref is not None]
-    return float(np.mean(shared)) if shared else None
 
 
 # --- All of it --------------------------------------------------------------------------------------------------------

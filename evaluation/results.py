@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from common.errors import UserError, whole_file
+from common.errors import UserError, blame, whole_file
 from common.outputs import require_same
 from common.schema import Count, FiniteFloat, Share, Text, parse_json, record
 
@@ -78,7 +78,7 @@ def read_results(path: Path) -> dict[str, Result]:
 
 def append_line(path: Path, row: dict) -> None:
     """Add a line, on the disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
+    with blame(f"{path} cannot be written"), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -281,10 +281,15 @@ def tensors(value):
 def test_batches_are_those_of_a_plain_loop(rank, world, clips, monkeypatch):
     on_rank(rank, world, monkeypatch)
     batches = list(training_batches(options(), clips, 2, 4))
-    numbers = [n for n in range(2 * BATCH, 4 * BATCH) if n % world == rank]
+    numbers = []
+    for step in (2, 3):
+        whole = range(step * BATCH, (step + 1) * BATCH)
+        dropped = [draws(3, n).drop_ref for n in whole]
+        order = [n for drop in (False, True) for n, own in zip(whole, dropped) if own == drop]
+        numbers += sorted(order[k] for k in range(rank, BATCH, world))
     assert [n for batch in batches for n in batch["numbers"]] == numbers
     assert all(len(batch["numbers"]) <= 2 for batch in batches)
-    channels, frames, *sides = clips.latent_shape
+    channels, frames, *sides = clips.buckets[0].latent_shape
     for batch in batches:
         assert set(batch) == {
             "latents", "ref_images", "e_ref", "features", "draws", "names", "captions", "numbers", "problems"
@@ -311,7 +316,7 @@ def test_augmentation_and_noise_levels_are_those_of_the_config(clips, monkeypatc
     on_rank(0, 1, monkeypatch)
     changes = ["optim.noise_tokens=2048", *(f"augment.{key}=0" for key in ("rotate", "crop", "jitter"))]
     (first, *_) = training_batches(options(*changes, "augment.flip=1"), clips, 0, 1)
-    channels, *grid = clips.latent_shape
+    channels, *grid = clips.buckets[0].latent_shape
     size = clips.settings["height"], clips.settings["width"]
     for k, n in enumerate(first["numbers"]):
         image = clips[int(epoch_order(len(clips), 3, 0)[n])]["image"]

@@ -28,12 +28,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval as evaluation
+from clips.facts import head_pose
 from common.errors import UserError
 from common.media import count_frames, read_frames, read_image, read_video, write_video
 from evaluation import metrics, report
 from evaluation import vbench as quality
 from evaluation.curricular import CurricularFace
 from evaluation.metrics import ClipScore, FaceReader
+from evaluation.results import append_line
 from face import FaceDetector, embed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -546,7 +548,7 @@ def test_pose_by_hand():
     face = np.array([[0.0, 0], [10, 0], [5, 5], [1, 10], [9, 10]])  # nose in the middle, between eyes and mouth
     aside = face.copy()
     aside[2] += 2, 1
-    pose = metrics.head_pose(torch.from_numpy(np.stack([face, aside])))
+    pose = head_pose(torch.from_numpy(np.stack([face, aside])))
     torch.testing.assert_close(pose, torch.tensor([[0, 0, 0], [0, 0.4, 0.2]]).double())
     assert metrics.pose_copy(video, reference, ~all_found) is None
 
@@ -570,7 +572,7 @@ def test_copying_is_printed_with_its_chance_level(command, tmp_path):
         counts, _ = np.histogramdd(photo(k)[outside], bins=4, range=[(0, 256)] * 3)
         histograms.append(counts / counts.sum())
     shared = float(np.minimum(*histograms).sum())
-    apart = (metrics.head_pose(points[:1]) - metrics.head_pose(points[1:])).square().sum().item()
+    apart = (head_pose(points[:1]) - head_pose(points[1:])).square().sum().item()
     for row in rows.values():
         assert float(row["background_copy"]) == pytest.approx(1, abs=1e-6)
         assert float(row["pose_copy"]) == pytest.approx(1, abs=1e-6)
@@ -1075,3 +1077,8 @@ def test_the_docs_name_options_that_exist(monkeypatch):
     for words in lines:
         monkeypatch.setattr(sys, "argv", ["eval.py", *words])
         assert evaluation.parse_arguments().videos
+
+
+def test_results_that_cannot_be_written_are_named():
+    with pytest.raises(UserError, match="/dev/full cannot be written: No space left"):
+        append_line(Path("/dev/full"), {"id": "a"})

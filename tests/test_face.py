@@ -677,7 +677,7 @@ def test_no_file_appears_in_the_users_home(root, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file() and "matplotlib" not in path.parts] == []
 
 
-def test_packs_that_are_not_there(tmp_path, monkeypatch):
+def test_packs_that_are_not_there(tmp_path, monkeypatch, capfd):
     import requests
 
     def offline(*args, **options):
@@ -692,7 +692,7 @@ def test_packs_that_are_not_there(tmp_path, monkeypatch):
             call(tmp_path / "elsewhere")
         with pytest.raises(UserError, match=rf"no \.onnx file.*{release}"):
             call(tmp_path)
-    assert not list(tmp_path.rglob("*.onnx"))
+    assert not list(tmp_path.rglob("*.onnx")) and capfd.readouterr() == ("", "")
 
 
 def test_packs_without_the_model(tmp_path):

@@ -13,6 +13,12 @@ FAULTS = [
     *(([f"--shard-gb={value}"], "shard_gb") for value in ("0", "-1", "nan", "inf", "1e300")),
     *(([f"--workers={value}"], "workers") for value in ("0", "-1", "100000")),
     *(([f"--seed={value}"], "seed") for value in ("-1", "9" * 50)),
+    *(([f"--enlarge={value}"], "enlarge") for value in ("0", "0.9", "nan", "1e300")),
+    *(([f"--windows={value}"], "windows") for value in ("0", "-1", "100000")),
+    *(([f"--min-similarity={value}"], "min_similarity") for value in ("-2", "1.1", "nan")),
+    *((["--buckets", "64x64x17", value], value) for value in ("64x64", "64x65x17", "64x64x16", "0x64x17", "axbxc")),
+    (["--height=64", "--buckets", "64x64x17"], "one size"),
+    (["--buckets", "64000x64000x800001"], "800001 frames of 64000x64000"),
     (["--height=x"], "height"),
     (["--dtype=float16"], "dtype"),
     (["--reference=x"], "reference"),
@@ -72,4 +78,4 @@ def test_without_a_checkpoint_it_says_which_model_it_uses(root, tmp_path, in_pro
     code, stdout, _ = in_process(prepare.main, "prepare.py", "--manifest", manifest, "--out", tmp_path / "c")
     assert code == 0 and "tiny model" in stdout and "drawn faces" in stdout
     code, stdout, _ = in_process(prepare.main, "prepare.py", "show", tmp_path / "c")
-    assert code == 0 and "4 clips, 0 rows left out" in stdout and (tmp_path / "c" / "references.png").is_file()
+    assert code == 0 and "4 clips, 0 rows left out" in stdout and (tmp_path / "c" / "show.html").is_file()

@@ -179,7 +179,7 @@ def test_contents_are_what_the_parts_compute(made, options, world):
     vae = VideoVAE.from_checkpoint(options["ckpt"])
     encoder = TextEncoder.from_checkpoint(options["ckpt"], options["gemma"])
     detector, arcface = FaceDetector(world / "pack"), ArcFace.from_onnx(recognition_file(world / "pack"))
-    assert clips.latent_shape == (16, 5, 8, 8) and len(clips) == 7
+    assert clips.buckets[0].latent_shape == (16, 5, 8, 8) and len(clips) == 7
     assert {key: clips.settings[key] for key in ("height", "width", "frames", "fps", "max_tokens")} == {
         "height": SIZE, "width": SIZE, "frames": FRAMES, "fps": FPS, "max_tokens": 48
     }  # fmt: skip
@@ -672,7 +672,7 @@ def test_killed_command_completes_when_run_again(made, options, root, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (folder / "report.jsonl").exists()
     done = subprocess.run(command(root, options, folder), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and "7 of 14 clips" in done.stdout and "left out, bad row: 1" in done.stdout
+    assert done.returncode == 0 and "7 clips of 14 rows" in done.stdout and "left out, bad row: 1" in done.stdout
     estimate = (
         r"videos: [\d.]+ [KM]iB and [\d.]+ s a clip; this process's \d+ will take about [\d.]+ [KM]iB and [\d.]+ \w+"
     )

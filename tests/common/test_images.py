@@ -301,9 +301,22 @@ def test_bombs_have_their_line(tmp_path, name, recwarn):
 
 
 def test_large_photos_give_no_warning(tmp_path, recwarn):
-    """100 million pixels: Pillow warns from 89 on."""
-    Image.new("1", (10000, 10000)).save(tmp_path / "photo.png")
-    assert read_image(tmp_path / "photo.png").size == (10000, 10000) and not recwarn.list
+    """125 million pixels: Pillow warns from 89 on. They are scaled to 50 million, of the same shape and content."""
+    photo = Image.new("1", (12500, 10000))
+    photo.paste(1, (6250, 0, 12500, 10000))
+    photo.save(tmp_path / "photo.png")
+    image = read_image(tmp_path / "photo.png")
+    assert not recwarn.list and 49.9e6 < image.width * image.height <= 50e6
+    assert image.width / image.height == pytest.approx(1.25, rel=1e-3)
+    assert np.array_equal(np.asarray(image)[::1000, [10, image.width // 2 - 10, image.width // 2 + 10, -10], 0],
+                          np.tile([0, 0, 255, 255], (len(range(0, image.height, 1000)), 1)))  # fmt: skip
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiff_of_luma_and_chroma(tmp_path, compression):
+    photo = smooth_image(24, 40)
+    photo.convert("YCbCr").save(tmp_path / "photo.tif", compression=compression)
+    assert np.abs(np.asarray(read_image(tmp_path / "photo.tif")).astype(int) - np.asarray(photo)).max() <= 3
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), IndexError(), ZeroDivisionError(), struct.error(), KeyError("x")])

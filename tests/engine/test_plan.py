@@ -526,3 +526,18 @@ def test_plan_needs_neither_checkpoint_nor_data_nor_memory(root, tmp_path):
     assert "13.12 B parameters" in report and "| 8 x H20-96 | 73 GiB |" in report
     assert int(memory) < 4 * 2**20  # the weights alone are 52 GB; PyTorch with CUDA takes 1.7 GB by itself
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_of_buckets(tiny_config):
+    """Memory of the largest bucket that has clips; operations of the mean clip."""
+    config, sizes = read_config(None), [(17, 64, 64), (9, 64, 64), (9, 48, 88), (33, 64, 64)]
+    buckets = [dict(zip(("frames", "height", "width"), size)) for size in sizes]
+    settings = buckets[0] | {"buckets": buckets, "clips": {1: 30, 0: 10, 2: 20}, "max_tokens": 64}
+    plan, alone = plan_of(config, tiny_config, settings), [Plan(config, tiny_config, size, 64) for size in sizes[:3]]
+    assert plan.grid == (5, 8, 8) and plan.memory(8) == alone[0].memory(8)
+    mean = sum(one.flops_per_sample() * clips / 60 for one, clips in zip(alone, (10, 30, 20)))
+    assert plan.mean_flops() == pytest.approx(mean) and mean < 0.8 * plan.flops_per_sample()
+    assert "largest of 3 buckets" in plan.report(8, 0.4)
+    one_size = plan_of(config, tiny_config, buckets[0] | {"max_tokens": 64})
+    assert one_size.mean_flops() == alone[0].flops_per_sample()
+    assert "bucket" not in one_size.report(8, 0.4)
