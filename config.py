@@ -40,6 +40,7 @@ except ModuleNotFoundError:  # Python 3.10
 ASSETS = Path(__file__).parent / "assets"  # the embedded models: the default where no checkpoint is named
 # Guidance scales of the paper; size, frames, fps and steps are ours, since it names none. A checkpoint's own metadata
 # (`defaults`) may name others.
+LEVELS = [(2 * k + 1) / 16 for k in range(8)]  # noise levels t of the losses on held-out clips
 VIDEO = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": STEPS, "s_text": S_Y, "s_ref": S_R}
 
 
@@ -61,6 +62,7 @@ class Data:
     cache: Text = "cache"  # made by prepare.py
     workers: Annotated[int, Field(ge=0, le=256)] = 2  # processes per rank that read and augment
     max_bad: Share = 0.001  # share of the run's samples that may be damaged; at least 10 may be
+    holdout: Count = 0  # clips of people who are never trained on, for a loss that can be compared (engine/holdout.py)
 
 
 @record
@@ -161,9 +163,11 @@ class Parallel:
 class LogOptions:
     every: Positive = 10  # steps between lines; the first and the last step always have one
     save_every: Positive = 500  # steps between checkpoints
-    keep: Positive = 3  # number of newest checkpoints to keep
+    keep: Positive = 3  # number of newest checkpoints to keep; the best on the held-out clips stays too
+    eval_every: Positive = 1000  # steps between the losses on the held-out clips
     sample_every: Count = 1000  # steps between samples; 0: none
-    samples: list[tuple[Text, Text]] = Field(default_factory=list)  # [["face.jpg", "prompt"], ...]
+    # [["face.jpg", "prompt"], ...]; empty: photo and caption of two held-out clips
+    samples: list[tuple[Text, Text]] = Field(default_factory=list)
     tensorboard: bool = True
     wandb: bool = False  # Weights & Biases, if it is installed
 
@@ -199,7 +203,8 @@ CHANGEABLE = {("run", "out"), ("data", "workers"), ("data", "max_bad"), ("optim"
 CHANGEABLE |= {(section, key) for section in ("parallel", "log", "guidance") for key in DEFAULTS[section]}
 CHANGEABLE -= {("parallel", "precision"), ("parallel", "fp8")}
 # Options that older runs do not record. They ran with the default values.
-MISSING_IN_OLD_RUNS = {("data", "max_bad"), ("parallel", "fp8"), *(("augment", key) for key in DEFAULTS["augment"])}
+MISSING_IN_OLD_RUNS = {("data", "max_bad"), ("data", "holdout"), ("parallel", "fp8")}
+MISSING_IN_OLD_RUNS |= {("augment", key) for key in DEFAULTS["augment"]}
 # Paths of which only the last part is compared, so files may move.
 PATHS = {("model", "ckpt"), ("model", "gemma"), ("data", "cache"), ("faces", "pack")}
 

@@ -4,6 +4,7 @@
     python train.py                                               # the tiny model on that cache, from random weights
     torchrun --nproc_per_node=8 train.py configs/paper.toml       # the paper's run, on 8 GPUs
     python train.py configs/paper.toml --plan --gpus 8            # memory and days of that run; loads no weights
+    torchrun --nproc_per_node=8 train.py configs/paper.toml --rehearse   # three steps of it on random numbers
     python train.py configs/paper.toml --export st-drc.safetensors   # write the model of that run
     python train.py configs/lora.toml                             # adapters on the frozen model, on one GPU
 
@@ -32,20 +33,24 @@ from torch.utils._pytree import tree_map_only
 from checkpoint import Checkpoint
 from common.device import upload
 from common.errors import Parser, UserError, one_line_errors
+from common.schema import parse_json
 from config import ASSETS, VIDEO, Config, read_config
 from data import CachedClips, check_cache_fits, training_batches
 from engine import state
 from engine.average import Average
 from engine.check import require_bf16
+from engine.holdout import evaluate, hold_out
 from engine.logbook import Log
 from engine.lora import seed_dropout
 from engine.optim import AdamWBF16
 from engine.parallel import StopSignal, build_model, gather_rows, join_processes, usable_memory
-from engine.plan import Plan, plan_of
+from engine.plan import RELEASED, plan_of
+from engine.recipe import default_gemma
+from engine.rehearsal import compare, stand_ins
 from engine.samples import draw_samples, encode_samples
 from face import ArcFace, FaceDetector, recognition_file
 from objective import Objective
-from text import TextConnector
+from text import GEMMA, MAX_TOKENS, TextConnector
 from vae import VideoVAE
 
 HERE = Path(__file__).parent
@@ -56,38 +61,50 @@ def main() -> None:
     config = read_config(options.config, options.set)
     ckpt = Path(config.model.ckpt or ASSETS / "tiny.safetensors")
     if options.plan:
-        return print(make_plan(config, ckpt).report(options.gpus, options.mfu))
-    if not ckpt.is_file():
+        size = ckpt.stat().st_size if ckpt.is_file() else RELEASED
+        return print(plan_of(config, *sizes(config, ckpt)).report(options.gpus, options.mfu, size))
+    if not (ckpt.is_file() or options.rehearse):
         raise UserError(f"no checkpoint at {ckpt}: name one with --set model.ckpt=FILE, or in the config")
     if options.export:
-        return state.export_run(config, Checkpoint(ckpt), Path(options.export))
+        return state.export_run(config, Checkpoint(ckpt), Path(options.export), options.best)
+    run = Path(config.run.out)
+    if not options.trial:
+        state.require_same_options(run, config)  # before a missing cache is an error: making one takes hours
     device = join_processes()
     if config.optim.batch % (world := dist.get_world_size()):
         raise UserError(f"optim.batch = {config.optim.batch} is not a multiple of {world} ranks: change one of the two")
-    run, clips, base = Path(config.run.out), CachedClips(config.data.cache), Checkpoint(ckpt)
-    # A pack given by its name is not opened here: all ranks would download it at once.
-    local_pack = config.faces.pack if Path(config.faces.pack).is_dir() else ""
-    check_cache_fits(clips.settings, base, config.model.gemma, local_pack)
-    if not config.lora.rank:
-        require_bf16(base)  # before the run, not at its export
-    if not options.dry_run:
-        state.require_same(run, config, clips.settings)
-    with nullcontext() if options.dry_run else state.locked(run):
-        train(config, base, clips, device, options)
+    if options.rehearse:
+        config, base, clips = stand_ins(config, *sizes(config, ckpt), device)
+    else:
+        clips, base = CachedClips(config.data.cache), Checkpoint(ckpt)
+        # A pack given by its name is not opened here: all ranks would download it at once.
+        local_pack = config.faces.pack if Path(config.faces.pack).is_dir() else ""
+        check_cache_fits(clips.settings, base, config.model.gemma, local_pack)
+        if not config.lora.rank:
+            require_bf16(base)  # before the run, not at its export
+        if not options.trial:
+            state.require_same_cache(run, config, clips.settings)
+    with nullcontext() if options.trial else state.locked(run):
+        train(config, base, *hold_out(clips, config.data.holdout), device, options)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def train(
-    config: Config, ckpt: Checkpoint, clips: CachedClips, device: torch.device, options: argparse.Namespace
+    config: Config,
+    ckpt: Checkpoint,
+    clips: CachedClips,
+    held: CachedClips | None,
+    device: torch.device,
+    options: argparse.Namespace,
 ) -> None:
-    """Run all steps; with --dry-run only one, without writing."""
+    """Run all steps on `clips`, with a look at the clips `held` out. A trial is a few steps without writing."""
     run, rank, world = Path(config.run.out), dist.get_rank(), dist.get_world_size()
     batch, micro_batch = config.optim.batch, config.parallel.micro_batch
 
     # ---- frozen parts, the DiT, the optimizer
     objective = build_objective(config, ckpt, clips, device)
-    plan = make_plan(config, ckpt.path)
+    plan = plan_of(config, ckpt.config, clips.settings)
     recompute = plan.recompute(world, usable_memory(device))
     if device.type == "cuda":
         report(f"parallel.recompute = {recompute}")
@@ -95,15 +112,27 @@ def train(
     optimizer = build_optimizer(config, model, device)
     average = Average(model, config.optim.ema) if config.optim.ema else None
     first, skipped, samples = 0, [], []
-    if not options.dry_run:
+    if not options.trial:
         state.write_record(run, config, clips.settings)
-        samples = encode_samples(config, ckpt, clips.settings, run, device)
+        samples = encode_samples(config, ckpt, objective, clips.settings, held, run, device)
         first, skipped = state.resume(run, model, optimizer, average, options.from_previous)
-    log = Log(config, plan, run, first, enabled=rank == 0 and not options.dry_run)
+    log = Log(config, plan, run, first, enabled=rank == 0 and not options.trial)
+
+    def look(step: int) -> float:
+        """The loss on the held-out clips, with the weights that an export has. All ranks compute it."""
+        with average.in_place() if average else nullcontext():
+            figures = evaluate(config, model, objective, held)
+        log.add_held_out(step, figures)
+        return figures["flow"]
+
+    if held:
+        report(f"held out: {len(held):,} clips of {len(set(held.identities)):,} people; {len(clips):,} are trained on")
+        if not (first or options.trial):
+            look(0)
 
     # ---- steps
     stop, stop_now = StopSignal(), False
-    end = first + 1 if options.dry_run else config.optim.steps
+    end = first + options.trial if options.trial else config.optim.steps
     batches = ahead(training_batches(config, clips, first, end), device)
     for step in range(first, end):
         begin, done = time.perf_counter(), step + 1
@@ -151,29 +180,35 @@ def train(
         if not math.isfinite(norm):
             raise UserError(f"step {done}: the gradient is not finite (norm {norm}): lower optim.lr and run again")
 
-        # -- log, samples, checkpoint, stop
-        if options.dry_run:
-            report(log.line(done, table, norm, lr, time.perf_counter() - begin))
-            report("dry run: one step done, nothing written")
-            break
+        # -- log, held-out clips, samples, checkpoint, stop
+        if options.trial:
+            figures = log.figures(done, table, norm, lr, time.perf_counter() - begin)
+            report(log.line(figures))
+            continue
         log.add(done, table, norm, lr, time.perf_counter() - begin)
-        every = config.log.sample_every
+        every, held_out = config.log.sample_every, None
+        if held and (done % config.log.eval_every == 0 or done == end):
+            held_out = look(done)
         if samples and every and (done % every == 0 or done == end):
             with average.in_place() if average else nullcontext():
                 draw_samples(config, model, objective, samples, clips.settings, done)
-        if stop_now or done % config.log.save_every == 0 or done == end:
-            folder = state.save(run, done, model, optimizer, config.log.keep, average, skipped)
+        if stop_now or done % config.log.save_every == 0 or done == end or held_out is not None:
+            folder = state.save(run, done, model, optimizer, config.log.keep, average, skipped, held_out)
             report(f"saved {folder}")
         if stop_now:
             report(f"stopped by {reason or 'a signal to another rank'} after step {done}; run again to continue")
             if rank == 0:
                 (run / "stop").unlink(missing_ok=True)
             break
-    if not options.dry_run and first >= config.optim.steps:
+    if options.trial:
+        done = "dry run: one step done, nothing written"
+        report(compare(figures, plan, recompute, options.mfu) if options.rehearse else done)
+    elif first >= config.optim.steps:
         report(f"{run} has its {first} steps already: raise optim.steps, or use --export FILE to write the model")
-    elif not options.dry_run and not stop_now:
+    elif not stop_now:
+        best = f", with --best that of {best.name}" if (best := state.best_checkpoint(run)) else ""
         curves = f"; tensorboard --logdir {run} shows the curves" if config.log.tensorboard else ""
-        report(f"finished: --export FILE writes the model{curves}")
+        report(f"finished: --export FILE writes the model{best}{curves}")
     log.close()
 
 
@@ -194,12 +229,19 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="write the newest checkpoint as a model file (a LoRA file, if the run trained adapters)",
     )
+    best = "with --export: the checkpoint with the least loss on the held-out clips instead"
+    parser.add_argument("--best", action="store_true", help=best)
     parser.add_argument("--plan", action="store_true", help="print memory per GPU and days; load no weights")
+    rehearse = "three steps on random weights and latents, beside the plan; needs no file, writes none"
+    parser.add_argument("--rehearse", action="store_true", help=rehearse)
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs for --plan (%(default)s)")
     parser.add_argument("--mfu", type=float, default=0.4, help="useful share of the peak, all recomputed, for --plan")
     options = parser.parse_args()
+    options.trial = 3 if options.rehearse else int(options.dry_run)  # steps that write nothing; 0: a run
     if options.export is not None and not options.export.strip():
         raise UserError("--export needs the name of a file")
+    if options.best and options.export is None:
+        raise UserError("--best says which checkpoint --export writes: give both")
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu} is not between 0 and 1")
     return options
@@ -258,12 +300,18 @@ def build_optimizer(config: Config, model: nn.Module, device: torch.device) -> t
     )
 
 
-def make_plan(config: Config, ckpt: Path) -> Plan:
-    """The plan of a run. Without the checkpoint, LTX-2.3's config; without the cache, the size of config.VIDEO."""
-    ltx = Checkpoint(ckpt).config if ckpt.exists() else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
-    cache = Path(config.data.cache)
-    settings = CachedClips(cache).settings if (cache / "cache.json").exists() else VIDEO | {"max_tokens": 1024}
-    return plan_of(config, ltx, settings)
+def sizes(config: Config, ckpt: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config of the model and settings of the cache of a run whose files may be missing. Without the checkpoint those
+    of LTX-2.3; without the cache those that prepare.py would give it."""
+    base = Checkpoint(ckpt) if ckpt.is_file() else None
+    ltx = base.config if base else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
+    if (Path(config.data.cache) / "cache.json").exists():
+        return ltx, CachedClips(config.data.cache).settings
+    settings = VIDEO | {"max_tokens": MAX_TOKENS} | (base.ours.get("defaults", {}) if base else {})
+    file = Path(config.model.gemma or (default_gemma(base) if base else GEMMA)) / "tokenizer_config.json"
+    if file.is_file() and isinstance(limit := parse_json(dict, file.read_bytes(), file).get("model_max_length"), int):
+        settings["max_tokens"] = min(limit, MAX_TOKENS)
+    return ltx, settings
 
 
 # ----------------------------------------------------------------------------------------------------------------------

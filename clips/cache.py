@@ -200,8 +200,8 @@ def made_with(settings: dict[str, Any], models: Models, clips: int, shard_gb: fl
         what = f"one video of {size['frames']} frames of {size['height']}x{size['width']}"
         require_memory(15 * pixels, what, "take a smaller size")  # bytes of three channels, as they are and in float32
     shape, windows = latent_shape(settings, vae), settings.get("windows", 1)
-    clip_bytes = 2 * np.prod(shape) + 2 * TYPICAL_TOKENS * models.checkpoint.tensors[PROJECTION + "bias"]["shape"][0]
-    rows = max(1, int(shard_gb * 2**30 / (clip_bytes + TYPICAL_IMAGE) / windows)) * windows  # a shard has whole rows
+    (width,) = models.checkpoint.tensors[PROJECTION + "bias"]["shape"]
+    rows = max(1, int(shard_gb * 2**30 / clip_bytes(shape, width) / windows)) * windows  # a shard has whole rows
     settings = settings | {"latent_shape": shape, "dtype": str(models.dtype).removeprefix("torch.")}
     if "buckets" in settings:
         settings["buckets"] = [size | {"latent_shape": latent_shape(size, vae)} for size in settings["buckets"]]
@@ -210,6 +210,11 @@ def made_with(settings: dict[str, Any], models: Models, clips: int, shard_gb: fl
     settings["shards"] = -(-clips * windows // rows)
     validate(stored.CacheSettings, settings, "options")
     return settings
+
+
+def clip_bytes(shape: list[int], width: int, tokens: int = TYPICAL_TOKENS, image: int = TYPICAL_IMAGE) -> int:
+    """Bytes of a clip with latents (C, T, h, w) and text features (tokens, width)."""
+    return 2 * int(np.prod(shape)) + 2 * tokens * width + image
 
 
 class _Progress(tqdm):

@@ -5,8 +5,9 @@ import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -150,7 +151,7 @@ class CachedClips(Dataset):
 
     settings: its cache.json; max_tokens, the slots of the text context; with buckets the number of clips in each.
     buckets: the sizes of clips. bucket_of: the number of each clip's bucket, (n,). null_features: (tokens, D) of the
-    empty prompt. names: of all clips. report: rows that were left out, and remarks.
+    empty prompt. names: of all clips. identities: of their people. report: rows that were left out, and remarks.
     Shards are opened once in each process, when needed, and are left out of pickles.
     """
 
@@ -164,6 +165,8 @@ class CachedClips(Dataset):
             raise UserError(f"no cache in {folder} (it has no cache.json): make it with python prepare.py")
         shards = [self._metadata(shard_file(k), settings, ShardMetadata) for k in range(settings["shards"])]
         self.names = [clip.name for shard in shards for clip in shard.clips]
+        identities = (clip.identity or clip.name.rpartition(":")[0] for shard in shards for clip in shard.clips)
+        self.identities = list(identities)  # without one, the file's name: clips of one film may show one person
         self.report = [line for shard in shards for line in shard.report]
         # Shard and row of each clip (n, 2): an array, because a list would be copied into every worker bit by bit.
         self.places = np.array([(k, clip.row) for k, shard in enumerate(shards) for clip in shard.clips])
@@ -207,6 +210,13 @@ class CachedClips(Dataset):
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def subset(self, numbers: Sequence[int]) -> "CachedClips":
+        """The clips of these numbers alone."""
+        part = copy(self)
+        part.names, part.identities = ([column[k] for k in numbers] for column in (self.names, self.identities))
+        part.places, part.bucket_of = (column[list(numbers)] for column in (self.places, self.bucket_of))
+        return part
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"opened": {}}

@@ -1,4 +1,5 @@
-"""What a person sees of a run: one line per `log.every` steps, the same figures in log.jsonl, and TensorBoard."""
+"""What a person sees of a run: one line per `log.every` steps, the same figures in log.jsonl, and TensorBoard; the
+figures of the held-out clips in held_out.jsonl."""
 
 import json
 import math
@@ -8,13 +9,14 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import UserError, whole_file
-from config import Config, as_dict
+from config import LEVELS, Config, as_dict
 from engine.plan import CARDS, Plan
 
 
@@ -34,15 +36,13 @@ class Log:
         self.grid = plan.grid  # of this step's clips
         # Tokens and operations of a sample, by grid.
         self.costs = {p.grid: (p.tokens + p.reference_tokens, p.flops_per_sample()) for p, _ in plan.buckets}
-        self.file = self.board = self.wandb = None
+        self.file = self.held_out = self.board = self.wandb = None
         self.sinks = ExitStack()
         if not enabled:
             return
-        path = run / "log.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        with whole_file(path) as temporary:  # steps after the checkpoint come again
-            temporary.write_text("".join(line for line in lines if _step(line) <= first))
-        self.file = self.sinks.enter_context(path.open("a", buffering=1))
+        self.file = self.open(run / "log.jsonl")
+        if config.data.holdout:
+            self.held_out = self.open(run / "held_out.jsonl")
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -55,6 +55,13 @@ class Log:
             options = {"dir": str(run), "config": as_dict(config), "resume": "allow", "id": run.name}
             self.wandb = wandb.init(project="nano-st-drc", **options)
             self.sinks.callback(self.wandb.finish)
+
+    def open(self, path: Path) -> TextIO:
+        """A file of lines to append to. Steps after the checkpoint come again, so their lines go."""
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(line for line in lines if _step(line) <= self.first))
+        return self.sinks.enter_context(path.open("a", buffering=1))
 
     def figures(self, step: int, table: Tensor, norm: float, lr: float, seconds: float) -> dict[str, float]:
         columns = dict(zip(self.COLUMNS, table.double().unbind(1)))
@@ -71,9 +78,8 @@ class Log:
         figures["tflops"] = len(table) * flops / seconds / dist.get_world_size() / 1e12
         return figures | {"memory_gib": memory_gib()}
 
-    def line(self, step: int, table: Tensor, norm: float, lr: float, seconds: float) -> str:
-        f = self.figures(step, table, norm, lr, seconds)
-        steps = self.config.optim.steps
+    def line(self, f: dict[str, float]) -> str:
+        step, steps, seconds = f["step"], self.config.optim.steps, f["seconds"]
         left = (steps - step) * (time.perf_counter() - self.begin) / max(1, step - self.first)
         left = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
         identity = "id off"
@@ -81,8 +87,8 @@ class Log:
             identity = f"id {f['id']:.3f}  tic {f['tic']:.3f}  w {f['w_aux']:.3f}  faces {f['face_rate']:.0%}"
         mfu = f" ({f['tflops'] / peak:.0%} MFU)" if (peak := peak_tflops()) else ""
         return (
-            f"step {step}/{steps}  loss {f['loss']:.4f}  flow {f['flow']:.4f}  {identity}  grad {norm:.2f}  "
-            f"lr {lr:.1e}  {f['tokens_per_s']:,.0f} tok/s  {f['tflops']:.3g} TFLOP/s{mfu}  "
+            f"step {step}/{steps}  loss {f['loss']:.4f}  flow {f['flow']:.4f}  {identity}  grad {f['grad_norm']:.2f}  "
+            f"lr {f['lr']:.1e}  {f['tokens_per_s']:,.0f} tok/s  {f['tflops']:.3g} TFLOP/s{mfu}  "
             f"{f['memory_gib']:.1f} GiB  {seconds:.2f} s  {left} left"
         )
 
@@ -91,17 +97,35 @@ class Log:
         if self.file is None or (step % self.config.log.every and not edge):
             return
         figures = self.figures(step, table, norm, lr, seconds)
-        print(self.line(step, table, norm, lr, seconds), flush=True)
+        print(self.line(figures), flush=True)
         self.file.write(json.dumps(figures) + "\n")
         # By noise level too: the mean moves with the draw of t more than with learning.
         flow, t = (table[:, self.COLUMNS.index(key)] for key in ("flow", "t"))
         bins = (t * 5).long().clamp(max=4)
         by_level = {f"flow_by_t/{k / 5:.1f}": flow[bins == k].mean().item() for k in bins.unique().tolist()}
-        if self.board:
-            for name, value in (figures | by_level).items():
-                self.board.add_scalar(name, value, step)
+        self.draw(figures | by_level, step)
+
+    def draw(self, figures: dict[str, float], step: int) -> None:
+        """Points of the curves."""
+        for name, value in figures.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
         if self.wandb:
-            self.wandb.log(figures | by_level, step=step)
+            self.wandb.log(figures, step=step)
+
+    def add_held_out(self, step: int, figures: dict[str, Any]) -> None:
+        """The figures of `holdout.evaluate`."""
+        if self.held_out is None:
+            return
+        self.held_out.write(json.dumps({"step": step} | figures) + "\n")
+        line = f"held out, step {step}  flow {figures['flow']:.4f} ± {figures['flow_error']:.4f}"
+        for key, name in (("no_reference", "without reference"), ("similarity", "similarity")):
+            line += f"  {name} {figures[key]:.4f}" if key in figures else ""
+        print(line, flush=True)
+        curves = {}
+        for key, value in figures.items():
+            by_level = zip(LEVELS, value) if isinstance(value, list) else ()
+            curves |= {f"held_out_{key}/{t:.4f}": each for t, each in by_level} or {f"held_out/{key}": value}
+        self.draw(curves, step)
 
     def close(self) -> None:
         self.sinks.close()

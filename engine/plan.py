@@ -22,8 +22,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from clips.cache import TYPICAL_IMAGE, TYPICAL_TOKENS, clip_bytes
 from common.errors import UserError
-from config import Config
+from common.sizes import amount, duration
+from config import LEVELS, Config
 from engine.lora import find_targets
 from losses import aux_weight, shifted_logit_normal
 from model import LTXVideo
@@ -31,7 +33,8 @@ from objective import windows_at_once
 from text import TextConnector
 from vae import VideoVAE, latent_scale
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+RELEASED = 46e9  # bytes of ltx-2.3-22b-dev.safetensors, about
 USABLE = 0.9  # of a card's memory, beside the driver's and the allocator's share
 AGAIN = {"all": 1.0, "products": 0.1, "none": 0.0}  # part of the time of a forward pass that is spent again
 # Dense bf16 TFLOP/s and GB by the makers' data sheets.
@@ -83,7 +86,7 @@ class Plan:
     def __init__(self, config: Config, ltx: dict[str, Any], size: tuple[int, int, int], text_tokens: int):
         frames, self.height, self.width = size
         scale = latent_scale(ltx["vae"])
-        self.config, self.ltx, self.text_tokens = config, ltx, text_tokens
+        self.config, self.ltx, self.size, self.text_tokens = config, ltx, size, text_tokens
         self.grid = ((frames - 1) // scale[0] + 1, self.height // scale[1], self.width // scale[2])
         self.tokens = math.prod(self.grid)
         self.window = min(config.faces.window + 2 * config.faces.context, self.grid[0])  # latent frames decoded
@@ -237,23 +240,54 @@ class Plan:
         together = min(samples, windows_at_once(self.vae.scale, self.grid, self.window))
         return samples * between + together * max(inside)
 
-    def report(self, gpus: int, mfu: float) -> str:
-        """The plan as Markdown: memory per GPU by part, which cards hold it, and days for the whole run."""
+    def disk(self, file_size: float) -> str:
+        """A line about bytes on disk; a full fine-tune is exported as a file of `file_size`, that of its base."""
+        optim, log = self.config.optim, self.config.log
+        shape = [self.ltx["vae"]["latent_channels"], *self.grid]
+        tokens, image = min(TYPICAL_TOKENS, self.text_tokens), min(TYPICAL_IMAGE, 2 * self.height * self.width)
+        clip = clip_bytes(shape, self.connector.dim, tokens, image)
+        # Weights, two moments and the average. One checkpoint more is there while it is written, and the best.
+        checkpoint = self.trained * (2 if optim.kind == "adamw-bf16" else 4) * (3 + bool(optim.ema))
+        count = log.keep + 1 + bool(self.config.data.holdout)
+        return (
+            f"on disk: cache about {amount(1000 * clip)} per 1,000 clips; {count} checkpoints of {amount(checkpoint)}, "
+            f"{amount(count * checkpoint)} in all; export {amount(2 * self.trained if self.rank else file_size)}"
+        )
+
+    def held_out_share(self, per_sample: float) -> float:
+        """Operations on held-out clips over those of the training, which takes `per_sample`."""
+        data, optim, transformer = self.config.data, self.config.optim, self.ltx["transformer"]
+        forward = dit_flops(transformer, self.tokens, 0, self.text_tokens)
+        if self.reference_tokens:
+            forward += dit_flops(transformer, self.tokens, self.reference_tokens, self.text_tokens)
+        decode = vae_flops(self.ltx["vae"], self.window, self.height, self.width)[1] * bool(self.config.faces.pack)
+        evaluations = 1 + math.ceil(optim.steps / self.config.log.eval_every)
+        passes = evaluations * data.holdout * len(LEVELS)
+        return passes * (forward + decode) / (optim.steps * optim.batch * per_sample)
+
+    def report(self, gpus: int, mfu: float, file_size: float = RELEASED) -> str:
+        """The plan as Markdown: memory per GPU by part, which cards hold it, bytes on disk, days for the whole run."""
         optim, run, parts = self.config.optim, self.config.parallel, self.memory(gpus)
         ways = f"{run.mode}, {gpus} GPUs" + (f", {run.replicas} replicas" if run.replicas > 1 else "")
         adapters = f", adapters of rank {self.rank} with {self.trained / 1e6:,.1f} M" if self.rank else ""
         total = sum(parts.values())
-        per_step = self.mean_flops() * optim.batch
+        unit, size_of = ("GiB", GIB) if total >= GIB else ("MiB", MIB)
+        per_step, weights = self.mean_flops() * optim.batch, parameters(self.dit)
+        looks = ""
+        if self.config.data.holdout:
+            looks = f"; the held-out clips add {self.held_out_share(per_step / optim.batch):.1%}"
+        weights = f"{weights / 1e9:.2f} B" if weights >= 1e9 else f"{weights / 1e6:.2f} M"
         lines = [
             f"{self.width}x{self.height}, latent grid {'x'.join(map(str, self.grid))}: {self.tokens:,} video and "
             f"{self.reference_tokens:,} reference tokens, {self.text_tokens:,} text tokens",
-            f"DiT {parameters(self.dit) / 1e9:.2f} B parameters{adapters}; {ways}; micro-batch {run.micro_batch}, "
+            f"DiT {weights} parameters{adapters}; {ways}; micro-batch {run.micro_batch}, "
             f"global batch {optim.batch}, {optim.steps:,} steps",
-            "\n| per GPU | GiB |\n|---|---:|",
-            *(f"| {name} | {size / GIB:.1f} |" for name, size in parts.items()),
-            f"| **sum, without fragmentation** | **{total / GIB:.1f}** |\n",
-            f"{per_step / optim.batch / 1e12:,.1f} TFLOP a sample, {per_step / 1e15:,.2f} PFLOP a step "
-            f"(identity losses on {self.decoded_share():.0%} of samples)",
+            f"\n| per GPU | {unit} |\n|---|---:|",
+            *(f"| {name} | {size / size_of:.1f} |" for name, size in parts.items()),
+            f"| **sum, without fragmentation** | **{total / size_of:.1f}** |\n",
+            f"{operations(per_step / optim.batch)} a sample, {operations(per_step)} a step "
+            f"(identity losses on {self.decoded_share():.0%} of samples){looks}",
+            self.disk(file_size),
             f"\n| card | memory | {optim.steps:,} steps | recompute | MFU |\n|---|---|---:|---|---:|",
         ]
         if len(self.buckets) > 1:
@@ -261,10 +295,11 @@ class Plan:
         for name, (tflops, gigabytes) in CARDS.items():
             how = self.recompute(gpus, room := USABLE * gigabytes * 1e9)
             needed = sum(self.memory(gpus, how).values())
-            verdict = f"{needed / GIB:.0f} GiB" if needed <= room else f"needs {needed / GIB:.0f} GiB"
+            verdict = "" if needed <= room else "needs "
+            verdict += f"{needed / GIB:.0f} GiB" if needed >= GIB else amount(needed)
             reached = self.mfu(mfu, how)
             seconds = per_step * optim.steps / (gpus * tflops * 1e12 * reached)
-            days = f"{seconds / 86400:,.1f} days"
+            days = f"{seconds / 86400:,.1f} days" if seconds > 8640 else duration(seconds)
             lines.append(f"| {gpus} x {name} | {verdict} | {days} | {how} | {reached:.0%} |")
         return "\n".join(lines + self.ways(gpus))
 
@@ -285,8 +320,14 @@ class Plan:
             other.config = replace(self.config, optim=replace(self.config.optim, kind=kind), parallel=parallel)
             total = sum(other.memory(gpus).values())
             cards = ", ".join(cards_that_hold(total)) or "none"
-            lines.append(f"| {mode}, {kind} | {total / GIB:.0f} GiB | {cards} |")
+            lines.append(f"| {mode}, {kind} | {amount(total)} | {cards} |")
         return lines
+
+
+def operations(number: float) -> str:
+    """A number of operations in the largest unit that leaves a number above 1."""
+    power = min(int(math.log10(max(1, number))) // 3, 6)
+    return f"{number / 1000**power:,.4g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}FLOP"
 
 
 def plan_of(config: Config, ltx: dict[str, Any], settings: dict[str, Any]) -> Plan:

@@ -15,22 +15,38 @@ from common.device import free
 from common.errors import whole_file
 from common.media import contact_sheet, read_image, to_tensor, to_uint8
 from config import Config
-from data import FITS
+from data import FITS, CachedClips, Draws
 from engine.parallel import reshard
 from engine.recipe import default_gemma
 from guidance import generate
 from objective import Objective
 from text import TextEncoder
 
+HELD_OUT = 2  # samples where log.samples names none
 Sample = tuple[Image.Image | None, str, Tensor]  # reference image in the video's shape, prompt, context (1, S, D)
 
 
-def encode_samples(config: Config, ckpt: Any, size: dict[str, Any], run: Path, device: torch.device) -> list[Sample]:
-    """The samples of `log.samples` with their contexts; the last one is the empty prompt's. Gemma is freed."""
-    entries = config.log.samples
-    if not entries or not config.log.sample_every:
+def encode_samples(
+    config: Config,
+    ckpt: Any,
+    objective: Objective,
+    size: dict[str, Any],
+    held: CachedClips | None,
+    run: Path,
+    device: torch.device,
+) -> list[Sample]:
+    """The samples of `log.samples` with their contexts; the last one is the empty prompt's. Gemma is freed. Without
+    `log.samples`, photo and caption of held-out clips, whose text features the cache has."""
+    entries, fit = config.log.samples, FITS[config.reference.fit]
+    if not config.log.sample_every or not (entries or held):
         return []
-    fit = FITS[config.reference.fit]
+    if not entries:
+        clips = [held[k] for k in range(min(HELD_OUT, len(held)))]
+        images = [fit(clip["image"], size["height"], size["width"]) for clip in clips]
+        features = [row.to(device) for row in (*(clip["features"] for clip in clips), objective.null_features)]
+        kept = Draws(0.0, torch.empty(0), drop_text=False, drop_ref=False, window_start=0)
+        contexts = objective.encode_text(features, [kept] * len(features)).split(1)
+        return list(zip([*images, None], [*(clip["caption"] for clip in clips), ""], contexts))
     images = [fit(read_image(path), size["height"], size["width"]) for path, _ in entries]
     prompts = [prompt for _, prompt in entries] + [""]
     path = run / "prompts.safetensors"

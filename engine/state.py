@@ -5,7 +5,7 @@
         step-001500/                 torch.distributed.checkpoint in safetensors, every rank its own shard,
             shard-*.safetensors      of model.*, optim.* and ema.* of what is trained; loads on any number of ranks
             progress.json            written last: a folder without it is not a checkpoint
-        log.jsonl, tensorboard/, samples/
+        log.jsonl, held_out.jsonl, tensorboard/, samples/
 
 A checkpoint is written under a temporary name and renamed, so a kill leaves the last good one. Nothing random is
 stored: every draw of a run follows from its seed and the sample's number (data.py). Everything is safetensors or
@@ -34,7 +34,7 @@ from checkpoint import Checkpoint, file_name
 from common.cache import digest
 from common.errors import UserError, whole_file
 from common.outputs import refuse_overwrite
-from common.schema import Count, Text, foreign_record, parse_json
+from common.schema import Count, FiniteFloat, Text, foreign_record, parse_json
 from config import Config, as_dict, require_same_run
 from engine.average import Average, local_parts
 from engine.check import require_bf16
@@ -49,6 +49,7 @@ class Progress:
 
     step: Count
     skipped: list[Text] = ()  # damaged samples so far, named
+    held_out: FiniteFloat | None = None  # loss on the held-out clips (engine/holdout.py), if this step has one
 
 
 # --- The folder of a run ----------------------------------------------------------------------------------------------
@@ -81,13 +82,16 @@ def locked(run: Path) -> Iterator[None]:
                 run.rmdir()
 
 
-def require_same(run: Path, config: Config, cache: dict[str, Any]) -> None:
-    """UserError if the run was started with other options or another cache. `cache` is the settings of the cache."""
+def require_same_options(run: Path, config: Config) -> None:
+    """UserError if the run was started with other options."""
     if (run / "config.json").exists():
-        before = read_record(run)
-        require_same_run(before, config, run)
-        if before.get("cache", digest(cache)) != digest(cache):
-            raise UserError(f"{run} was started with another cache than {config.data.cache}: give another run.out")
+        require_same_run(read_record(run), config, run)
+
+
+def require_same_cache(run: Path, config: Config, cache: dict[str, Any]) -> None:
+    """UserError if the run was started with another cache. `cache` is the settings of the cache."""
+    if (run / "config.json").exists() and read_record(run).get("cache", digest(cache)) != digest(cache):
+        raise UserError(f"{run} was started with another cache than {config.data.cache}: give another run.out")
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -109,6 +113,20 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
+def read_progress(folder: Path) -> Progress:
+    return parse_json(Progress, (folder / "progress.json").read_bytes(), folder / "progress.json")
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the least loss on the held-out clips; None if no checkpoint has one."""
+    scores = {}
+    for folder in checkpoints(run):
+        with suppress(UserError):  # a damaged one is not the best
+            scores[folder] = read_progress(folder).held_out
+    scores = {folder: score for folder, score in scores.items() if score is not None}
+    return min(scores, key=scores.get, default=None)
+
+
 # --- Saving and resuming ----------------------------------------------------------------------------------------------
 
 
@@ -126,10 +144,17 @@ def state_tensors(model: nn.Module, optimizer: Optimizer, average: Average | Non
 
 
 def save(
-    run: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int, average: Average | None, skipped: list[str]
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    keep: int,
+    average: Average | None,
+    skipped: list[str],
+    held_out: float | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the last `keep`. Called by every rank. UserError, with nothing
-    written, where a weight, moment or average is not finite: the last good checkpoint stays."""
+    """Write the checkpoint of `step` and remove all but the last `keep` and the best. Called by every rank. UserError,
+    with nothing written, where a weight, moment or average is not finite: the last good checkpoint stays."""
     folder, part = run / f"step-{step:06d}", run / f".step-{step:06d}.part"
     tensors = state_tensors(model, optimizer, average)
     require_finite(tensors, step)
@@ -144,11 +169,14 @@ def save(
         raise UserError(f"{folder} cannot be saved ({last_line(error)}); the last checkpoint is intact") from None
     dist.barrier()
     if dist.get_rank() == 0:
-        (part / "progress.json").write_text(json.dumps({"step": step, "skipped": skipped}))
+        progress = {"step": step, "skipped": skipped, "held_out": held_out}
+        (part / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
+        best = best_checkpoint(run)
         for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
     dist.barrier()
     return folder
 
@@ -171,7 +199,7 @@ def resume(
     folders = checkpoints(run)[::-1]
     for folder, before in zip(folders, [*folders[1:], None]):
         try:
-            progress = parse_json(Progress, (folder / "progress.json").read_bytes(), folder / "progress.json")
+            progress = read_progress(folder)
             dcp.load(state_tensors(model, optimizer, average), storage_reader=HuggingFaceStorageReader(str(folder)))
         except Exception as error:  # safetensors, DCP and JSON each have classes of their own
             message = f"{folder} is damaged ({last_line(error)})"
@@ -215,14 +243,16 @@ def read_weights(folder: Path, saved: dict[str, tuple[str, torch.Size]]) -> dict
     return {own: tensors[name] for own, (name, _) in saved.items()}
 
 
-def export_run(config: Config, base: Checkpoint, out: Path) -> None:
-    """Write the newest checkpoint of the run in the released layout, or its adapters as a LoRA file. In the released
-    layout the trained tensors replace those of `base`, cast to the dtype that they have there. ComfyUI, ltx-core and
-    sample.py load the result as they load the base."""
+def export_run(config: Config, base: Checkpoint, out: Path, best: bool = False) -> None:
+    """Write the newest checkpoint of the run, or the best on its held-out clips, in the released layout, or its
+    adapters as a LoRA file. In the released layout the trained tensors replace those of `base`, cast to the dtype that
+    they have there. ComfyUI, ltx-core and sample.py load the result as they load the base."""
     run = Path(config.run.out)
     if not (folders := checkpoints(run)):
         raise UserError(f"{run} holds no complete checkpoint to export")
-    folder = folders[-1]
+    folder = best_checkpoint(run) if best else folders[-1]
+    if folder is None:
+        raise UserError(f"no checkpoint of {run} has a loss on held-out clips: leave out --best")
     refuse_overwrite([out], [base.path, *folder.iterdir()])
     out.parent.mkdir(parents=True, exist_ok=True)
     ours = reference_metadata(config.reference) | {"training": as_dict(config)} | encoder_metadata(base)

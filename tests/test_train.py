@@ -558,9 +558,11 @@ def test_what_is_wrong_is_said_in_one_line(options, says, clips, tmp_path, monke
     assert error.startswith("error: ") and says in error and "\n" not in error
 
 
-def test_a_run_is_not_continued_as_another(clips, one_process, monkeypatch, capsys):
-    assert run_here(command(clips, one_process, optim__lr=0.5), monkeypatch) == 2
-    assert "optim.lr" in capsys.readouterr().err
+def test_a_run_is_not_continued_as_another(clips, one_process, tmp_path, monkeypatch, capsys):
+    """Said before a missing cache: who makes the cache first has waited for hours."""
+    for cache in (clips, tmp_path / "missing" / clips.name):
+        assert run_here(command(cache, one_process, optim__lr=0.5), monkeypatch) == 2
+        assert "optim.lr" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """plan.py against what PyTorch itself counts on the tiny model, and against the paper's run worked out by hand."""
 
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from engine.parallel import set_recompute
 from engine.plan import CARDS, GIB, Plan, connector_flops, dit_flops, parameters, plan_of, vae_flops
 from model import LTXVideo
 from text import TextConnector
+from train import sizes
 from vae import VideoVAE
 
 D = 128  # width of the tiny model
@@ -406,6 +409,49 @@ def test_the_whole_model_fits_one_card_of_141_gb_in_bf16(paper):
     assert states == pytest.approx([2 * 13.12e9, 2 * 13.12e9, 4 * 13.12e9], rel=0.001)
     same = paper.memory(1)
     assert set(parts) <= set(same) and all(parts[name] == same[name] for name in parts)
+
+
+def test_bytes_on_disk(paper):
+    """By hand: three float32 numbers a parameter, three newest checkpoints, the best, one in the making."""
+    (line,) = (line for line in paper.report(8, 0.4, 46e9).splitlines() if line.startswith("on disk"))
+    one = 12 * 13.12e9 / GIB
+    clip = 2 * 128 * 6240 + 2 * 256 * 4096 + 2**18  # latents, text features, photo
+    number = r"(\S+) GiB"
+    words = f"about {number} per 1,000 clips; 5 checkpoints of {number}, {number} in all; export {number}"
+    got = [float(x) for x in re.search(words, line).groups()]
+    assert got == pytest.approx([1000 * clip / GIB, one, 5 * one, 46e9 / GIB], rel=0.001)
+    few = changed(paper, data__holdout=0, log__keep=1, optim__ema=0.9, parallel__mode="ddp").disk(46e9)
+    assert f"2 checkpoints of {16 * parameters(paper.dit) / GIB:.4g} GiB" in few
+    adapters = Plan(read_config(None, ["lora.rank=64", "log.keep=3"]), paper.ltx, PAPER, 1024)
+    assert f"4 checkpoints of {12 * adapters.trained / GIB:.4g} GiB" in adapters.disk(46e9)
+    assert f"export {2 * adapters.trained / 2**20:.4g} MiB" in adapters.disk(46e9)
+
+
+def test_operations_of_the_held_out_clips(paper):
+    """200 clips at eight levels, with and without reference, 21 times, beside 640,000 samples."""
+    ltx, decode = paper.ltx["transformer"], vae_flops(paper.ltx["vae"], 4, 480, 832)[1]
+    looks = 21 * 200 * 8 * (dit_flops(ltx, 6240, 390, 1024) + dit_flops(ltx, 6240, 0, 1024) + decode)
+    share = looks / (640_000 * (useful := paper.flops_per_sample()))
+    assert paper.held_out_share(useful) == pytest.approx(share) and 0.01 < share < 0.05
+    assert f"the held-out clips add {share:.1%}" in paper.report(8, 0.4)
+    assert "held-out" not in changed(paper, data__holdout=0).report(8, 0.4)
+
+
+def test_the_plan_of_a_run_whose_cache_is_not_there(root, tmp_path):
+    """The tiny model's own size and units, not 832x480 and billions."""
+    ckpt = root / "assets" / "tiny.safetensors"
+    defaults, tiny = Checkpoint(ckpt).ours["defaults"], read_config(root / "configs" / "tiny.toml", ["data.cache=none"])
+    limit = json.loads((root / "assets" / "gemma" / "tokenizer_config.json").read_text())["model_max_length"]
+    ltx, settings = sizes(tiny, ckpt)
+    assert {key: settings[key] for key in defaults} == defaults and settings["max_tokens"] == limit
+    plan = plan_of(tiny, ltx, settings)
+    text = plan.report(1, 0.4, ckpt.stat().st_size)
+    assert text.startswith(f"{defaults['width']}x{defaults['height']}, ")
+    assert f"DiT {parameters(plan.dit) / 1e6:.2f} M parameters" in text and "| per GPU | MiB |" in text
+    total = sum(plan.memory(1).values())
+    assert total < GIB and f"**{total / 2**20:.1f}**" in text and "FLOP a sample" in text and " 0.0" not in text
+    _, released = sizes(read_config(root / "configs" / "paper.toml"), tmp_path / "missing")
+    assert (released["width"], released["frames"], released["max_tokens"]) == (832, 121, 1024)
 
 
 def cell(plan: Plan, card: str, column: int, gpus: int = 8, mfu: float = 0.4) -> str:
