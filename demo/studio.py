@@ -19,7 +19,16 @@ from config import ASSETS, VIDEO
 from data import FITS
 from engine.lora_files import merge_lora
 from engine.notes import notes_on_photo, notes_on_prompt, notes_on_recipe
-from engine.recipe import REFERENCE, Recipe, begin_with, default_gemma, resolve_loras, resolve_recipe, text_encoder
+from engine.recipe import (
+    OTHERS,
+    REFERENCE,
+    Recipe,
+    begin_with,
+    default_gemma,
+    resolve_loras,
+    resolve_recipe,
+    text_encoder,
+)
 from engine.sampling import face_reader, likeness, load_dit, require_picture
 from guidance import generate
 from model import LTXVideo
@@ -55,7 +64,7 @@ class Studio:
     """Checkpoint, LoRAs, text encoder, DiT, VAE and face models of the page's options."""
 
     def __init__(self, options: argparse.Namespace):
-        defaults = dict.fromkeys((*VIDEO, *REFERENCE, "prompt_prefix")) | {"compile": False}
+        defaults = dict.fromkeys((*VIDEO, *REFERENCE, *OTHERS)) | {"compile": False}
         self.options = argparse.Namespace(**defaults | vars(options))
         self.checkpoint = Checkpoint(options.ckpt or ASSETS / "tiny.safetensors", options.base)
         self.loras = resolve_loras(self.options, self.checkpoint)

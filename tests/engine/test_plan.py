@@ -440,7 +440,10 @@ def test_operations_of_the_held_out_clips(paper):
 def test_the_plan_of_a_run_whose_cache_is_not_there(root, tmp_path):
     """The tiny model's own size and units, not 832x480 and billions."""
     ckpt = root / "assets" / "tiny.safetensors"
-    defaults, tiny = Checkpoint(ckpt).ours["defaults"], read_config(root / "configs" / "tiny.toml", ["data.cache=none"])
+    defaults, tiny = (
+        Checkpoint(ckpt).ours["defaults"],
+        read_config(root / "configs" / "tiny.toml", ["data.cache=none", "parallel.micro_batch=4"]),
+    )
     limit = json.loads((root / "assets" / "gemma" / "tokenizer_config.json").read_text())["model_max_length"]
     ltx, settings = sizes(tiny, ckpt)
     assert {key: settings[key] for key in defaults} == defaults and settings["max_tokens"] == limit

@@ -36,7 +36,7 @@ def measured(kind="same-clip-1"):
 def video_row(photo):
     row = dict.fromkeys(("retrieved", "retrieved_permuted", "motion", "skin", *CLASSES), True)
     row |= {"similarity": rng.normal(), "face_rate": 1.0, "drift": rng.uniform(), "direction": None}
-    row |= {"background": bool(rng.integers(2)), "motions": {"nod": True}}
+    row |= {"background": bool(rng.integers(2)), "motions": {"nod": True}, "shirt": None, "grain": None}
     shown = [None if rng.random() < 0.2 else float(x) for x in rng.normal(size=23) + photo]
     return row | {"shown": shown, "photo": photo.tolist(), "photo_read": (photo + rng.normal(size=23) / 5).tolist()}
 
