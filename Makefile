@@ -29,7 +29,7 @@ sample: setup ## make a video with the embedded model: out/sample.mp4
 
 train: setup ## begin to train the tiny model on a few drawn clips: runs/try
 	$(RUN) -m toy.cache --count 200 --out cache/try
-	$(RUN) train.py --set run.out=runs/try --set data.cache=cache/try --set optim.steps=60 --set log.every=10 --set log.sample_every=60
+	$(RUN) train.py --set run.out=runs/try --set data.cache=cache/try --set optim.steps=20 --set log.every=10 --set log.sample_every=20
 
 row: setup ## measure the tiny model, the last row of docs/table1.md: out/toy
 	rm -rf out/toy
