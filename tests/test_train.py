@@ -464,7 +464,7 @@ def test_adapters_train_in_bf16_beside_a_model_in_bf16_or_fp8(fp8, clips, tmp_pa
     assert run_here([*lora_command(clips, tmp_path / "run", **options), "--dry-run"], monkeypatch) == 0
     assert "loss" in capsys.readouterr().out
     moved = [p for p in built[0].parameters() if p.requires_grad]
-    assert {p.dtype for p in moved} == {torch.float32} and len(moved) == 2 * 10 * 8  # two of each of ten layers of eight blocks
+    assert {p.dtype for p in moved} == {torch.float32} and len(moved) == 2 * 10 * 8  # layers, blocks
     frozen = {name: p for name, p in built[0].named_parameters() if not p.requires_grad}
     assert frozen["module.proj_out.weight"].dtype == torch.bfloat16
     stored = frozen["module.transformer_blocks.0.attn1.to_q.base.weight"]
