@@ -88,7 +88,7 @@ def draw_clips(seed: int, count: int, split: str = "train") -> tuple[Tensor, Ten
 
 
 @cache
-def test_clips() -> Tensor:
+def clips_to_show() -> Tensor:
     """32 clips of the test split as bytes, drawn once."""
     return draw_clips(0, 32, "test")[0]
 
@@ -283,7 +283,7 @@ def train_decoder(vae: VideoVAE, video: Tensor, weight: Tensor, steps: int, batc
 @torch.no_grad()
 def describe(vae: VideoVAE, path: Path, title: str) -> None:
     """PSNR in dB on the test split, also with noise in the latents. `path`: a sheet, true above decoded frames."""
-    video = from_bytes(test_clips()).to(next(vae.parameters()).device)
+    video = from_bytes(clips_to_show()).to(next(vae.parameters()).device)
     z = vae.encode(video)
     noise = 0.1 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
     decoded, noisy = vae.decode(z).clamp(-1, 1), vae.decode(z + noise).clamp(-1, 1)
