@@ -25,15 +25,18 @@ LARGEST_NUMBER = 1e6  # in latents, features and embeddings; real ones stay belo
 M = TypeVar("M")
 
 
+Size = Annotated[int, Field(gt=0, le=2**16)]
+
+
 @foreign_record
 class CacheSettings:
     """The fields of cache.json that reading needs."""
 
-    height: Positive
-    width: Positive
-    frames: Positive
+    height: Size
+    width: Size
+    frames: Size
     fps: PositiveFloat
-    latent_shape: tuple[Positive, Positive, Positive, Positive]  # C, T, h, w of every clip
+    latent_shape: tuple[Size, Size, Size, Size]  # C, T, h, w of every clip
     shards: Positive
     rows_per_shard: Positive
     checkpoint: Text  # fingerprints of the models

@@ -22,7 +22,7 @@ def _step(line: str) -> float:
     """The step of a line of log.jsonl; infinity for a damaged one, such as the half of a line that a kill leaves."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -153,11 +153,15 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
     if preset:
         used = [f"{key} {settings[key]!r}{' (yours)' if key in chosen else ''}" for key in preset]
         print(f"preset {options.preset}: {', '.join(used)}")
+    files = ", ".join(str(file.path) for file in (checkpoint, *loras))
     if settings["placement"] not in PLACEMENTS:
-        files = ", ".join(str(file.path) for file in (checkpoint, *loras))
         known = ", ".join(PLACEMENTS)
         raise UserError(f"{files}: placement {settings['placement']!r} is not one of {known}: decide with --placement")
-    check_numbers(settings, latent_scale(checkpoint.config["vae"]))
+    try:
+        check_numbers(settings, latent_scale(checkpoint.config["vae"]))
+    except UserError as error:
+        option = str(error).split()[0].removeprefix("--").replace("-", "_")
+        raise UserError(str(error) if option in chosen else f"{error} (from {files})") from None
     return Recipe(
         **{key: settings[key] for key in (*VIDEO, "prompt_prefix")},
         reference=ReferenceSettings(**{key.removeprefix("ref_"): settings[key] for key in REFERENCE}),

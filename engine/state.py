@@ -19,6 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ from torch.optim import Optimizer
 from checkpoint import Checkpoint, file_name
 from common.cache import digest
 from common.errors import UserError, whole_file
+from common.images import require_file
 from common.outputs import refuse_overwrite
-from common.schema import Count, Text, foreign_record, parse_json
-from config import Config, as_dict, require_same_run
+from common.schema import Count, Text, foreign_record, parse_json, validate
+from config import Config, LoRAOptions, as_dict, require_same_run
 from engine.average import Average, local_parts
 from engine.check import require_bf16
 from engine.lora import save_lora, write_changed
@@ -84,14 +86,25 @@ def locked(run: Path) -> Iterator[None]:
 def require_same(run: Path, config: Config, cache: dict[str, Any]) -> None:
     """UserError if the run was started with other options or another cache. `cache` is the settings of the cache."""
     if (run / "config.json").exists():
-        before = read_record(run)
+        before, made_of = read_record(run)
         require_same_run(before, config, run)
-        if before.get("cache", digest(cache)) != digest(cache):
+        if made_of not in (None, digest(cache)):
             raise UserError(f"{run} was started with another cache than {config.data.cache}: give another run.out")
 
 
-def read_record(run: Path) -> dict[str, Any]:
-    return parse_json(dict[str, Any], (run / "config.json").read_bytes(), run / "config.json")
+def read_record(run: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """config.json of a run: its options, and the digest of its cache's settings, which very old runs lack."""
+    path = run / "config.json"
+    require_file(path, "file")
+    record = parse_json(dict[str, Any], path.read_bytes(), path)
+    cache = record.pop("cache", None)
+    return validate(dict[str, dict[str, Any]], record, path), cache
+
+
+def trained_lora(run: Path, config: Config) -> LoRAOptions:
+    """Options of the adapters that a run trains, whatever this command's are."""
+    lora = read_record(run)[0].get("lora", as_dict(config)["lora"])
+    return validate(LoRAOptions, lora, f"{run / 'config.json'}: lora")
 
 
 def write_record(run: Path, config: Config, cache: dict[str, Any]) -> None:
@@ -227,13 +240,11 @@ def export_run(config: Config, base: Checkpoint, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     ours = reference_metadata(config.reference) | {"training": as_dict(config)} | encoder_metadata(base)
     defaults = export_guidance(config, base)
-    # What was trained is up to the run, whatever this command's options are.
-    lora = read_record(run).get("lora", as_dict(config)["lora"])
-    weights = saved_weights(folder)
-    if lora["rank"]:
-        alpha = lora["alpha"] or lora["rank"]
-        ours |= {"lora": lora | {"alpha": alpha}, "base": base.path.name, "defaults": defaults}
-        save_lora(out, read_weights(folder, weights), alpha / lora["rank"], ours)
+    lora, weights = trained_lora(run, config), saved_weights(folder)
+    if lora.rank:
+        alpha = lora.alpha or lora.rank
+        ours |= {"lora": asdict(lora) | {"alpha": alpha}, "base": base.path.name, "defaults": defaults}
+        save_lora(out, read_weights(folder, weights), alpha / lora.rank, ours)
         options = f"--lora {out}" + (f" --ckpt {base.path}" if config.model.ckpt else "")
     else:
         require_bf16(base)  # a cast to fp8 without a scale would be garbage

@@ -70,7 +70,9 @@ def read_vbench(folder: Path, stamps: dict[str, str]) -> dict[str, dict[str, flo
         try:
             results = parse_json(dict[str, Any], file.read_bytes(), file)
             for key, dimension in DIMENSIONS.items():
-                _, entries = validate(tuple[Any, list[_Score]], results.get(dimension, (None, ())), file)
+                _, entries = validate(
+                    tuple[Any, list[_Score]], results.get(dimension, (None, ())), f"{file}: {dimension}"
+                )
                 for entry in entries:
                     name, _, stamp = Path(entry.video_path).stem.partition("@")
                     if name in stamps and stamp in ("", stamps[name]) and math.isfinite(entry.video_results):
