@@ -10,7 +10,7 @@ from typing import Any
 
 from checkpoint import Checkpoint, distilled_sign
 from common.errors import UserError
-from common.sizes import require_video_size
+from common.sizes import require_memory, require_video_size
 from config import ASSETS, VIDEO, Config
 from engine.lora_files import LoRA, describe, open_loras
 from guidance import DISTILLED_SIGMAS
@@ -175,6 +175,9 @@ def check_numbers(settings: dict[str, Any], scale: tuple[int, int, int]) -> None
         if not abs(settings[name]) <= most:  # NaN as well
             raise UserError(f"--{name.replace('_', '-')} {settings[name]} is not a number up to {most:g}")
     require_video_size(settings, scale)
+    frames, height, width = (settings[name] for name in ("frames", "height", "width"))
+    what = f"a video of {frames} frames of {width}x{height}"
+    require_memory(3 * frames * height * width, what, "take a smaller size or fewer frames")
     for name in ("fps", "steps"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")

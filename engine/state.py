@@ -35,7 +35,7 @@ from checkpoint import Checkpoint, file_name
 from common.cache import digest
 from common.errors import UserError, whole_file
 from common.images import require_file
-from common.outputs import refuse_overwrite
+from common.outputs import refuse_folders, refuse_overwrite
 from common.schema import Count, Text, foreign_record, parse_json, validate
 from config import Config, LoRAOptions, as_dict, require_same_run
 from engine.average import Average, local_parts
@@ -236,6 +236,7 @@ def export_run(config: Config, base: Checkpoint, out: Path) -> None:
     if not (folders := checkpoints(run)):
         raise UserError(f"{run} holds no complete checkpoint to export")
     folder = folders[-1]
+    refuse_folders(out)
     refuse_overwrite([out], [base.path, *folder.iterdir()])
     out.parent.mkdir(parents=True, exist_ok=True)
     ours = reference_metadata(config.reference) | {"training": as_dict(config)} | encoder_metadata(base)

@@ -34,6 +34,7 @@ from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.media import from_bytes, to_tensor, to_uint8
+from common.outputs import refuse_folders
 from common.schema import FiniteFloat, NonNegativeFloat, Share, parse_json, record
 from config import ASSETS, VIDEO
 from data import FITS
@@ -316,6 +317,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, (least, most) in limits.items():
         if not least <= (value := getattr(options, name)) <= most:
             raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most:g}")
+    refuse_folders(options.train)
     if options.rows and not options.against:
         raise UserError("--rows needs --against")
     return options
