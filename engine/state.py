@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from checkpoint import Checkpoint, file_name
 from common.cache import digest
-from common.errors import UserError, whole_file
+from common.errors import UserError, blame, whole_file
 from common.images import require_file
 from common.outputs import refuse_folders, refuse_overwrite
 from common.schema import Count, Text, foreign_record, parse_json, validate
@@ -214,7 +214,8 @@ def report(text: str) -> None:
 
 def saved_weights(folder: Path) -> dict[str, tuple[str, torch.Size]]:
     """The weights to export, or their average if there is one: {name in the model: (name in the checkpoint, size)}."""
-    entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    with blame(f"{folder} is damaged", ": move it away, and the checkpoint before it is exported"):
+        entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     kind = "ema." if any(name.startswith("ema.") for name in entries) else "model."
     return {name.removeprefix(kind): (name, entry.size) for name, entry in entries.items() if name.startswith(kind)}
 
@@ -222,7 +223,7 @@ def saved_weights(folder: Path) -> dict[str, tuple[str, torch.Size]]:
 def read_weights(folder: Path, saved: dict[str, tuple[str, torch.Size]]) -> dict[str, Tensor]:
     """Weights out of `saved_weights`, put together from the shards by this process alone, in float32 on the CPU."""
     tensors = {name: torch.empty(size) for name, size in saved.values()}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), blame(f"{folder} is damaged"):
         warnings.simplefilter("ignore")  # DCP asks whether a single process is meant, although no_dist says so
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return {own: tensors[name] for own, (name, _) in saved.items()}

@@ -27,7 +27,11 @@ from PIL import Image
 from pydantic import JsonValue, TypeAdapter
 from safetensors.torch import save_file
 
+import sample
 import toy.make
+import toy.text
+import toy.vae
+import toy.world
 from checkpoint import OUR_METADATA, QUANTIZATION, Checkpoint
 from clips.manifest import Clip, read_manifest
 from clips.vip200k import Face, Segment, vip200k
@@ -577,3 +581,55 @@ def test_a_file_is_read_or_refused(name, quiet_process, capsys):
 def test_many_files_are_read_or_refused(name, quiet_process, capsys):
     quiet_process.mkdir()
     explore(name, quiet_process, 30 if "Gemma" in name else 120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# options
+
+
+PROMPT = ["--prompt", "A man nods."]
+REFUSED = {  # of sample.py, and a part of the line
+    "device": ([*PROMPT, "--device", "hpu"], "device 'hpu' cannot be used here"),
+    "prompt": (["--prompt", "caf\udce9"], "--prompt is not UTF-8 text"),
+    "negative": ([*PROMPT, "--negative", "\udcff"], "--negative is not UTF-8 text"),
+    "size": ([*PROMPT, "--height", 16384, "--width", 16384, "--frames", 65537], "and this machine has"),
+    "folder": ([*PROMPT, "--out", "folder.mp4"], "folder.png is a folder: name a file"),
+    "sheet": ([*PROMPT, "--out", "holiday.mp4"], "holiday.png is there, and the contact sheet would replace it"),
+    "no world": (PROMPT, "RANK and WORLD_SIZE go together"),
+    "no address": (PROMPT, "RANK is set and MASTER_ADDR is not"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_options_that_cannot_be_met(kind, in_process, tmp_path, monkeypatch):
+    options, reason = REFUSED[kind]
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    shutil.copy(ASSETS / "face.png", "holiday.png")
+    for name, value in {"no world": {"RANK": "0"}, "no address": {"RANK": "0", "WORLD_SIZE": "2"}}.get(
+        kind, {}
+    ).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    code, _, error = in_process(sample.main, "sample.py", *options)
+    assert code == 2 and error.startswith("error: ") and reason in error and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.mp4"))
+    assert Path("holiday.png").read_bytes() == (ASSETS / "face.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "reason"),
+    [
+        (toy.vae, ["--clips", 0], "invalid positive value: '0'"),
+        (toy.text, ["--batch", -1], "invalid positive value: '-1'"),
+        (toy.vae, ["--out", "."], ". is a folder"),
+        (toy.world, ["--seed", -1], "--seed"),
+        (toy.world, ["--out", "a.bogus"], "--out ends in .png"),
+        (judge, ["--train", "."], ". is a folder"),
+    ],
+)
+def test_options_of_the_toy_commands(command, options, reason, in_process, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = in_process(command.main, command.__name__, *options)
+    assert code == 2 and reason in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -385,6 +385,7 @@ def write_cases(folder: Path, options: argparse.Namespace, recipe: Recipe) -> No
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
+    Path(options.train).parent.mkdir(parents=True, exist_ok=True)
     network = eye.train(options.train, 60 * options.minutes, options.seed, device)
     clean, worse = (eye.accuracy(network, options.seed + 1, 500, worsened) for worsened in (False, True))
     print(markdown("| test split | drawn | worsened |", [[k, f"{clean[k]:.3f}", f"{worse[k]:.3f}"] for k in clean]))
