@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map_only
 from checkpoint import Checkpoint
 from common.device import upload
 from common.errors import Parser, UserError, one_line_errors
+from common.sizes import require_video_size
 from config import ASSETS, VIDEO, Config, read_config
 from data import CachedClips, check_cache_fits, training_batches
 from engine import state
@@ -46,7 +47,7 @@ from engine.samples import draw_samples, encode_samples
 from face import ArcFace, FaceDetector, recognition_file
 from objective import Objective
 from text import TextConnector
-from vae import VideoVAE
+from vae import VideoVAE, latent_scale
 
 HERE = Path(__file__).parent
 
@@ -262,6 +263,7 @@ def make_plan(config: Config, ckpt: Path) -> Plan:
     ltx = Checkpoint(ckpt).config if ckpt.exists() else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     cache = Path(config.data.cache)
     settings = CachedClips(cache).settings if (cache / "cache.json").exists() else VIDEO | {"max_tokens": 1024}
+    require_video_size(settings, latent_scale(ltx["vae"]))
     return Plan(config, ltx, tuple(settings[key] for key in ("frames", "height", "width")), settings["max_tokens"])
 
 

@@ -32,6 +32,7 @@ import toy.make
 import toy.text
 import toy.vae
 import toy.world
+import train
 from checkpoint import OUR_METADATA, QUANTIZATION, Checkpoint
 from clips.manifest import Clip, read_manifest
 from clips.vip200k import Face, Segment, vip200k
@@ -220,8 +221,7 @@ def read_cache(part: str) -> Callable[[Path, bytes], None]:
     def read(folder: Path, text: bytes) -> None:
         clips = CachedClips(write_clips(folder, text, part))
         if part == "cache.json":
-            size = tuple(clips.settings[key] for key in ("frames", "height", "width"))
-            Plan(config, checkpoint.config, size, clips.settings["max_tokens"]).report(8, 0.4)
+            train.make_plan(read_config(None, [f"data.cache={folder}"]), TINY).report(8, 0.4)
         show(folder)
         check_cache_fits(clips.settings | models, checkpoint)
         TrainingClips(clips, config)[0]
@@ -606,10 +606,8 @@ def test_options_that_cannot_be_met(kind, in_process, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()
     shutil.copy(ASSETS / "face.png", "holiday.png")
-    for name, value in {"no world": {"RANK": "0"}, "no address": {"RANK": "0", "WORLD_SIZE": "2"}}.get(
-        kind, {}
-    ).items():
-        monkeypatch.setenv(name, value)
+    for name in {"no world": ["RANK"], "no address": ["RANK", "WORLD_SIZE"]}.get(kind, []):
+        monkeypatch.setenv(name, str(2 * (name == "WORLD_SIZE")))
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     code, _, error = in_process(sample.main, "sample.py", *options)
     assert code == 2 and error.startswith("error: ") and reason in error and error.count("\n") == 1
