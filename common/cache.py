@@ -88,6 +88,8 @@ def digest(settings: dict[str, Any]) -> str:
 
 def read_metadata(path: Path, settings: dict[str, Any], kind: type[M]) -> M | None:
     """Metadata of a file of the cache; None if the file is missing, not whole, or of other settings."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             text, names = (file.metadata() or {}).get("cache", ""), set(file.keys())

@@ -37,7 +37,7 @@ class Log:
         if not enabled:
             return
         path = run / "log.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
         with whole_file(path) as temporary:  # steps after the checkpoint come again
             temporary.write_text("".join(line for line in lines if _step(line) <= first))
         self.file = self.sinks.enter_context(path.open("a", buffering=1))

@@ -184,6 +184,7 @@ def resume(
     folders = checkpoints(run)[::-1]
     for folder, before in zip(folders, [*folders[1:], None]):
         try:
+            require_files(folder)
             progress = parse_json(Progress, (folder / "progress.json").read_bytes(), folder / "progress.json")
             dcp.load(state_tensors(model, optimizer, average), storage_reader=HuggingFaceStorageReader(str(folder)))
         except Exception as error:  # safetensors, DCP and JSON each have classes of their own
@@ -198,6 +199,12 @@ def resume(
         report(f"continuing {run} after step {progress.step}")
         return progress.step, list(progress.skipped)
     return 0, []
+
+
+def require_files(folder: Path) -> None:
+    """UserError for a pipe or a folder among the files of a checkpoint."""
+    for path in folder.iterdir():
+        require_file(path, "file of a checkpoint")
 
 
 def last_line(error: Exception) -> str:
@@ -215,6 +222,7 @@ def report(text: str) -> None:
 def saved_weights(folder: Path) -> dict[str, tuple[str, torch.Size]]:
     """The weights to export, or their average if there is one: {name in the model: (name in the checkpoint, size)}."""
     with blame(f"{folder} is damaged", ": move it away, and the checkpoint before it is exported"):
+        require_files(folder)
         entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     kind = "ema." if any(name.startswith("ema.") for name in entries) else "model."
     return {name.removeprefix(kind): (name, entry.size) for name, entry in entries.items() if name.startswith(kind)}

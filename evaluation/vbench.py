@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from common.errors import UserError
+from common.images import require_file
 from common.schema import foreign_record, parse_json, validate
 
 DIMENSIONS = {"aq": "aesthetic_quality", "iq": "imaging_quality", "ms": "motion_smoothness", "dd": "dynamic_degree"}
@@ -68,6 +69,7 @@ def read_vbench(folder: Path, stamps: dict[str, str]) -> dict[str, dict[str, flo
     scores: dict[str, dict[str, float]] = {}
     for file in sorted(folder.glob("*_eval_results.json"), key=os.path.getmtime):
         try:
+            require_file(file, "results")
             results = parse_json(dict[str, Any], file.read_bytes(), file)
             for key, dimension in DIMENSIONS.items():
                 _, entries = validate(

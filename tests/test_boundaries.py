@@ -187,7 +187,7 @@ PERSON = {
     "faces": [{"id": "b", "clip": SPAN, "fidx": 3, "xyxy_norm": [0.1, 0.1, 0.5, 0.5]}],
     "segments": [{"id": "a", "clip": SPAN, "fidx_beg": 0, "fidx_end": 20, "caption": "A man nods."}],
 }
-ROW = {"similarity": 0.5, "retrieved": True, "retrieved_permuted": False, "face_rate": 1.0, "drift": None}
+ROW = {"similarity": 0.5, "retrieved": True, "retrieved_permuted": False, "face_rate": 1.0, "drift": 0.1}
 ROW |= dict.fromkeys(["motion", "direction", "background", "skin", "hair", "style", "glasses", "beard"], True)
 ROW |= {"motions": {"nod": True}} | dict.fromkeys(["shown", "photo", "photo_read"], [0.5] * len(judge.SCENE))
 OPTIONS = argparse.Namespace(**dict.fromkeys((*VIDEO, *REFERENCE, "prompt_prefix", "preset")))
@@ -581,6 +581,30 @@ def test_a_file_is_read_or_refused(name, quiet_process, capsys):
 def test_many_files_are_read_or_refused(name, quiet_process, capsys):
     quiet_process.mkdir()
     explore(name, quiet_process, 30 if "Gemma" in name else 120)
+
+
+PIPES = {"shard of a cache": "shard-00000.safetensors", "null of a cache": "null.safetensors"}
+PIPES |= {"config.json of a run": "config.json", "progress.json": "run/step-000003/progress.json"}
+PIPES |= {"results.jsonl": "results.jsonl", "VBench": "x_eval_results.json", "judge's network": "eye.safetensors"}
+PIPES |= {"results of an ablation": "results/base-0-0.json", "rows of the judge": "rows.json"}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_is_not_waited_for(name, quiet_process, monkeypatch):
+    quiet_process.mkdir()
+    path = quiet_process / PIPES[name]
+    FORMATS[name].read(quiet_process, json.dumps(FORMATS[name].healthy).encode())
+    path.unlink()
+    os.mkfifo(path)
+    readers = {
+        "shard of a cache": CachedClips, "null of a cache": CachedClips,
+        "config.json of a run": lambda folder: read_run(path), "progress.json": lambda folder: read_progress(path),
+        "results.jsonl": lambda folder: read_results(path), "VBench": lambda folder: read_vbench(folder, {"a": "0"}),
+        "judge's network": lambda folder: Eye.from_file(path), "rows of the judge": lambda folder: read_rows(path),
+        "results of an ablation": lambda folder: read_ablation(path),
+    }  # fmt: skip
+    with pytest.raises(UserError, match=path.name):
+        readers[name](quiet_process)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

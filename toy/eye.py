@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from checkpoint import NAMES, write
 from common.errors import UserError
+from common.images import require_file
 from common.media import from_bytes, to_bytes
 from common.schema import parse_json, record
 from evaluation.curricular import require_finite
@@ -102,6 +103,7 @@ class Eye(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "Eye":
+        require_file(path, "judge")
         try:
             with safe_open(path, "pt") as file:
                 eye = cls(**vars(parse_json(Sizes, (file.metadata() or {})["eye"], path)))

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.images import require_file
 from common.media import from_bytes, to_tensor, to_uint8
 from common.outputs import refuse_folders
 from common.schema import FiniteFloat, NonNegativeFloat, Share, parse_json, record
@@ -100,6 +101,7 @@ def read_rows(*paths: str | Path) -> Rows:
     """Videos with their own reference, out of rows.json or out of results of an ablation, which have no other kind."""
     rows, kind = [], Annotated[list[VideoRow], Field(min_length=1)]
     for path in paths:
+        require_file(path, "rows")
         text = Path(path).read_bytes()
         if text.lstrip().startswith(b"["):
             kinds = {OWN: parse_json(kind, text, path)}
