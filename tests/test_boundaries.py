@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -27,18 +28,23 @@ from PIL import Image
 from pydantic import JsonValue, TypeAdapter
 from safetensors.torch import save_file
 
+import bench.measure as bench
+import eval as evaluation
+import prepare
 import sample
+import toy.cache
 import toy.make
 import toy.text
 import toy.vae
 import toy.world
 import train
 from checkpoint import OUR_METADATA, QUANTIZATION, Checkpoint
+from clips.cache import TextMetadata
 from clips.manifest import Clip, read_manifest
 from clips.vip200k import Face, Segment, vip200k
-from common.cache import CachedClips, CacheSettings, NullMetadata, ShardMetadata, digest
+from common.cache import CachedClips, CacheSettings, NullMetadata, ShardMetadata, digest, read_metadata
 from common.device import _Environment, own_place
-from common.errors import UserError, printable
+from common.errors import Parser, UserError, printable
 from common.gemma import Kind, load_gemma
 from common.ltx_file import Config as LTXConfig
 from common.ltx_file import Layers, Ours
@@ -58,7 +64,6 @@ from evaluation.cases import Case, _Content, read_cases
 from evaluation.results import Result, begin, read_results
 from evaluation.vbench import _Score, read_vbench
 from model import LTXVideo
-from prepare import show
 from toy import ablate, judge
 from toy.eye import Eye, Sizes
 
@@ -222,11 +227,17 @@ def read_cache(part: str) -> Callable[[Path, bytes], None]:
         clips = CachedClips(write_clips(folder, text, part))
         if part == "cache.json":
             train.make_plan(read_config(None, [f"data.cache={folder}"]), TINY).report(8, 0.4)
-        show(folder)
+        prepare.show(folder)
         check_cache_fits(clips.settings | models, checkpoint)
         TrainingClips(clips, config)[0]
 
     return read
+
+
+def read_text_file(folder: Path, text: bytes) -> None:
+    save_file({"0000000.features": torch.ones(1, 8)}, folder / "text.safetensors", {"cache": text.decode("latin-1")})
+    if metadata := read_metadata(folder / "text.safetensors", SETTINGS, TextMetadata):  # None: it is made anew
+        assert all(isinstance(problem, str) for problem in metadata.problems.values())
 
 
 def in_file(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes], Any]:
@@ -473,6 +484,7 @@ FORMATS = {
     "null of a cache": Format(
         NullMetadata, MARK | {"max_tokens": 64}, read_cache("null"), instead="null.safetensors|its features"
     ),
+    "text file of a cache": Format(TextMetadata, MARK | {"problems": {"3": "x"}}, read_text_file, refused=False),
     "config.json of a run": Format(
         Config,
         CONFIG | {"cache": digest(SETTINGS)},
@@ -609,6 +621,89 @@ def test_a_pipe_is_not_waited_for(name, quiet_process, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options
+
+
+class Listed(Exception):
+    """Carries the options of a command."""
+
+
+def options_of(run: Callable, patch: pytest.MonkeyPatch) -> list[argparse.Action]:
+    with patch.context() as once:
+        once.setattr(Parser, "parse_args", lambda self, *_, **__: (_ for _ in ()).throw(Listed(self._actions)))
+        once.setattr(sys, "argv", ["x"])
+        try:
+            run()
+        except Listed as found:
+            return [
+                action for action in found.args[0] if action.option_strings and action.dest not in ("help", "device")
+            ]
+    raise AssertionError("no parser")
+
+
+def resolve_sample() -> None:
+    options = sample.parse_arguments()
+    if not options.check:
+        checkpoint = Checkpoint(TINY)
+        recipe = resolve_recipe(options, checkpoint)
+        sample.single_outputs(options, recipe, 1)
+
+
+GOOD = {  # command: what runs without the work, and its healthy options
+    "sample": (resolve_sample, ["--prompt", "A man nods.", "--out", "o/a.mp4"]),
+    "prepare": (
+        lambda: prepare.make_cache(sys.argv[1:]),
+        ["--manifest", str(ASSETS / "clips/manifest.csv"), "--out", "c"],
+    ),
+    "vip200k": (
+        lambda: prepare.make_manifest(sys.argv[1:]),
+        ["--annotations", "v.json", "--videos", ".", "--out", "m.jsonl"],
+    ),
+    "train": (train.main, ["--plan"]),
+    "eval": (evaluation.parse_arguments, ["--videos", "v", "--cases", "c.jsonl"]),
+    "judge": (judge.parse_arguments, []),
+    "toy.cache": (toy.cache.main, ["--out", "t", "--count", "3"]),
+    "bench": (bench.main, []),
+    "toy.world": (toy.world.main, []),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_any_value_of_any_option(name, examples, tmp_path, monkeypatch, capsys):
+    """The command's checks take it, or there is a UserError of one line; the work behind them is left out."""
+    run, good = GOOD[name]
+    monkeypatch.chdir(tmp_path)
+    Path("v.json").write_text(json.dumps([PERSON]))
+    monkeypatch.setattr("clips.cache.fill", lambda *_: None)
+    monkeypatch.setattr("toy.cache.fill", lambda *_, **__: None)
+    monkeypatch.setattr(train, "make_plan", lambda *_: plan())
+    monkeypatch.setattr(bench, "table", lambda *_: [])
+    monkeypatch.setattr(bench, "ceilings", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(toy.world, "sheet", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(toy.world, "animation", lambda *_: [Image.new("RGB", (8, 8))] * 2)
+    actions = options_of(run, monkeypatch)
+
+    @settings(max_examples=examples, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+    @given(st.data())
+    def one(data):
+        words = list(good)
+        for action in data.draw(st.lists(st.sampled_from(actions), min_size=1, max_size=3)):
+            words.append(action.option_strings[0])
+            if action.nargs != 0:
+                choices = list(action.choices or ())
+                own = st.sampled_from([*choices, str(action.default)]) | st.integers(-2, 40).map(str)
+                value = data.draw(own | st.sampled_from(NUMBERS + TEXTS).map(str) | st.text(max_size=4))
+                words[-1] += f"={value}".replace("\0", "")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["x", *words])
+            try:
+                run()
+            except UserError as error:
+                assert 0 < len(printable(str(error))) <= 1500
+            except OSError as error:  # a name that no file can have; one_line_errors makes a line of it
+                assert error.filename or error.strerror
+
+    one()
 
 
 PROMPT = ["--prompt", "A man nods."]
