@@ -161,7 +161,8 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
         check_numbers(settings, latent_scale(checkpoint.config["vae"]))
     except UserError as error:
         option = str(error).split()[0].removeprefix("--").replace("-", "_")
-        raise UserError(str(error) if option in chosen else f"{error} (from {files})") from None
+        own = option in chosen or option not in settings
+        raise UserError(str(error) if own else f"{error} (from {files})") from None
     return Recipe(
         **{key: settings[key] for key in (*VIDEO, "prompt_prefix")},
         reference=ReferenceSettings(**{key.removeprefix("ref_"): settings[key] for key in REFERENCE}),

@@ -585,7 +585,7 @@ def quiet_process(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_is_read_or_refused(name, quiet_process, capsys):
     quiet_process.mkdir()
-    explore(name, quiet_process, 3 if "Gemma" in name else 8)
+    explore(name, quiet_process, 2 if "Gemma" in name else 4)
 
 
 @pytest.mark.slow
@@ -668,7 +668,7 @@ GOOD = {  # command: what runs without the work, and its healthy options
 
 
 @pytest.mark.parametrize("name", GOOD)
-@pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_any_value_of_any_option(name, examples, tmp_path, monkeypatch, capsys):
     """The command's checks take it, or there is a UserError of one line; the work behind them is left out."""
     run, good = GOOD[name]
