@@ -36,7 +36,7 @@ class CacheSettings:
     width: Size
     frames: Size
     fps: PositiveFloat
-    latent_shape: tuple[Size, Size, Size, Size]  # C, T, h, w of every clip
+    latent_shape: tuple[Positive, Positive, Positive, Positive]  # C, T, h, w of every clip
     shards: Positive
     rows_per_shard: Positive
     checkpoint: Text  # fingerprints of the models

@@ -525,7 +525,12 @@ FORMATS = {
         {"aesthetic_quality": [0.5, [{"video_path": "v/a.mp4", "video_results": 0.5}]]},
         in_file("x_eval_results.json", lambda path: read_vbench(path.parent, {"a": "0"})),
     ),
-    "results of an ablation": Format(list[judge.VideoRow], [ROW] * 3, in_file("results/base-0-0.json", read_ablation)),
+    "results of an ablation": Format(
+        list[judge.VideoRow],
+        [ROW] * 3,
+        in_file("results/base-0-0.json", read_ablation),
+        instead="Invalid JSON|has no videos of",
+    ),
     "settings of an ablation": Format(Record, STUDY, in_file("settings.json", read_settings_of_ablation)),
     "rows of the judge": Format(
         dict[str, list[judge.VideoRow]],

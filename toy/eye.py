@@ -103,12 +103,12 @@ class Eye(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "Eye":
-        require_file(path, "judge")
         try:
+            require_file(path, "file")
             with safe_open(path, "pt") as file:
                 eye = cls(**vars(parse_json(Sizes, (file.metadata() or {})["eye"], path)))
                 eye.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, strict=False)  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (UserError, SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{path} is no judge ({reason}): make it with python -m toy.judge --train {path}") from None
         require_finite(eye.state_dict(), path)

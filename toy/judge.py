@@ -99,15 +99,15 @@ HEADINGS = COLUMNS | {f"copied {group}": f"{group} copied ↓" for group in GROU
 
 def read_rows(*paths: str | Path) -> Rows:
     """Videos with their own reference, out of rows.json or out of results of an ablation, which have no other kind."""
-    rows, kind = [], Annotated[list[VideoRow], Field(min_length=1)]
+    rows = []
     for path in paths:
         require_file(path, "rows")
         text = Path(path).read_bytes()
         if text.lstrip().startswith(b"["):
-            kinds = {OWN: parse_json(kind, text, path)}
+            kinds = {OWN: parse_json(list[VideoRow], text, path)}
         else:
-            kinds = parse_json(dict[str, kind], text, path)
-        if OWN not in kinds:
+            kinds = parse_json(dict[str, list[VideoRow]], text, path)
+        if not kinds.get(OWN):
             raise UserError(f"{path} has no videos of the kind {OWN!r}: it has {', '.join(kinds)}")
         rows += map(vars, kinds[OWN])
     return rows
