@@ -192,8 +192,8 @@ PERSON = {
     "faces": [{"id": "b", "clip": SPAN, "fidx": 3, "xyxy_norm": [0.1, 0.1, 0.5, 0.5]}],
     "segments": [{"id": "a", "clip": SPAN, "fidx_beg": 0, "fidx_end": 20, "caption": "A man nods."}],
 }
-ROW = {"similarity": 0.5, "retrieved": True, "retrieved_permuted": False, "face_rate": 1.0, "drift": 0.1}
-ROW |= dict.fromkeys(["motion", "direction", "background", "skin", "hair", "style", "glasses", "beard"], True)
+ROW = {"similarity": 0.5, "retrieved": True, "retrieved_permuted": False, "face_rate": 1.0, "drift": 0.1, "grain": 0.1}
+ROW |= dict.fromkeys(["motion", "direction", "background", "shirt", "skin", "hair", "style", "glasses", "beard"], True)
 ROW |= {"motions": {"nod": True}} | dict.fromkeys(["shown", "photo", "photo_read"], [0.5] * len(judge.SCENE))
 OPTIONS = argparse.Namespace(**dict.fromkeys((*VIDEO, *REFERENCE, "prompt_prefix", "preset")))
 

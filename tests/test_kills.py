@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
+from checkpoint import Checkpoint
+
 ASSETS = ROOT / "assets"
 TINY, GEMMA, FACES = ASSETS / "tiny.safetensors", ASSETS / "gemma", ASSETS / "faces"
 TIMES = ("seconds", "tokens_per_s", "tflops", "memory_gib")  # of log.jsonl
@@ -84,7 +86,7 @@ def sources(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     for words in (prepare_words(folder / "cache"), train_words(folder / "cache", folder / "run")):
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True, env=environment())
-    width = 192
+    width = Checkpoint(TINY).tensors["model.diffusion_model.transformer_blocks.0.attn1.to_q.weight"]["shape"][0]
     pair = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.full((width, 2), 1e-3)}
     save_file({f"transformer_blocks.0.attn1.to_q.{k}": t for k, t in pair.items()}, folder / "lora.safetensors")
     return folder
