@@ -68,6 +68,7 @@ class FaceDetector:
             index = torch.cuda.current_device() if device.index is None else device.index
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
         sessions = onnxruntime.SessionOptions()
+        sessions.log_severity_level = 4  # its exceptions say the same
         sessions.intra_op_num_threads = torch.get_num_threads()  # its own default, all cores, is too many for each rank
         options = {"allowed_modules": ["detection"], "providers": providers, "sess_options": sessions}
         try:

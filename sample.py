@@ -32,7 +32,7 @@ from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors
 from common.media import contact_sheet, read_image, to_tensor, to_uint8, write_video
-from common.outputs import refuse_overwrite
+from common.outputs import refuse_folders, refuse_overwrite
 from config import ASSETS
 from data import FITS
 from engine.check import check
@@ -191,8 +191,10 @@ def single_outputs(options: argparse.Namespace, recipe: Recipe, processes: int) 
     outputs = {}
     for seed in seeds:
         video = out.with_stem(f"{out.stem}-{seed}") if len(seeds) > 1 else out
-        if video.is_dir():
-            raise UserError(f"--out {video} is a folder: name a file")
+        sheet = video.with_suffix(".png")
+        refuse_folders(video, sheet)
+        if sheet.exists() and not video.exists():  # not of an earlier run
+            raise UserError(f"{sheet} is there, and the contact sheet would replace it: give another --out")
         outputs[Case("", ref_path, options.prompt, seed)] = video
     inputs = [options.ref, options.ckpt, options.base, *(text.rpartition(":")[0] or text for text in options.lora)]
     refuse_overwrite([name for video in outputs.values() for name in (video, video.with_suffix(".png"))], inputs)
@@ -273,6 +275,9 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError('the prompt is empty: describe the video with --prompt "..."')
     if not 1 <= options.samples <= 10_000:
         raise UserError(f"--samples {options.samples} is not between 1 and 10000")
+    for name in ("prompt", "negative", "prompt_prefix"):
+        if any("\ud800" <= letter <= "\udfff" for letter in getattr(options, name) or ""):
+            raise UserError(f"--{name.replace('_', '-')} is not UTF-8 text")
     options.seed = 0 if options.seed is None else options.seed
     if not 0 <= options.seed < 2**63 - options.samples:
         raise UserError(f"--seed {options.seed} is not between 0 and 2^63")

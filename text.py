@@ -162,10 +162,11 @@ class TextEncoder:
         """
         if "<0x00>" in self.tokenizer.get_vocab():
             return []
-        tokens = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+        shorter = {"truncation": True, "max_length": self.max_tokens}  # `cut` reports the rest
+        tokens = self.tokenizer(prompt, return_offsets_mapping=True, **shorter)
         spans = [(*span, number) for span, number in zip(tokens["offset_mapping"], tokens["input_ids"])]
         words = {}  # in order and once each
-        for word in re.finditer(r"\w+", prompt):
+        for word in re.finditer(r"\w+", prompt[: max(end for _, end, _ in spans)]):
             parts = [number for begin, end, number in spans if begin < word.end() and end > word.start()]
             known = len(parts) == 1 and parts[0] != self.tokenizer.unk_token_id
             words[word.group()] = known and words.get(word.group(), True)

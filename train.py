@@ -34,6 +34,7 @@ from checkpoint import Checkpoint
 from common.device import upload
 from common.errors import Parser, UserError, one_line_errors
 from common.schema import parse_json
+from common.sizes import require_video_size
 from config import ASSETS, VIDEO, Config, read_config
 from data import CachedClips, check_cache_fits, training_batches
 from engine import state
@@ -51,7 +52,7 @@ from engine.samples import draw_samples, encode_samples
 from face import ArcFace, FaceDetector, recognition_file
 from objective import Objective
 from text import GEMMA, MAX_TOKENS, TextConnector
-from vae import VideoVAE
+from vae import VideoVAE, latent_scale
 
 HERE = Path(__file__).parent
 
@@ -306,7 +307,10 @@ def sizes(config: Config, ckpt: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     base = Checkpoint(ckpt) if ckpt.is_file() else None
     ltx = base.config if base else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     if (Path(config.data.cache) / "cache.json").exists():
-        return ltx, CachedClips(config.data.cache).settings
+        settings = CachedClips(config.data.cache).settings
+        for size in settings.get("buckets") or [settings]:
+            require_video_size(size, latent_scale(ltx["vae"]))
+        return ltx, settings
     settings = VIDEO | {"max_tokens": MAX_TOKENS} | (base.ours.get("defaults", {}) if base else {})
     file = Path(config.model.gemma or (default_gemma(base) if base else GEMMA)) / "tokenizer_config.json"
     if file.is_file() and isinstance(limit := parse_json(dict, file.read_bytes(), file).get("model_max_length"), int):

@@ -37,13 +37,16 @@ LARGEST_NUMBER = 1e6  # in latents, features and embeddings; real ones stay belo
 M = TypeVar("M")
 
 
+Size = Annotated[int, Field(gt=0, le=2**16)]
+
+
 @foreign_record
 class Bucket:
     """A size of clips, in pixels and in latent cells."""
 
-    height: Positive
-    width: Positive
-    frames: Positive
+    height: Size
+    width: Size
+    frames: Size
     latent_shape: tuple[Positive, Positive, Positive, Positive]  # C, T, h, w
 
 
@@ -51,9 +54,9 @@ class Bucket:
 class CacheSettings:
     """The fields of cache.json that reading needs."""
 
-    height: Positive  # the checkpoint's own size: of samples and, without `buckets`, of every clip
-    width: Positive
-    frames: Positive
+    height: Size  # the checkpoint's own size: of samples and, without `buckets`, of every clip
+    width: Size
+    frames: Size
     fps: PositiveFloat
     latent_shape: tuple[Positive, Positive, Positive, Positive]
     buckets: Annotated[list[Bucket], Field(min_length=1)] | None = None
@@ -122,6 +125,8 @@ def digest(settings: dict[str, Any]) -> str:
 
 def read_metadata(path: Path, settings: dict[str, Any], kind: type[M]) -> M | None:
     """Metadata of a file of the cache; None if the file is missing, not whole, or of other settings."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             text, names = (file.metadata() or {}).get("cache", ""), set(file.keys())

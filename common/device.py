@@ -20,8 +20,8 @@ def resolve_device(options: argparse.Namespace) -> tuple[torch.device, torch.dty
     try:
         device = torch.device(options.device)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split("\n")[0][:200]
         raise UserError(f"device {options.device!r} cannot be used here ({reason}): try --device cpu") from None
     return device, DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
 
@@ -50,6 +50,8 @@ def own_place() -> Place:
     """Rank 0 of 1 without torchrun. UserError where the variables are no numbers or contradict each other."""
     variables = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
     place = validate(_Environment, variables, "environment")
+    if ("RANK" in variables) != ("WORLD_SIZE" in variables):
+        raise UserError("environment: RANK and WORLD_SIZE go together: use torchrun, or unset both")
     if place.RANK >= place.WORLD_SIZE:
         raise UserError(f"environment: RANK = {place.RANK} is not below WORLD_SIZE = {place.WORLD_SIZE}: use torchrun")
     return Place(place.RANK, place.WORLD_SIZE, place.LOCAL_RANK)

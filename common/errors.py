@@ -35,6 +35,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
+def positive(text: str) -> int:
+    """The type of an option: a whole number above 0."""
+    if (value := int(text)) <= 0:
+        raise ValueError
+    return value
+
+
 @contextmanager
 def blame(what: str, advice: str = "") -> Iterator[None]:
     """Turn any exception of a block that reads a foreign file into UserError "`what`: reason`advice`"."""

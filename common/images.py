@@ -154,6 +154,6 @@ def contact_sheet(
         x = k * (size[0] + gap)
         draw.text((x + 2, 2), text, fill="black")
         sheet.paste(image.resize(size, Image.Resampling.LANCZOS), (x, line))
-    draw.text((2, line + size[1] + 2), title, fill="black")
+    draw.text((2, line + size[1] + 2), title[: sheet.width], fill="black")  # no letter is narrower than a pixel
     with whole_file(path) as temporary:
         sheet.save(temporary)

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 
 from common.errors import UserError
-from common.schema import Count, FiniteFloat, PositiveFloat, Text, foreign_record, parse_json, validate
+from common.schema import Count, PositiveFloat, Text, foreign_record, parse_json, validate
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -185,17 +185,20 @@ class Layers:
 # --- Our own entry in the metadata ------------------------------------------------------------------------------------
 
 
+Scale = Annotated[float, Field(ge=-1e4, le=1e4)]
+
+
 @foreign_record
 class Defaults:
     """Sampling settings. A missing field stays missing in `read_ours`: the values here are never used."""
 
-    height: Size = 480
-    width: Size = 832
+    height: Annotated[int, Field(gt=0, le=16384)] = 480
+    width: Annotated[int, Field(gt=0, le=16384)] = 832
     frames: Size = 121
-    fps: PositiveFloat = 24.0
+    fps: Annotated[float, Field(gt=0, le=1000)] = 24.0
     steps: Few = 30
-    s_text: FiniteFloat = 5.0
-    s_ref: FiniteFloat = 7.5
+    s_text: Scale = 5.0
+    s_ref: Scale = 7.5
 
 
 @foreign_record
@@ -204,8 +207,8 @@ class Ours:
 
     defaults: Defaults = Field(default_factory=Defaults)
     placement: Text = "tass"  # rope.PLACEMENTS has the names; engine.recipe checks it
-    source_id: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 2
-    phase_scale: FiniteFloat = 1.0
+    source_id: Annotated[int, Field(ge=-1000, le=1000)] = 2
+    phase_scale: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
     fit: Literal["letterbox", "cover"] = "letterbox"
     ref_timestep: Literal["clean", "shared"] = "clean"
     weights: Text = ""

@@ -21,6 +21,13 @@ def refuse_overwrite(outputs: Names, inputs: Names) -> None:
             raise UserError(f"{output} would replace {reads[key]}, which is an input: choose another output")
 
 
+def refuse_folders(*outputs: str | Path | None) -> None:
+    """UserError if a folder has the name of an output file; `whole_file` would say so after the work."""
+    for output in outputs:
+        if output and os.path.isdir(output):
+            raise UserError(f"{output} is a folder: name a file")
+
+
 def _keys(name: str | Path) -> set[str | tuple[int, int]]:
     """The real path of a file and, if it is there, its number on the disk: equal for two names of one file."""
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common.errors import Parser, one_line_errors, whole_file
+from common.errors import Parser, UserError, one_line_errors, whole_file
 from config import ASSETS
 from rope import PLACEMENTS
 
@@ -98,6 +98,8 @@ def main() -> None:
     parser.add_argument("--out", help="the picture to write (out/tass.png)")
     options = parser.parse_args()
     out = Path(options.out or ("out/hero.gif" if options.hero else "out/tass.png"))
+    if out.suffix != (suffix := ".gif" if options.hero else ".png"):
+        raise UserError(f"--out {out} does not end in {suffix}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary:
         (draw_hero if options.hero else draw)(str(temporary))

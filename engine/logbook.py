@@ -24,7 +24,7 @@ def _step(line: str) -> float:
     """The step of a line of log.jsonl; infinity for a damaged one, such as the half of a line that a kill leaves."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return math.inf
 
 
@@ -58,7 +58,7 @@ class Log:
 
     def open(self, path: Path) -> TextIO:
         """A file of lines to append to. Steps after the checkpoint come again, so their lines go."""
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
         with whole_file(path) as temporary:
             temporary.write_text("".join(line for line in lines if _step(line) <= self.first))
         return self.sinks.enter_context(path.open("a", buffering=1))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from checkpoint import NAMES, OUR_METADATA, Checkpoint, write
 from common.errors import Parser, UserError, one_line_errors
-from common.outputs import refuse_overwrite
+from common.outputs import refuse_folders, refuse_overwrite
 from engine.check import require_bf16
 from engine.lora_files import LoRA, describe, merged, open_loras
 from engine.recipe import merged_metadata
@@ -117,6 +117,7 @@ def main() -> None:
     base = Checkpoint(options.ckpt)
     require_bf16(base)
     loras = open_loras(options.lora, base, options.lora_ignore_unknown)
+    refuse_folders(options.out)
     refuse_overwrite([options.out], [base.path, *(lora.path for lora in loras)])
     merge_file(base, loras, options.out)
     print(f"wrote {options.out}: {'; '.join(map(describe, loras))}")

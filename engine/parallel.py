@@ -61,6 +61,8 @@ def join_processes() -> torch.device:
         torch.cuda.set_device(device)
     how = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if gpu else {"backend": "gloo"}
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not alone and not os.environ.get(name)]:
+        raise UserError(f"environment: RANK is set and {missing[0]} is not: use torchrun, or unset RANK")
     dist.init_process_group(**how, **alone)
     return device
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoint import Checkpoint, distilled_sign
 from common.errors import UserError
-from common.sizes import require_video_size
+from common.sizes import require_memory, require_video_size
 from config import ASSETS, VIDEO, Config
 from engine.lora_files import LoRA, describe, open_loras
 from engine.step_cache import StepCache
@@ -161,11 +161,16 @@ def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: l
     if preset:
         used = [f"{key} {settings[key]!r}{' (yours)' if key in chosen else ''}" for key in preset]
         print(f"preset {options.preset}: {', '.join(used)}")
+    files = ", ".join(str(file.path) for file in (checkpoint, *loras))
     if settings["placement"] not in PLACEMENTS:
-        files = ", ".join(str(file.path) for file in (checkpoint, *loras))
         known = ", ".join(PLACEMENTS)
         raise UserError(f"{files}: placement {settings['placement']!r} is not one of {known}: decide with --placement")
-    check_numbers(settings, latent_scale(checkpoint.config["vae"]))
+    try:
+        check_numbers(settings, latent_scale(checkpoint.config["vae"]))
+    except UserError as error:
+        option = str(error).split()[0].removeprefix("--").replace("-", "_")
+        own = option in chosen or option not in settings
+        raise UserError(str(error) if own else f"{error} (from {files})") from None
     sigmas = DISTILLED_SIGMAS if distilled and settings["steps"] == DISTILLED["steps"] else None
     if sigmas and settings["cache"]:
         raise UserError("--cache: the eight steps of a distilled model differ too much to be reused: leave it out")
@@ -187,6 +192,9 @@ def check_numbers(settings: dict[str, Any], scale: tuple[int, int, int]) -> None
     if not 0 <= (settings["cache"] or 0) <= 1:
         raise UserError(f"--cache {settings['cache']:g} is not between 0 and 1")
     require_video_size(settings, scale)
+    frames, height, width = (settings[name] for name in ("frames", "height", "width"))
+    what = f"a video of {frames} frames of {width}x{height}"
+    require_memory(3 * frames * height * width, what, "take a smaller size or fewer frames")
     for name in ("fps", "steps"):
         if settings[name] <= 0:
             raise UserError(f"--{name} {settings[name]} is not above 0")

@@ -19,6 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from torch.optim import Optimizer
 
 from checkpoint import Checkpoint, file_name
 from common.cache import digest
-from common.errors import UserError, whole_file
-from common.outputs import refuse_overwrite
-from common.schema import Count, FiniteFloat, Text, foreign_record, parse_json
-from config import Config, as_dict, require_same_run
+from common.errors import UserError, blame, whole_file
+from common.images import require_file
+from common.outputs import refuse_folders, refuse_overwrite
+from common.schema import Count, FiniteFloat, Text, foreign_record, parse_json, validate
+from config import Config, LoRAOptions, as_dict, require_same_run
 from engine.average import Average, local_parts
 from engine.check import require_bf16
 from engine.lora import save_lora, write_changed
@@ -85,17 +87,28 @@ def locked(run: Path) -> Iterator[None]:
 def require_same_options(run: Path, config: Config) -> None:
     """UserError if the run was started with other options."""
     if (run / "config.json").exists():
-        require_same_run(read_record(run), config, run)
+        require_same_run(read_record(run)[0], config, run)
 
 
 def require_same_cache(run: Path, config: Config, cache: dict[str, Any]) -> None:
     """UserError if the run was started with another cache. `cache` is the settings of the cache."""
-    if (run / "config.json").exists() and read_record(run).get("cache", digest(cache)) != digest(cache):
+    if (run / "config.json").exists() and read_record(run)[1] not in (None, digest(cache)):
         raise UserError(f"{run} was started with another cache than {config.data.cache}: give another run.out")
 
 
-def read_record(run: Path) -> dict[str, Any]:
-    return parse_json(dict[str, Any], (run / "config.json").read_bytes(), run / "config.json")
+def read_record(run: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """config.json of a run: its options, and the digest of its cache's settings, which very old runs lack."""
+    path = run / "config.json"
+    require_file(path, "file")
+    record = parse_json(dict[str, Any], path.read_bytes(), path)
+    cache = record.pop("cache", None)
+    return validate(dict[str, dict[str, Any]], record, path), cache
+
+
+def trained_lora(run: Path, config: Config) -> LoRAOptions:
+    """Options of the adapters that a run trains, whatever this command's are."""
+    lora = read_record(run)[0].get("lora", as_dict(config)["lora"])
+    return validate(LoRAOptions, lora, f"{run / 'config.json'}: lora")
 
 
 def write_record(run: Path, config: Config, cache: dict[str, Any]) -> None:
@@ -114,6 +127,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def read_progress(folder: Path) -> Progress:
+    require_file(folder / "progress.json", "file of a checkpoint")
     return parse_json(Progress, (folder / "progress.json").read_bytes(), folder / "progress.json")
 
 
@@ -199,6 +213,7 @@ def resume(
     folders = checkpoints(run)[::-1]
     for folder, before in zip(folders, [*folders[1:], None]):
         try:
+            require_files(folder)
             progress = read_progress(folder)
             dcp.load(state_tensors(model, optimizer, average), storage_reader=HuggingFaceStorageReader(str(folder)))
         except Exception as error:  # safetensors, DCP and JSON each have classes of their own
@@ -215,6 +230,12 @@ def resume(
     return 0, []
 
 
+def require_files(folder: Path) -> None:
+    """UserError for a pipe or a folder among the files of a checkpoint."""
+    for path in folder.iterdir():
+        require_file(path, "file of a checkpoint")
+
+
 def last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:200]
 
@@ -229,7 +250,9 @@ def report(text: str) -> None:
 
 def saved_weights(folder: Path) -> dict[str, tuple[str, torch.Size]]:
     """The weights to export, or their average if there is one: {name in the model: (name in the checkpoint, size)}."""
-    entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    with blame(f"{folder} is damaged", ": move it away, and the checkpoint before it is exported"):
+        require_files(folder)
+        entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     kind = "ema." if any(name.startswith("ema.") for name in entries) else "model."
     return {name.removeprefix(kind): (name, entry.size) for name, entry in entries.items() if name.startswith(kind)}
 
@@ -237,7 +260,7 @@ def saved_weights(folder: Path) -> dict[str, tuple[str, torch.Size]]:
 def read_weights(folder: Path, saved: dict[str, tuple[str, torch.Size]]) -> dict[str, Tensor]:
     """Weights out of `saved_weights`, put together from the shards by this process alone, in float32 on the CPU."""
     tensors = {name: torch.empty(size) for name, size in saved.values()}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), blame(f"{folder} is damaged"):
         warnings.simplefilter("ignore")  # DCP asks whether a single process is meant, although no_dist says so
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return {own: tensors[name] for own, (name, _) in saved.items()}
@@ -253,17 +276,16 @@ def export_run(config: Config, base: Checkpoint, out: Path, best: bool = False) 
     folder = best_checkpoint(run) if best else folders[-1]
     if folder is None:
         raise UserError(f"no checkpoint of {run} has a loss on held-out clips: leave out --best")
+    refuse_folders(out)
     refuse_overwrite([out], [base.path, *folder.iterdir()])
     out.parent.mkdir(parents=True, exist_ok=True)
     ours = reference_metadata(config.reference) | {"training": as_dict(config)} | encoder_metadata(base)
     defaults = export_guidance(config, base)
-    # What was trained is up to the run, whatever this command's options are.
-    lora = read_record(run).get("lora", as_dict(config)["lora"])
-    weights = saved_weights(folder)
-    if lora["rank"]:
-        alpha = lora["alpha"] or lora["rank"]
-        ours |= {"lora": lora | {"alpha": alpha}, "base": base.path.name, "defaults": defaults}
-        save_lora(out, read_weights(folder, weights), alpha / lora["rank"], ours)
+    lora, weights = trained_lora(run, config), saved_weights(folder)
+    if lora.rank:
+        alpha = lora.alpha or lora.rank
+        ours |= {"lora": asdict(lora) | {"alpha": alpha}, "base": base.path.name, "defaults": defaults}
+        save_lora(out, read_weights(folder, weights), alpha / lora.rank, ours)
         options = f"--lora {out}" + (f" --ckpt {base.path}" if config.model.ckpt else "")
     else:
         require_bf16(base)  # a cast to fp8 without a scale would be garbage

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from common.errors import UserError, blame, whole_file
+from common.images import require_file
 from common.outputs import require_same
 from common.schema import Count, FiniteFloat, Share, Text, parse_json, record
 
@@ -63,6 +64,7 @@ def read_results(path: Path) -> dict[str, Result]:
     """Results by id, later lines over earlier ones. A last line without its end, from a kill, is cut off."""
     if not path.exists():
         return {}
+    require_file(path, "results")
     *lines, rest = path.read_bytes().split(b"\n")
     try:
         rows = [parse_json(Result, line, f"{path}, line {k}") for k, line in enumerate(lines, start=1)]

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from common.errors import UserError
+from common.images import require_file
 from common.schema import foreign_record, parse_json, validate
 
 DIMENSIONS = {"aq": "aesthetic_quality", "iq": "imaging_quality", "ms": "motion_smoothness", "dd": "dynamic_degree"}
@@ -68,9 +69,12 @@ def read_vbench(folder: Path, stamps: dict[str, str]) -> dict[str, dict[str, flo
     scores: dict[str, dict[str, float]] = {}
     for file in sorted(folder.glob("*_eval_results.json"), key=os.path.getmtime):
         try:
+            require_file(file, "results")
             results = parse_json(dict[str, Any], file.read_bytes(), file)
             for key, dimension in DIMENSIONS.items():
-                _, entries = validate(tuple[Any, list[_Score]], results.get(dimension, (None, ())), file)
+                _, entries = validate(
+                    tuple[Any, list[_Score]], results.get(dimension, (None, ())), f"{file}: {dimension}"
+                )
                 for entry in entries:
                     name, _, stamp = Path(entry.video_path).stem.partition("@")
                     if name in stamps and stamp in ("", stamps[name]) and math.isfinite(entry.video_results):

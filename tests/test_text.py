@@ -305,6 +305,13 @@ def test_unknown_words_of_the_tiny_tokenizer(root, encoder, connector, prompt, u
     assert encoder.unknown_words(prompt) == sorted(encoder.unknown_words(prompt), key=prompt.index)
 
 
+def test_words_beyond_the_cut_are_not_looked_up(encoder):
+    """They cost nothing: a prompt of a megabyte took minutes."""
+    prompt = "unseen " + "person " * 30_000 + "beyond"
+    assert encoder.cut(prompt) and "unseen" in encoder.unknown_words(prompt)
+    assert "beyond" not in encoder.unknown_words(prompt) and "beyond" in encoder.unknown_words("beyond")
+
+
 def test_a_tokenizer_with_bytes_knows_every_word(encoder, connector):
     from transformers import GemmaTokenizer
 

@@ -16,17 +16,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from checkpoint import NAMES, write
 from common.errors import UserError
+from common.images import require_file
 from common.media import from_bytes, to_bytes
+from common.schema import parse_json, record
 from evaluation.curricular import require_finite
 from toy import world as toy
 from toy.portrait import landmarks, render
@@ -42,6 +46,17 @@ LENGTHS = [len(names) for names in CLASSES.values()]
 NUMBERS = len(SCENE) + 1
 LR = 2.5e-3
 POOL = 1024  # clips of 8 frames that training draws from
+Width = Annotated[int, Field(gt=0, le=1024)]
+
+
+@record
+class Sizes:
+    """The network's sizes, in the metadata of its file."""
+
+    channels: tuple[Width, Width, Width, Width]
+    points: Width
+    cells: Width
+    hidden: Width
 
 
 class Eye(nn.Module):
@@ -89,10 +104,11 @@ class Eye(nn.Module):
     @classmethod
     def from_file(cls, path: str | Path, device: str | torch.device = "cpu") -> "Eye":
         try:
+            require_file(path, "file")
             with safe_open(path, "pt") as file:
-                eye = cls(**json.loads((file.metadata() or {})["eye"]))
+                eye = cls(**vars(parse_json(Sizes, (file.metadata() or {})["eye"], path)))
                 eye.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, strict=False)  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (UserError, SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{path} is no judge ({reason}): make it with python -m toy.judge --train {path}") from None
         require_finite(eye.state_dict(), path)

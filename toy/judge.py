@@ -33,7 +33,9 @@ from tqdm import tqdm
 from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.images import require_file
 from common.media import from_bytes, to_tensor, to_uint8
+from common.outputs import refuse_folders
 from common.schema import FiniteFloat, NonNegativeFloat, Share, parse_json, record
 from config import ASSETS, VIDEO
 from data import FITS
@@ -99,12 +101,13 @@ def read_rows(*paths: str | Path) -> Rows:
     """Videos with their own reference, out of rows.json or out of results of an ablation, which have no other kind."""
     rows = []
     for path in paths:
+        require_file(path, "rows")
         text = Path(path).read_bytes()
         if text.lstrip().startswith(b"["):
             kinds = {OWN: parse_json(list[VideoRow], text, path)}
         else:
             kinds = parse_json(dict[str, list[VideoRow]], text, path)
-        if OWN not in kinds:
+        if not kinds.get(OWN):
             raise UserError(f"{path} has no videos of the kind {OWN!r}: it has {', '.join(kinds)}")
         rows += map(vars, kinds[OWN])
     return rows
@@ -316,6 +319,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, (least, most) in limits.items():
         if not least <= (value := getattr(options, name)) <= most:
             raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most:g}")
+    refuse_folders(options.train)
     if options.rows and not options.against:
         raise UserError("--rows needs --against")
     return options
@@ -388,6 +392,7 @@ def write_cases(folder: Path, options: argparse.Namespace, recipe: Recipe) -> No
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
+    Path(options.train).parent.mkdir(parents=True, exist_ok=True)
     network = eye.train(options.train, 60 * options.minutes, options.seed, device)
     clean, worse = (eye.accuracy(network, options.seed + 1, 500, worsened) for worsened in (False, True))
     print(markdown("| test split | drawn | worsened |", [[k, f"{clean[k]:.3f}", f"{worse[k]:.3f}"] for k in clean]))

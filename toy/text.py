@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import write_modules
-from common.errors import ROOT, Parser, one_line_errors
+from common.errors import ROOT, Parser, one_line_errors, positive
+from common.outputs import refuse_folders
 from text import TextConnector, pad_features
 from toy.descend import descend
 from toy.traits import COLORS, STYLES
@@ -149,11 +150,12 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/text.safetensors", help="projection and connector (%(default)s)")
     parser.add_argument("--gemma", default="runs/toy/gemma", help="folder of the tiny Gemma (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=positive, default=2500)
+    parser.add_argument("--batch", type=positive, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    refuse_folders(options.out)
     out, gemma, since = Path(options.out), Path(options.gemma), time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     ltx = json.loads((ROOT / "configs" / "ltx-2.3.json").read_text())

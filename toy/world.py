@@ -22,8 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.errors import Parser, one_line_errors, whole_file
-from common.schema import Share, record
+from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.outputs import refuse_folders
+from common.schema import Count, Share, record, validate
 from toy.portrait import boxes, landmarks, render, visible
 from toy.traits import COLORS, Identity, Scene, draw_identity
 
@@ -273,6 +274,10 @@ def main() -> None:
     parser.add_argument("--gif", default="out/toy.gif", help="clips with their captions (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    validate(Count, options.seed, "--seed")
+    refuse_folders(options.out, options.gif)
+    if Path(options.out).suffix != ".png" or Path(options.gif).suffix != ".gif":
+        raise UserError("--out ends in .png and --gif in .gif")
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     Path(options.gif).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(options.out) as temporary:

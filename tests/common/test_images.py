@@ -516,3 +516,10 @@ def test_contact_sheet_shows_the_reference_then_first_to_last(tmp_path, count, h
 def test_contact_sheet_without_reference(tmp_path):
     contact_sheet(tmp_path / "sheet.png", None, colored_frames(9, 64, 64))
     assert Image.open(tmp_path / "sheet.png").width == 6 * 164 - 4
+
+
+def test_a_long_title_ends_at_the_edge(tmp_path):
+    """A title of a megabyte took minutes: all of it was drawn."""
+    for name, title in (("short", "i" * 1200), ("long", "i" * 1_000_000)):  # the sheet is below 1,200 pixels wide
+        contact_sheet(tmp_path / f"{name}.png", None, colored_frames(9, 64, 64), title=title)
+    assert (tmp_path / "short.png").read_bytes() == (tmp_path / "long.png").read_bytes()

@@ -5,6 +5,7 @@ says where it comes from whatever the codec does to it.
 """
 
 import ctypes
+import json
 import os
 import socket
 import struct
@@ -280,6 +281,41 @@ def test_no_playlist_opens_another_file(tmp_path, monkeypatch, watched, listener
                 read(path)
         with pytest.raises(UserError):
             read_image(path)
+    assert not watched()
+
+
+def test_no_command_follows_a_playlist(tmp_path, monkeypatch, watched, listener, in_process, root):
+    """As video, reference video and photo of prepare, as photo of sample and its batch, as video and photo of eval."""
+    import eval as evaluation
+    import prepare
+    import sample
+
+    monkeypatch.chdir(tmp_path)
+    clips, rows, cases = root / "assets" / "clips", [], []
+    Path("videos").mkdir()
+    for k, kind in enumerate(PLAYLISTS):
+        for j, target in enumerate(("secret.mp4", str(tmp_path / "secret.mp4"), f"http://127.0.0.1:{listener}/a.mp4")):
+            text = PLAYLISTS[kind].replace("{port}", str(listener)).replace("{}", target)
+            for path in (f"{k}-{j}.{kind}", f"{k}-{j}.png", f"videos/{k}-{j}.mp4"):
+                Path(path).write_text(text)
+            good = {"video": str(clips / "0.mp4"), "caption": "A man."}
+            rows += [good | {"video": f"{k}-{j}.{kind}"}, good | {"video": f"videos/{k}-{j}.mp4"}]
+            rows += [good | {"reference_video": f"videos/{k}-{j}.mp4", "reference_time": 0.0}]
+            rows += [good | {"reference": f"{k}-{j}.png"}]
+            cases.append({"id": f"{k}-{j}", "reference": f"{k}-{j}.png", "prompt": "A man."})
+    rows.append({"video": str(clips / "0.mp4"), "caption": "A man.", "reference": str(clips / "0.png")})
+    for name, lines in (("m.jsonl", rows), ("cases.jsonl", cases)):
+        Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, printed, _ = in_process(prepare.main, "prepare.py", "--manifest", "m.jsonl", "--out", "cache")
+    assert code == 0 and f"1 of {len(rows)} clips" in printed
+    words = ["--steps", 1, "--frames", 5]
+    photo = ["--ref", "0-0.png", "--prompt", "A man.", "--out", "a.mp4"]
+    assert in_process(sample.main, "sample.py", *photo, *words)[0] == 2
+    code, printed, _ = in_process(sample.main, "sample.py", "--batch", "cases.jsonl", *words, "--out", "batch")
+    assert code == 2 and printed.count(" failed: ") == len(cases)
+    words = ["--faces", root / "assets" / "faces", "--det-size", 128, "--clip", "none", "--out", "scores"]
+    code, printed, _ = in_process(evaluation.main, "eval.py", "--videos", "videos", "--cases", "cases.jsonl", *words)
+    assert code == 2
     assert not watched()
 
 

@@ -50,7 +50,7 @@ def test_places_of_torchrun(monkeypatch):
     for variables, result in [
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
         ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK = 5 is not below WORLD_SIZE = 2"),
-        ({"RANK": "1"}, "not below"),
+        ({"RANK": "1"}, "RANK and WORLD_SIZE go together"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0'"),
         ({"RANK": "-1"}, "RANK = '-1'"),
         ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK = 'abc'"),
