@@ -180,6 +180,7 @@ class CachedClips(Dataset):
         if not self.names:
             raise UserError(f"the cache in {folder} holds no clip")
         self.settings: dict[str, Any] = settings | {"max_tokens": max_tokens}
+        self.settings.pop("clips", None)
         self.buckets = [validate(Bucket, size, folder) for size in settings.get("buckets") or [settings]]
         self.opened: dict[int, Any] = {}  # shard -> its file; opening one takes longer than reading a small clip
         with safe_open(self.folder / NULL, framework="pt") as file:
@@ -188,7 +189,7 @@ class CachedClips(Dataset):
             raise UserError(f"{self.folder / NULL} holds numbers that are not finite: make the cache anew")
         self.e_ref_shape = self._usual_shape("e_ref", 0)  # (E,)
         numbers, firsts, counts = np.unique(self.bucket_of, return_index=True, return_counts=True)
-        if "buckets" in settings:
+        if settings.get("buckets"):
             self.settings["clips"] = dict(zip(numbers.tolist(), counts.tolist()))
         for number, first in zip(numbers, firsts):
             expected = self.buckets[number].latent_shape if number < len(self.buckets) else None

@@ -332,7 +332,7 @@ def operations(number: float) -> str:
 
 def plan_of(config: Config, ltx: dict[str, Any], settings: dict[str, Any]) -> Plan:
     """The plan of a run on a cache: of its largest bucket, with the plans of all of them in `buckets`."""
-    sizes, clips = settings.get("buckets", [settings]), settings.get("clips", {0: 1})
+    sizes, clips = settings.get("buckets") or [settings], settings.get("clips", {0: 1})
     plans = []
     for number, count in clips.items():
         size = tuple(sizes[number][key] for key in ("frames", "height", "width"))

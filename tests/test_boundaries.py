@@ -40,7 +40,9 @@ import toy.world
 import train
 from checkpoint import OUR_METADATA, QUANTIZATION, Checkpoint
 from clips.cache import TextMetadata
+from clips.facts import GRID, Facts
 from clips.manifest import Clip, read_manifest
+from clips.show import show
 from clips.vip200k import Face, Segment, vip200k
 from common.cache import CachedClips, CacheSettings, NullMetadata, ShardMetadata, digest, read_metadata
 from common.device import _Environment, own_place
@@ -57,14 +59,14 @@ from engine.check import check
 from engine.logbook import Log
 from engine.lora_files import LoRA
 from engine.notes import notes_on_recipe
-from engine.plan import Plan
-from engine.recipe import REFERENCE, merged_metadata, resolve_recipe
+from engine.plan import Plan, plan_of
+from engine.recipe import OTHERS, REFERENCE, merged_metadata, resolve_recipe
 from evaluation.batch import Batch, read_comment
 from evaluation.cases import Case, _Content, read_cases
 from evaluation.results import Result, begin, read_results
 from evaluation.vbench import _Score, read_vbench
 from model import LTXVideo
-from toy import ablate, judge
+from toy import ablate, copying, judge
 from toy.eye import Eye, Sizes
 
 TINY = ASSETS / "tiny.safetensors"
@@ -122,6 +124,11 @@ def below(schema: dict, defs: dict, key: str | int) -> dict:
     return {}
 
 
+def keys_inside(value: Any) -> list[str]:
+    inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [*(value if isinstance(value, dict) else ()), *(key for part in inside for key in keys_inside(part))]
+
+
 def changed(draw: Callable, value: Any, schema: dict, defs: dict, top: bool = True) -> tuple[Any, list[str]]:
     """`value` with a change in one place, and the names of the fields around that place."""
     keys = list(range(len(value))) if isinstance(value, list) else []
@@ -129,7 +136,8 @@ def changed(draw: Callable, value: Any, schema: dict, defs: dict, top: bool = Tr
         part = defs[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
         keys = sorted({*value, *part.get("properties", {})})
     if not keys or draw(st.integers(0, 19 if top else 3)) == 0:
-        return draw(fitting(schema, defs) | ANYTHING), []
+        new = draw(fitting(schema, defs) | ANYTHING)
+        return new, [] if top else keys_inside(new)
     key = draw(st.sampled_from(keys))
     inner, rest = below(schema, defs, key), list(value.items() if isinstance(value, dict) else enumerate(value))
     names = [key] if isinstance(key, str) else []
@@ -181,6 +189,9 @@ Record = dict[str, JsonValue]
 SETTINGS = {key: Checkpoint(TINY).ours["defaults"][key] for key in ("height", "width", "frames", "fps")}
 SETTINGS |= {"latent_shape": latent_shape(SETTINGS, Checkpoint(TINY).config["vae"]), "shards": 1, "rows_per_shard": 9}
 SETTINGS |= {"checkpoint": "0123", "gemma": "4567", "faces": "89ab", "seed": 0, "manifest": "m.csv"}
+BUCKET = ("height", "width", "frames", "latent_shape")
+FACTS = {"boxes": [[0.1, 0.1, 0.9, 0.9], None, None], "ref_box": [0.0, 0.0, 1.0, 1.0], "similarity": 0.5, "turned": 90}
+FACTS |= {"pose": [0.0, 1.0, 2.0], "background": 0.2, "signature": "0f" * 3 * GRID**2}
 CASE = {"id": "a", "reference": str(ASSETS / "face.png"), "prompt": "A man nods.", "seed": 3}
 SCORES = {"id": "a", "stamp": "0", "facesim_arc": 0.5, "facesim_cur": None, "clip_score": 0.3, "face_rate": 1.0}
 SCORES |= {"retried": 0, "background_copy": 0.1, "pose_copy": None, "identity_drift": 0.2}
@@ -195,7 +206,7 @@ PERSON = {
 ROW = {"similarity": 0.5, "retrieved": True, "retrieved_permuted": False, "face_rate": 1.0, "drift": 0.1, "grain": 0.1}
 ROW |= dict.fromkeys(["motion", "direction", "background", "shirt", "skin", "hair", "style", "glasses", "beard"], True)
 ROW |= {"motions": {"nod": True}} | dict.fromkeys(["shown", "photo", "photo_read"], [0.5] * len(judge.SCENE))
-OPTIONS = argparse.Namespace(**dict.fromkeys((*VIDEO, *REFERENCE, "prompt_prefix", "preset")))
+OPTIONS = argparse.Namespace(**dict.fromkeys((*VIDEO, *REFERENCE, *OTHERS, "preset")))
 
 
 def write_clips(folder: Path, text: bytes, part: str) -> Path:
@@ -213,6 +224,9 @@ def write_clips(folder: Path, text: bytes, part: str) -> Path:
     clip = {"latents": torch.zeros(SETTINGS["latent_shape"], dtype=torch.bfloat16), "e_ref": torch.ones(64)}
     clip |= {"features": torch.ones(3, 8), "image": torch.frombuffer(photo, dtype=torch.uint8)}
     clip |= {"caption": torch.frombuffer(bytearray(b"A man nods."), dtype=torch.uint8)}
+    if part == "facts":
+        facts = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)
+        clip |= {"facts": facts, "strip": clip["image"][:99].clone()}
     tensors = {f"0000000.{name}": tensor for name, tensor in clip.items()}
     save_file(tensors, folder / "shard-00000.safetensors", {"cache": metadata["shard"]})
     save_file({"features": torch.ones(1, 8)}, folder / "null.safetensors", {"cache": metadata["null"]})
@@ -225,9 +239,10 @@ def read_cache(part: str) -> Callable[[Path, bytes], None]:
 
     def read(folder: Path, text: bytes) -> None:
         clips = CachedClips(write_clips(folder, text, part))
-        if part == "cache.json":
-            train.make_plan(read_config(None, [f"data.cache={folder}"]), TINY).report(8, 0.4)
-        prepare.show(folder)
+        if "cache.json" in part:
+            own = read_config(None, [f"data.cache={folder}"])
+            plan_of(own, *train.sizes(own, TINY)).report(8, 0.4)
+        show(clips, folder / "show.html")
         check_cache_fits(clips.settings | models, checkpoint)
         TrainingClips(clips, config)[0]
 
@@ -311,7 +326,8 @@ def read_gemma(name: str) -> Callable[[Path, bytes], None]:
 
 def read_run(path: Path) -> None:
     config = read_config(None)
-    state.require_same(path.parent, config, SETTINGS)
+    state.require_same_options(path.parent, config)
+    state.require_same_cache(path.parent, config, SETTINGS)
     state.trained_lora(path.parent, config)
 
 
@@ -334,7 +350,7 @@ def plan() -> Plan:
 
 
 def read_log(path: Path) -> None:
-    config = read_config(None, ["log.tensorboard=false"])
+    config = read_config(None, ["log.tensorboard=false", "data.holdout=8"])
     Log(config, plan(), path.parent, 5, enabled=True).close()
 
 
@@ -395,8 +411,7 @@ def read_vip(path: Path) -> None:
 
 
 def read_ablation(path: Path) -> None:
-    results = ablate.read_results(path.parent.parent)
-    ablate.table(results)
+    copying.numbers(copying.read_results(path.parents[2]))
 
 
 def read_rows(path: Path) -> None:
@@ -470,7 +485,7 @@ CONFIG = as_dict(read_config(None))
 STUDY = {
     f"{section}.{key}": value for section, table in as_dict(ablate.read([])).items() for key, value in table.items()
 }
-STUDY |= asdict(ablate.BUDGETS["minutes"]) | {f"toy.{key}": value for key, value in asdict(ablate.APART).items()}
+STUDY |= asdict(ablate.BUDGETS["minutes"]) | {"marks": list(ablate.BUDGETS["minutes"].marks)}
 OWN = Checkpoint(TINY).ours | {"placement": "tass", "source_id": 2, "loras": ["a:1"], "training": {"a": 1}}
 FORMATS = {
     "cache.json": Format(
@@ -480,6 +495,14 @@ FORMATS = {
         file="",
         instead="Invalid JSON|not complete: shard-|latent_shape",
     ),
+    "buckets of cache.json": Format(
+        CacheSettings,
+        SETTINGS | {"buckets": [{key: SETTINGS[key] for key in BUCKET}] * 2, "windows": 2},
+        read_cache("cache.json"),
+        file="",
+        instead="Invalid JSON|not complete: shard-|latent_shape",
+    ),
+    "facts of a clip": Format(Facts, FACTS, read_cache("facts"), refused=False),
     "shard of a cache": Format(ShardMetadata, SHARD, read_cache("shard"), instead="holds no clip|missing or damaged"),
     "null of a cache": Format(
         NullMetadata, MARK | {"max_tokens": 64}, read_cache("null"), instead="null.safetensors|its features"
@@ -496,6 +519,7 @@ FORMATS = {
     ),
     "log.jsonl": Format(Record, {"step": 3, "loss": 0.5}, in_file("log.jsonl", read_log), refused=False),
     "batch.json": Format(Record, {"steps": 1, "height": 64}, in_file("batch.json", read_batch)),
+    "held_out.jsonl": Format(Record, {"step": 3, "loss": 0.5}, in_file("held_out.jsonl", read_log), refused=False),
     "comment of a video": Format(Record, {"steps": 1, "seed": 0, "ref": "face.png"}, read_video_comment, refused=False),
     "eval.json": Format(
         Record, {"a": 1}, in_file("eval.json", lambda path: begin(path, {"a": 1}, "give another --out"))
@@ -528,7 +552,7 @@ FORMATS = {
     "results of an ablation": Format(
         list[judge.VideoRow],
         [ROW] * 3,
-        in_file("results/base-0-0.json", read_ablation),
+        in_file("results/apart/base-0-0-10.json", read_ablation),
         instead="Invalid JSON|has no videos of",
     ),
     "settings of an ablation": Format(Record, STUDY, in_file("settings.json", read_settings_of_ablation)),
@@ -603,7 +627,7 @@ def test_many_files_are_read_or_refused(name, quiet_process, capsys):
 PIPES = {"shard of a cache": "shard-00000.safetensors", "null of a cache": "null.safetensors"}
 PIPES |= {"config.json of a run": "config.json", "progress.json": "run/step-000003/progress.json"}
 PIPES |= {"results.jsonl": "results.jsonl", "VBench": "x_eval_results.json", "judge's network": "eye.safetensors"}
-PIPES |= {"results of an ablation": "results/base-0-0.json", "rows of the judge": "rows.json"}
+PIPES |= {"results of an ablation": "results/apart/base-0-0-10.json", "rows of the judge": "rows.json"}
 
 
 @pytest.mark.parametrize("name", PIPES)
@@ -681,7 +705,7 @@ def test_any_value_of_any_option(name, examples, tmp_path, monkeypatch, capsys):
     Path("v.json").write_text(json.dumps([PERSON]))
     monkeypatch.setattr("clips.cache.fill", lambda *_: None)
     monkeypatch.setattr("toy.cache.fill", lambda *_, **__: None)
-    monkeypatch.setattr(train, "make_plan", lambda *_: plan())
+    monkeypatch.setattr(train, "plan_of", lambda *_: plan())
     monkeypatch.setattr(bench, "table", lambda *_: [])
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     monkeypatch.setattr(bench, "ceilings", lambda *_: (1.0, 1.0))
