@@ -33,6 +33,7 @@ from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, one_line_errors
 from common.media import contact_sheet, read_image, to_tensor, to_uint8, write_video
 from common.outputs import refuse_folders, refuse_overwrite
+from common.video import FORMATS
 from config import ASSETS
 from data import FITS
 from engine.check import check
@@ -185,15 +186,16 @@ def single_outputs(options: argparse.Namespace, recipe: Recipe, processes: int) 
     streams = sum(weight != 0 for weight in stream_weights(recipe.s_text, recipe.s_ref, ref_path is not None))
     if processes > streams:
         raise UserError(f"there are {processes} processes for {streams} streams: use --nproc_per_node={streams}")
-    if out.suffix.lower() != ".mp4":
-        raise UserError(f"--out {out} does not end in .mp4")
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {out} does not end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     seeds = range(options.seed, options.seed + options.samples)
     outputs = {}
     for seed in seeds:
         video = out.with_stem(f"{out.stem}-{seed}") if len(seeds) > 1 else out
         sheet = video.with_suffix(".png")
         refuse_folders(video, sheet)
-        if sheet.exists() and not video.exists():  # not of an earlier run
+        earlier = any(video.with_suffix(ending).exists() for ending in FORMATS)
+        if sheet.exists() and not earlier:
             raise UserError(f"{sheet} is there, and the contact sheet would replace it: give another --out")
         outputs[Case("", ref_path, options.prompt, seed)] = video
     inputs = [options.ref, options.ckpt, options.base, *(text.rpartition(":")[0] or text for text in options.lora)]
@@ -209,7 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--negative", default="", help="prompt of the unconditional stream (default: empty)")
     parser.add_argument("--batch", metavar="CASES", help="JSONL of id, reference, prompt, seed: one video per line")
     parser.add_argument(
-        "--out", help="video (out/sample.mp4; a contact sheet beside it), or folder of a --batch (out/batch)"
+        "--out", help="video, .mp4, .gif or .webp (out/sample.mp4; a contact sheet beside), or folder of a --batch"
     )
     parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint (default: the tiny one in assets/)")
     parser.add_argument("--base", help="a whole LTX-2.3 file; it completes a --ckpt that is a transformer alone")

@@ -1,6 +1,6 @@
-"""Video: frames to an MP4, and any video file to frames by their time stamps.
+"""Video: frames to an MP4, GIF or WebP, and any video file to frames by their time stamps.
 
-frames (F, H, W, 3) of bytes -> write_video -> H.264 in an MP4
+frames (F, H, W, 3) of bytes -> write_video -> H.264 in an MP4, or a picture that moves
 any video file               -> read_video  -> F frames of any fps and size, picked by time
 
 PyAV directly: imageio's plugin sets no encoder options, and gives neither time stamps nor rotation.
@@ -26,8 +26,15 @@ X264 = {"crf": "17", "x264-params": "mbtree=0:threads=4"}
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,mxf,nut,gif"
 
 
+FORMATS = (".mp4", ".gif", ".webp")
+IMAGE_DESCRIPTION = 270  # tag of EXIF
+
+
 def write_video(path: str | Path, frames: np.ndarray, fps: float, comment: str = "") -> None:
-    """Frames (F, H, W, 3) of bytes as an H.264 MP4 that players and browsers open. Equal frames give equal files."""
+    """Frames (F, H, W, 3) of bytes as an H.264 MP4 that players and browsers open, or, by the name's end, as a GIF or
+    WebP that repeats for ever. Equal frames give equal files."""
+    if Path(path).suffix.lower() in FORMATS[1:]:
+        return _write_animation(Path(path), frames, fps, comment)
     import av
 
     with (
@@ -41,6 +48,19 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, comment: str =
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def _write_animation(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
+    """GIF counts time in hundredths of a second: durations differ by one, so that the whole keeps its length. Browsers
+    slow down frames below two hundredths."""
+    ends = np.round(np.arange(1, len(frames) + 1) * 100 / fps).astype(int)
+    durations = (10 * np.diff(ends, prepend=0)).tolist()  # milliseconds
+    pictures, exif = [Image.fromarray(frame) for frame in frames], Image.Exif()
+    exif[IMAGE_DESCRIPTION] = comment.encode()
+    kind = path.suffix.lower()[1:].upper()
+    own = {"GIF": {"comment": comment.encode()}, "WEBP": {"quality": 90, "method": 4, "exif": exif}}[kind]
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        pictures[0].save(file, kind, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **own)
 
 
 SAME_TIME = 1e-3  # seconds; WebM and MKV count in milliseconds, so a frame's stamp may be half of one too late

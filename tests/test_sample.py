@@ -118,6 +118,23 @@ def test_all_options_arrive(command, face, tmp_path):
     assert want.items() <= settings.items()
 
 
+def test_a_picture_that_moves(command, face, tmp_path):
+    """GIF and WebP show the frames of the MP4; other endings are refused before the work."""
+    for ending in ("mp4", "gif", "webp"):
+        code, stdout, stderr = command("--ref", face, "--prompt", "A man.", *SHORT, "--out", tmp_path / f"a.{ending}")
+        assert code == 0 and f"a.{ending}" in stdout, stderr
+    frames = read_video(tmp_path / "a.mp4")[0].astype(int)
+    for ending in ("gif", "webp"):
+        with Image.open(tmp_path / f"a.{ending}") as film:
+            assert film.n_frames == len(frames)
+            film.seek(len(frames) - 1)
+            assert abs(np.asarray(film.convert("RGB")) - frames[-1]).mean() < 6
+            text = film.info["comment"] if ending == "gif" else film.getexif()[270]
+            assert json.loads(text)["prompt"] == "A man."
+    code, _, stderr = command("--prompt", "A man.", "--out", tmp_path / "a.bmp")
+    assert code == 2 and "does not end in .mp4, .gif or .webp" in stderr
+
+
 def test_the_paper_is_the_default_where_the_checkpoint_has_none(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x"])
     settings = sample.resolve_recipe(sample.parse_arguments(), Checkpoint(TINY_A)).for_metadata()

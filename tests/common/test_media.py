@@ -20,7 +20,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.images import read_image
-from common.video import TooShort, count_frames, probe_video, read_frame, read_frames, read_video
+from common.video import TooShort, count_frames, probe_video, read_frame, read_frames, read_video, write_video
 
 HEIGHT, WIDTH = 32, 64
 
@@ -378,3 +378,29 @@ def test_times_and_numbers_that_no_video_has(tmp_path):
             read_video(path, 2, 24, HEIGHT, WIDTH, time)
     with pytest.raises(UserError, match=r"a\.mp4 has no frame number 10"):
         read_frames(path, [3, 10])
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_an_animation_has_all_frames_the_length_and_the_recipe(kind, tmp_path):
+    """GIF counts in hundredths of a second, and 17 frames at 12 fps are 1.4167 s. Pictures of few colors stay equal."""
+    frames = np.stack([np.tile(bars(k + 1), (2, 1, 1)) for k in range(17)])
+    comment = json.dumps({"prompt": "A man nods in a café. 🙂" * 20, "seed": 3}, ensure_ascii=False)
+    path = tmp_path / f"a.{kind}"
+    write_video(path, frames, 12, comment)
+    again = path.read_bytes()
+    write_video(path, frames, 12, comment)
+    assert path.read_bytes() == again and [file.name for file in tmp_path.iterdir()] == [path.name]
+    with Image.open(path) as film:
+        assert film.n_frames == 17 and film.info["loop"] == 0
+        duration = 0
+        for k in range(17):
+            film.seek(k)
+            shown = np.asarray(film.convert("RGB")).astype(int)
+            assert abs(shown - frames[k]).max() <= (0 if kind == "gif" else 60) and number_of(shown[:HEIGHT]) == k + 1
+            duration += film.info["duration"]
+        assert duration == 1420 and film.info["duration"] in (80, 90)
+        film.seek(0)
+        text = film.info["comment"].decode() if kind == "gif" else film.getexif()[270].encode("latin-1").decode()
+    assert text == comment
+    times = [float(frame.time) for frame in av.open(str(path)).decode(video=0)] if kind == "gif" else []
+    assert times == pytest.approx([round(100 * k / 12) / 100 for k in range(len(times))]) and len(times) in (0, 17)
