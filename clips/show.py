@@ -59,6 +59,7 @@ class Row(NamedTuple):
     size: str = ""
     fps: float | None = None
     seconds: float | None = None
+    damaged: bool = False  # its reference or caption
 
 
 class Finding(NamedTuple):
@@ -109,9 +110,12 @@ def read_records(clips: CachedClips) -> list[CachedClip]:
 
 
 def read_row(clips: CachedClips, k: int, record: CachedClip) -> Row:
-    caption, text = (clips.part(k, "caption") or b"").decode(errors="replace"), clips.part(k, "facts")
+    words, text = clips.part(k, "caption") or b"", clips.part(k, "facts")
+    caption = words.decode(errors="replace")
     line = record.row // clips.settings.get("windows", 1)
     row = Row(k, line, record.name, record.identity, caption, len(caption.split()), clips.tokens(k), None)
+    if caption.encode() != words or not clips.picture(k, "image"):
+        row = row._replace(damaged=True)
     if source := record.source:
         size = f"{source.width}x{source.height}"
         row = row._replace(size=size, fps=source.fps or None, seconds=source.seconds or None)
@@ -140,6 +144,11 @@ def find(rows: list[Row], by_chance: list[float], max_tokens: int) -> list[Findi
     share, chance = len(tempting) / len(rows), float(np.mean(np.array(by_chance or [0]) > TEMPTING))
     twins = duplicates(rows)
     findings = [
+        Finding(
+            "the reference or the caption is damaged",
+            [row for row in rows if row.damaged],
+            "Training skips such clips. Make their shard anew: remove it and run the same python prepare.py again.",
+        ),
         Finding(
             "the reference may show another person",
             [row for row in _lowest(known, "similarity", SAME_PERSON) if not row.facts.turned],

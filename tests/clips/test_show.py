@@ -203,6 +203,7 @@ def test_a_cache_without_measurements_or_with_damaged_ones_still_has_its_page(pl
         "0000001.facts": b'{"boxes": 1}',
         "0000002.strip": b"\xff\xd8",
         "0000003.image": b"",
+        "0000004.caption": b"\xff A man nods.",
     }
     for name, data in damaged.items():
         tensors[name] = (
@@ -210,7 +211,7 @@ def test_a_cache_without_measurements_or_with_damaged_ones_still_has_its_page(pl
         )
     save_file(tensors, file, metadata)
     lines = show.show(CachedClips(cache), cache / "show.html")
-    assert "no measurements: 2" in lines
+    assert "no measurements: 2" in lines and "the reference or the caption is damaged: 2" in lines
     save_file({name: t for name, t in tensors.items() if not name.endswith(("facts", "strip"))}, file, metadata)
     lines = show.show(CachedClips(cache), cache / "show.html")
     assert "no measurements: 11" in lines and "the caption names no motion: 1" in lines
