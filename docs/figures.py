@@ -1,7 +1,7 @@
 """README's figures.
 
 python docs/figures.py           # out/tass.png: rotary coordinates of video and reference tokens, by placement
-python docs/figures.py --hero    # out/hero.gif: photo, video and prompt of three people, by the embedded model
+python docs/figures.py --hero    # out/hero.gif: three people, three prompts, by the embedded model
 """
 
 import sys
@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.media import write_video
 from config import ASSETS
 from rope import PLACEMENTS
 
@@ -73,23 +74,39 @@ def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None
     plt.close(figure)
 
 
-def draw_hero(path: str, people: int = 3, side: int = 96) -> None:
-    """The first people of seed 0 of toy/judge.py as a GIF: photo, video, prompt in a row each."""
+PROMPTS = [  # the first one is README's
+    "A person walks by to the left in front of a teal wall.",
+    "A person in a red shirt tilts the head to the right. Behind is a yellow background.",
+    "A person turns the head to the left in front of a purple wall.",
+]
+
+
+def draw_hero(path: str, people: int = 3, side: int = 64) -> None:
+    """A GIF of the first people of seed 0 of toy/judge.py, all videos with the same noise: people down, prompts across,
+    and a last row without a photo."""
     from toy.judge import cases, make_videos, recipe_of
 
-    ckpt, clips = ASSETS / "tiny.safetensors", cases(0, people)
-    photos, recipe, place = [clip["reference"] for clip in clips], recipe_of(ckpt), (torch.device("cpu"), torch.float32)
-    videos = make_videos(ckpt, ASSETS / "gemma", clips, photos, range(people), recipe, *place)
-    row, pages = side + 8, []
-    for frame in range(videos.shape[1]):
-        page = Image.new("RGB", (520, people * row - 8), "white")
-        for k, clip in enumerate(clips):
-            for x, pixels in ((0, photos[k]), (row, videos[k, frame])):
-                page.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (x, k * row))
-            text = "\n".join(textwrap.wrap(clip["caption"], 42))
-            ImageDraw.Draw(page).text((2 * row + 8, k * row + 20), text, fill="black", font_size=13)
-        pages.append(page)
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=round(1000 / recipe.fps), loop=0)
+    ckpt, photos = ASSETS / "tiny.safetensors", [clip["reference"] for clip in cases(0, people)]
+    prompts, recipe, place = len(PROMPTS), recipe_of(ckpt), (torch.device("cpu"), torch.float32)
+    rows = []
+    for photo in (*photos, None):
+        given, how = None if photo is None else [photo] * prompts, ([0] * prompts, recipe, *place)
+        texts = [{"caption": prompt} for prompt in PROMPTS]
+        rows.append(make_videos(ckpt, ASSETS / "gemma", texts, given, *how))  # (prompts, F, H, W, 3)
+    row, column, head, pages = side + 3, 3 * side, 52, []
+    for frame in range(recipe.frames):
+        page = Image.new("RGB", (side + prompts * column, head + (people + 1) * row), "white")
+        draw = ImageDraw.Draw(page)
+        for j in range(prompts):
+            text = "\n".join(textwrap.wrap(PROMPTS[j], 30))
+            draw.text((side + j * column + column // 2, 2), text, "black", anchor="ma", font_size=10, align="center")
+        for i, videos in enumerate(rows):
+            pictures = [(side + j * column + (column - side) // 2, videos[j, frame]) for j in range(prompts)]
+            for x, pixels in [*([(0, photos[i])] if i < people else []), *pictures]:
+                page.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (x, head + i * row))
+        draw.text((side // 2, head + people * row + side // 2), "no photo", "black", anchor="mm", font_size=12)
+        pages.append(np.asarray(page))
+    write_video(path, np.stack(pages), recipe.fps)
 
 
 def main() -> None:
