@@ -51,14 +51,21 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, comment: str =
 
 
 def _write_animation(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
-    """GIF counts time in hundredths of a second: durations differ by one, so that the whole keeps its length. Browsers
-    slow down frames below two hundredths."""
+    """GIF counts time in hundredths of a second: durations differ by one, so that the whole keeps its length.
+
+    All frames of a GIF share 256 colors, without dithering: what stands still would flicker otherwise.
+    """
     ends = np.round(np.arange(1, len(frames) + 1) * 100 / fps).astype(int)
     durations = (10 * np.diff(ends, prepend=0)).tolist()  # milliseconds
-    pictures, exif = [Image.fromarray(frame) for frame in frames], Image.Exif()
-    exif[IMAGE_DESCRIPTION] = comment.encode()
-    kind = path.suffix.lower()[1:].upper()
-    own = {"GIF": {"comment": comment.encode()}, "WEBP": {"quality": 90, "method": 4, "exif": exif}}[kind]
+    pictures = [Image.fromarray(frame) for frame in frames]
+    if path.suffix.lower() == ".gif":
+        chosen = frames[np.linspace(0, len(frames) - 1, min(len(frames), 16)).astype(int)]  # (16, H, W, 3)
+        palette = Image.fromarray(chosen.reshape(-1, *frames.shape[2:])).quantize(256)
+        pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+        kind, own = "GIF", {"comment": comment.encode()}
+    else:
+        kind, own = "WEBP", {"quality": 90, "exif": Image.Exif()}
+        own["exif"][IMAGE_DESCRIPTION] = comment.encode()
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         pictures[0].save(file, kind, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **own)
 

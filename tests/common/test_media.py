@@ -404,3 +404,17 @@ def test_an_animation_has_all_frames_the_length_and_the_recipe(kind, tmp_path):
     assert text == comment
     times = [float(frame.time) for frame in av.open(str(path)).decode(video=0)] if kind == "gif" else []
     assert times == pytest.approx([round(100 * k / 12) / 100 for k in range(len(times))]) and len(times) in (0, 17)
+
+
+def test_what_stands_still_in_a_gif_does_not_flicker(tmp_path):
+    """The left half is a still gradient of more colors than GIF has, the right half changes all its colors."""
+    still = np.arange(32 * 32 * 3).reshape(32, 32, 3) % 251
+    noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3))
+    frames = np.concatenate([np.broadcast_to(still, noise.shape), noise], 2).astype(np.uint8)
+    write_video(tmp_path / "a.gif", frames, 12)
+    with Image.open(tmp_path / "a.gif") as film:
+        shown = []
+        for k in range(6):
+            film.seek(k)
+            shown.append(np.asarray(film.convert("RGB"))[:, :32])
+    assert all(np.array_equal(frame, shown[0]) for frame in shown)
