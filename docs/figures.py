@@ -93,12 +93,12 @@ def draw_hero(path: str, people: int = 3, side: int = 64) -> None:
         given, how = None if photo is None else [photo] * prompts, ([0] * prompts, recipe, *place)
         texts = [{"caption": prompt} for prompt in PROMPTS]
         rows.append(make_videos(ckpt, ASSETS / "gemma", texts, given, *how))  # (prompts, F, H, W, 3)
-    row, column, head, pages = side + 3, 9 * side // 4, 52, []
+    row, column, head, pages = side + 3, 5 * side // 2, 52, []
     for frame in range(recipe.frames):
         page = Image.new("RGB", (side + prompts * column, head + (people + 1) * row), "white")
         draw = ImageDraw.Draw(page)
         for j in range(prompts):
-            text = "\n".join(textwrap.wrap(PROMPTS[j], 26))
+            text = "\n".join(textwrap.wrap(PROMPTS[j], 30))
             draw.text((side + j * column + column // 2, 2), text, "black", anchor="ma", font_size=10, align="center")
         for i, videos in enumerate(rows):
             pictures = [(side + j * column + (column - side) // 2, videos[j, frame]) for j in range(prompts)]
