@@ -7,7 +7,8 @@
 As in the paper, the base is a text-to-video model, and each further row is fine-tuned from the base's weights: same
 seed, same steps, same clips. Decoupled guidance is inference only and shares the weights of the row before it. Rows
 are trained by train.py with configs/toy-ablation.toml and the changes below, and measured by toy/judge.py on people,
-prompts and pairs of motion and color of the test split.
+prompts and pairs of motion and color of the test split. Their DiT is smaller than that of assets/ and their videos are
+shorter, so that two cores are enough; the VAE is the same.
 
     python -m toy.ablate --budget minutes                   # a few steps: does a change run at all?
     python -m toy.ablate --budget small                     # three quarters of an hour on two cores
@@ -53,7 +54,8 @@ from rope import PLACEMENTS
 from toy import copying, judge
 from toy.cache import add_temptation, read_temptation
 from toy.eye import Eye
-from toy.make import ON_GPU, run_command, torchrun
+from toy.make import DEFAULTS, ON_GPU, assemble, run_command, torchrun
+from toy.text import narrow
 from toy.world import APART, Temptation
 
 HERE = Path(__file__).parent.parent
@@ -85,18 +87,22 @@ class Budget:
     row: int  # steps of each further row
     clips: int  # drawn clips of the cache
     people: int  # in an evaluation
+    text: int = 800  # steps of the text path
     change: dict[str, Any] = field(default_factory=dict)  # options of train.py, which --set may overrule
     marks: tuple[int, ...] = ()  # steps after which a further row is measured too; the learning rate must not fall
 
 
 STEADY = {"optim.decay": "constant", "faces.min_weight": 0.2}
+QUICK = {"optim.batch": 16, "optim.lr": 1.5e-3, "optim.warmup": 30, "guidance.steps": 10}
 BUDGETS = {
-    "minutes": Budget(10, 5, 64, 4, STEADY | {"optim.batch": 8, "guidance.steps": 4}, (3,)),
-    "gpu": Budget(1_200, 200, 4_000, 48, STEADY | {"optim.batch": 64, "optim.lr": 1.5e-3}, (50, 100)),
-    "small": Budget(800, 250, 4_000, 32, {"faces.min_weight": 0.2}),
+    "minutes": Budget(10, 5, 64, 4, 10, STEADY | {"optim.batch": 8, "guidance.steps": 4}, (3,)),
+    "gpu": Budget(1_200, 200, 4_000, 48, 800, STEADY | {"optim.batch": 64, "optim.lr": 1.5e-3}, (50, 100)),
+    "small": Budget(500, 120, 2_000, 16, 800, STEADY | QUICK, (60,)),
     "medium": Budget(3_000, 1_200, 16_000, 64),
-    "large": Budget(1_800, 600, 16_000, 64, {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5}),
+    "large": Budget(1_800, 600, 16_000, 64, 2_500, {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5}),
 }
+DIT = narrow(4) | {"num_layers": 6}  # 128 wide, a fifth of the weights of the model in assets/
+SHORT = DEFAULTS | {"frames": 9, "steps": 12, "s_ref": 2.0}  # s_y = s_r, unless a row says otherwise
 TITLE = "# Identity and copying in the tiny world\n\n"
 PROSE = "<!-- Everything below this line is written by toy/ablate.py. -->"
 
@@ -142,8 +148,12 @@ class Ablation:
     jobs: int = 1  # rows that are trained at a time
 
     def cache(self, temptation: Temptation) -> Path:
-        kind = [] if temptation == APART else [label(temptation)]
-        return Path("-".join([read(self.set).data.cache, str(self.budget.clips), *kind]))
+        return self.out / label(temptation) / "cache"
+
+    @property
+    def start(self) -> Path:
+        """VAE, text path and a random DiT, from which the base begins."""
+        return self.out / "start.safetensors"
 
     def marks(self, row: str) -> list[int]:
         """The steps after which a row is exported and measured. Weights that a row shares are there at the end only."""
@@ -159,8 +169,8 @@ class Ablation:
         """The changes of a run's configuration: budget and device first, then the user's, then the row's."""
         row = ROWS[run.row].change | {"data.cache": self.cache(run.temptation), "run.out": run.path(self.out)}
         row |= {"run.seed": run.seed, "optim.steps": steps or self.marks(run.row)[-1]}
-        if run.row != "base":
-            row["model.ckpt"] = self.weights(Run("base", run.seed))
+        row |= {"model.ckpt": self.start if run.row == "base" else self.weights(Run("base", run.seed))}
+        row |= {"model.gemma": self.out / "gemma"}
         start = self.budget.change | (ON_GPU if torch.cuda.is_available() else {})
         if self.jobs > 1 and run.row != "base":
             start["data.workers"] = 0  # the other rows use the cores
@@ -168,7 +178,14 @@ class Ablation:
 
     def refuse_overruled(self, rows: list[str]) -> None:
         """UserError for an option of the user that the ablation itself sets to another value in one of these rows."""
-        own = {"run.out": "--out", "run.seed": "--training-seeds", "optim.steps": "--budget", "model.ckpt": "the base"}
+        own = {
+            "run.out": "--out",
+            "data.cache": "--out",
+            "model.gemma": "--out",
+            "run.seed": "--training-seeds",
+            "optim.steps": "--budget",
+            "model.ckpt": "the base",
+        }
         for change in self.set:
             key = change.partition("=")[0].strip()
             setters = [own[key]] if key in own else [f"row {name}" for name in rows if key in ROWS[name].change]
@@ -244,7 +261,7 @@ def judge_run(run: Run, steps: int, seed: int, ablation: Ablation, scales: tuple
     else:
         photos, seeds = [clip["reference"] for clip in clips], range(seed * count, seed * count + len(clips))
         how = recipe, *resolve_device(argparse.Namespace(device=ablation.device, dtype=None)), count
-        videos = judge.make_videos(path, ASSETS / "gemma", clips, photos, seeds, *how, title=name)
+        videos = judge.make_videos(path, ablation.out / "gemma", clips, photos, seeds, *how, title=name)
     rows = judge.measure(videos, clips, *instruments(ablation.device))
     if not scales and run.seed == 0 and steps == ablation.marks(run.row)[-1]:
         judge.draw_rows(record.with_suffix(".jpg"), clips[:4], rows, videos)
@@ -265,9 +282,20 @@ def do(run: Run, ablation: Ablation, sweep: bool = False) -> None:
             judge_run(run, steps, seed, ablation, scales)
 
 
+def make_start(ablation: Ablation) -> None:
+    """The text path of the small DiT, and the checkpoint from which all bases begin."""
+    if ablation.start.is_file():
+        return
+    text, steps = ablation.out / "text.safetensors", ablation.budget.text
+    words = f"-m toy.text --heads 4 --steps {steps} --out {text} --gemma {ablation.out / 'gemma'}".split()
+    run_command([*words, "--device", ablation.device])
+    assemble(ASSETS / "tiny.safetensors", text, ablation.start, DIT, SHORT)
+
+
 def make_cache(temptation: Temptation, ablation: Ablation, processes: int) -> None:
     words = ["--reference", temptation.reference, "--share", str(temptation.share)]
     words += ["--count", str(ablation.budget.clips), "--out", str(ablation.cache(temptation))]
+    words += ["--ckpt", str(ablation.start), "--gemma", str(ablation.out / "gemma")]
     words += ["--device", ablation.device] if ablation.jobs > 1 else []
     start = [*torchrun()[:-1], f"--nproc_per_node={processes}"] if ablation.jobs > 1 else torchrun()
     run_command([*start, "-m", "toy.cache", *words])
@@ -384,6 +412,7 @@ def main() -> None:
         read(ablation.options(run))
     same_settings(ablation)
     instruments(options.device)
+    make_start(ablation)
     caches = dict.fromkeys(run.temptation for run in runs if not ablation.weights(run).is_file())
     if APART in caches:  # first, since the base needs it
         make_cache(APART, ablation, jobs)

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -61,16 +62,18 @@ def read_part(module: nn.Module, path: Path) -> nn.Module:
     return module
 
 
-def assemble(vae: Path, text: Path, out: Path) -> None:
-    """One checkpoint in the released layout: trained VAE, trained text path, random DiT."""
+def assemble(
+    vae: Path, text: Path, out: Path, transformer: dict[str, Any] = TRANSFORMER, defaults: dict[str, Any] = DEFAULTS
+) -> None:
+    """One checkpoint in the released layout: trained VAE, trained text path, random DiT of this size."""
     ltx = json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     ltx["vae"] |= CONFIG
-    ltx["transformer"] |= TRANSFORMER
+    ltx["transformer"] |= transformer
     torch.manual_seed(0)
     dit = LTXVideo(ltx["transformer"])
     connector = read_part(TextConnector(ltx["transformer"], LAYERS + 1), text)
     modules = [dit, connector, read_part(VideoVAE(ltx["vae"]), vae)]
-    write_modules(out, modules, ltx, {"weights": "random", "defaults": DEFAULTS})
+    write_modules(out, modules, ltx, {"weights": "random", "defaults": defaults})
 
 
 def torchrun() -> list[str]:

@@ -40,6 +40,14 @@ TRANSFORMER |= {"in_channels": 48, "out_channels": 48, "cross_attention_dim": 25
 TRANSFORMER |= {"positional_embedding_max_pos": [4, 128, 128], "connector_positional_embedding_max_pos": [64]}
 TRANSFORMER |= {"connector_num_attention_heads": 8, "connector_attention_head_dim": 32, "connector_num_layers": 1}
 TRANSFORMER |= {"connector_num_learnable_registers": 16}
+
+
+def narrow(heads: int) -> dict[str, Any]:
+    """TRANSFORMER with fewer heads in DiT and connector, of the same 32 channels each."""
+    widths = {"num_attention_heads": heads, "connector_num_attention_heads": heads, "cross_attention_dim": 32 * heads}
+    return TRANSFORMER | widths
+
+
 GEMMA = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": LAYERS}
 GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
 GEMMA |= {"max_position_embeddings": TOKENS, "sliding_window": 32}
@@ -150,6 +158,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/text.safetensors", help="projection and connector (%(default)s)")
     parser.add_argument("--gemma", default="runs/toy/gemma", help="folder of the tiny Gemma (%(default)s)")
+    parser.add_argument("--heads", type=positive, default=8, help="of the connector; its width is 32 for each (8)")
     parser.add_argument("--steps", type=positive, default=2500)
     parser.add_argument("--batch", type=positive, default=128)
     parser.add_argument("--seed", type=int, default=0)
@@ -159,7 +168,7 @@ def main() -> None:
     out, gemma, since = Path(options.out), Path(options.gemma), time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     ltx = json.loads((ROOT / "configs" / "ltx-2.3.json").read_text())
-    ltx["transformer"] |= TRANSFORMER
+    ltx["transformer"] |= narrow(options.heads)
     reader = train(ltx["transformer"], options.steps, options.batch, options.seed, options.device)
     for slot, share in measure(reader).items():
         print(f"{slot:12} right in {share:.1%} of unseen captions")
