@@ -121,7 +121,7 @@ CLIP, HALF, SCENE = (
     Temptation(reference=f"same {k}", share=q) for k, q in (("clip", 1.0), ("clip", 0.5), ("scene", 1.0))
 )
 STUDY = [Cell(CLIP, CORE), Cell(HALF, CORE, SWEPT), Cell(APART, CORE)]
-FURTHER = [Cell(CLIP, ("temporal", "fixed", "remote")), Cell(SCENE, SWEPT)]  # after all seeds of the others
+FURTHER = [Cell(CLIP, ("guidance", "temporal", "fixed", "remote")), Cell(SCENE, SWEPT)]  # after all seeds of the others
 SCALES = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (2, 5), (4, 2), (4, 4), (4, 6)]  # (s_y, s_r) of Eq. 13
 
 
