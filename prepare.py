@@ -70,8 +70,10 @@ def make_cache(arguments: list[str]) -> None:
     parser.add_argument("--width", type=int, help="pixels, likewise")
     parser.add_argument("--frames", type=int, help="likewise; a multiple of the VAE's cell, and 1")
     parser.add_argument("--fps", type=float, help="frames per second (default: the checkpoint's)")
-    where = "for rows without one: a face from the same video, or from another clip of its identity (%(default)s)"
-    parser.add_argument("--reference", choices=["same", "other"], default="same", help=where)
+    where = (
+        "for rows without one: a face from another clip of its identity if there is one, or the same clip (%(default)s)"
+    )
+    parser.add_argument("--reference", choices=["other", "same"], default="other", help=where)
     parser.add_argument("--require-face-in-video", action="store_true", help="leave out clips without one midway")
     text = "leave out clips whose faces have all a lower cosine similarity with the reference"
     parser.add_argument("--min-similarity", type=float, metavar="X", help=text)

@@ -95,7 +95,7 @@ def prepare(
     width: int | None = None,
     frames: int | None = None,
     fps: float | None = None,
-    reference: str = "same",
+    reference: str = "other",
     require_face_in_video: bool = False,
     shard_gb: float = 2.0,
     device: str | torch.device = "cpu",
@@ -110,9 +110,9 @@ def prepare(
     """Make, or complete, the cache `out` of a manifest's clips; under torchrun, this rank's share of its shards.
 
     buckets: the sizes of clips (clips/buckets.py). None: `default_buckets`; with a height, width or frames a single
-    size, the checkpoint's but for these. windows: most clips out of a row. reference: the source of references that the
-    manifest does not name, "same" video or "other" clip of the same identity. min_similarity: least cosine of reference
-    and clip. workers: threads that read ahead.
+    size, the checkpoint's but for these. windows: most clips out of a row. reference: where the manifest names none,
+    from an "other" clip of the same identity if there is one, or from the "same" video. min_similarity: least cosine of
+    reference and clip. workers: threads that read ahead.
     """
     clips, checkpoint, folder = read_manifest(manifest), open_checkpoint(ckpt), Path(out)
     files = [folder / name for name in ("cache.json", NULL, "report.jsonl", shard_file(0), text_file(0))]

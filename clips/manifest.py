@@ -270,7 +270,7 @@ def _find_reference(
             others = [c for c in identities.get(clip.identity, ()) if (c.video, c.start) != (clip.video, clip.start)]
             for k in rng.permutation(len(others))[:REFERENCE_TRIES]:
                 image = image or _random_face(others[k], length, detector, rng)
-            if image is None:
+            if image is None and clip.identity:
                 note = f"reference from the same video: no face in another clip of identity {clip.identity!r}"
         image = image or _random_face(clip, length, detector, rng)
     if image:

@@ -181,8 +181,8 @@ def find(rows: list[Row], by_chance: list[float], max_tokens: int) -> list[Findi
             "the reference shares more than half of its surroundings with the clip",
             sorted(tempting, key=lambda row: -row.background) if share > chance + 0.05 + len(rows) ** -0.5 else [],
             f"That is {share:.0%} of the clips, and {chance:.0%} with another clip's reference. A model that copies "
-            "background and clothes from such references has a lower loss. Take references from other clips of the "
-            "person (prepare.py --reference other), and keep the augmentation.",
+            "background and clothes from such references has a lower loss. Give all clips of a person one identity in "
+            "the manifest, so that prepare.py takes the reference from another clip, and keep the augmentation.",
         ),
         Finding(
             f"the caption has at most {SHORT} words, or less than half of the median, {median:.0f}",

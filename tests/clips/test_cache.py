@@ -126,7 +126,6 @@ def options(small, world):
         "width": SIZE,
         "frames": FRAMES,
         "fps": FPS,
-        "reference": "other",
         "shard_gb": SHARD_GB,
         "seed": 3,
     }
@@ -166,7 +165,7 @@ def test_each_bad_row_is_reported_with_file_and_line_and_loses_nothing_else(made
     }.items():
         assert said in details[line]
     notes = {line["line"]: line["note"] for line in report if "note" in line}
-    assert notes.keys() == {2, 14} and "'bob'" in notes[14]  # asked for "other", and there was none
+    assert notes.keys() == {14} and "'bob'" in notes[14]  # no other clip; line 2 names no identity
     clips = CachedClips(made)
     assert clips.names == ["own:1", "own:2", "anna1:7", "anna2:8", "faceless:11", "anna2:13", "own:14"]
     assert sorted(path.name for path in made.iterdir()) == [
