@@ -11,7 +11,7 @@ prompts and pairs of motion and color of the test split. Their DiT is smaller th
 shorter, so that two cores are enough; the VAE is the same.
 
     python -m toy.ablate --budget minutes                   # a few steps: does a change run at all?
-    python -m toy.ablate --budget small                     # three quarters of an hour on two cores
+    python -m toy.ablate --budget small                     # for two cores
     python -m toy.ablate --budget large                     # for a GPU: batches of 256
     python -m toy.ablate --rows base,reference,tass         # only these; the others can follow later
     python -m toy.ablate --reference "same clip" --share 1  # training references are frames of their own clips
@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -342,12 +343,12 @@ def settings_text(ablation: Ablation, command: str) -> str:
     minutes, where = sum(int(seconds) for seconds, _, _ in trained) / 60, sorted({place for _, _, place in trained})
     steps = ", ".join(map(str, ablation.marks("tass")))
     return (
-        f"Written by `python -m toy.ablate {command}`: {budget.base} steps for the base, then each further row from "
-        f"the base's weights, measured after {steps} steps; optim.batch = {config.optim.batch}, optim.lr = "
-        f"{config.optim.lr}, faces.min_weight = {config.faces.min_weight}, {budget.clips} clips. Of each training seed "
-        f"{ablation.seeds * budget.people} people are measured who, like their prompts, are of the test split. Mean ± "
-        "standard error over training seeds; a difference above two of them is bold. Chance for the nearest reference "
-        f"is 1 in {budget.people}. {judge.LEGEND} `toy/judge.py` explains all columns.\n\n"
+        f"Written by `python -m toy.ablate {command}` on {date.today()}: {budget.base} steps for the base, then each "
+        f"further row from the base's weights, measured after {steps} steps; optim.batch = {config.optim.batch}, "
+        f"optim.lr = {config.optim.lr}, faces.min_weight = {config.faces.min_weight}, {budget.clips} clips. People and "
+        "prompts are of the test split, and each training seed has people of its own. Mean ± standard error over "
+        "training seeds; a difference above two of them is bold. Chance for the nearest reference is 1 in "
+        f"{budget.people}. {judge.LEGEND} `toy/judge.py` explains all columns.\n\n"
         f"Trained on {'; '.join(where)}, {ablation.jobs} rows at a time, {minutes:.0f} minutes if one by one.\n\n"
     )
 

@@ -73,7 +73,7 @@ def means(rows: judge.Rows) -> Means:
         row | {key: other[key] for key in ("photo", "photo_read")} for row, other in zip(rows, rows[1:] + rows[:1])
     ]
     control = fmean(float(judge.copied(others, group)) for group in judge.GROUPS)
-    return result | {"copied": fmean(result[key] for key in COPIED), "copied control": control}
+    return result | {"copied": fmean(result[key] for key in COPIED), "copied control": control, "videos": len(rows)}
 
 
 def curve(results: Results, kind: str, row: str) -> dict[int, Curve]:
@@ -143,8 +143,9 @@ def table(results: Results, kind: str) -> str:
         )
         if last:
             seeds = results[last].values()
-            lines.append([title, str(len(seeds)), *(cell([seed[key] for seed in seeds]) for key in keys)])
-    return judge.markdown(f"| row | seeds | {' | '.join(HEADINGS[key] for key in keys)} |", lines)
+            videos = sum(seed["videos"] for seed in seeds)
+            lines.append([title, str(len(seeds)), str(videos), *(cell([seed[key] for seed in seeds]) for key in keys)])
+    return judge.markdown(f"| row | seeds | videos | {' | '.join(HEADINGS[key] for key in keys)} |", lines)
 
 
 def difference_table(results: Results, kind: str, compare: Compare) -> str:

@@ -20,7 +20,7 @@ SLOW = np.array([[0.10, 0.30], [0.12, 0.28], [0.08, 0.35]]), np.array([[0.1, 0.3
 
 def mean(similarity, copied):
     keys = [*copying.COLUMNS, "retrieved_permuted", "copied control"]
-    return dict.fromkeys(keys, 0.25) | {"similarity": float(similarity), "copied": float(copied)}
+    return dict.fromkeys(keys, 0.25) | {"similarity": float(similarity), "copied": float(copied), "videos": 16}
 
 
 def measured(kind="same-clip-1"):
@@ -115,8 +115,8 @@ def test_tables_have_means_and_standard_errors_over_training_seeds():
     lines = copying.numbers(measured()).splitlines()
     assert lines[0] == "## Training references: same clip, share 1"
     (row,) = [line for line in lines if line.startswith("| + TASS-RoPE |")]
-    assert row.startswith(f"| + TASS-RoPE | 3 | {cell(SLOW[0][:, -1])} |") and f"| {cell(SLOW[1][:, -1])} |" in row
-    assert f"| base: text to video | 3 | {cell(BASE[0])} |" in "\n".join(lines)
+    assert row.startswith(f"| + TASS-RoPE | 3 | 48 | {cell(SLOW[0][:, -1])} |") and f"| {cell(SLOW[1][:, -1])} |" in row
+    assert f"| base: text to video | 3 | 48 | {cell(BASE[0])} |" in "\n".join(lines)
     steps, identity = [line for line in lines if line.startswith("| tass less reference |")]
     difference = SLOW[0][:, -1] - FAST[0][:, -1]
     assert abs(difference.mean()) > 2 * difference.std(ddof=1) / 3**0.5
