@@ -307,7 +307,7 @@ def test_no_command_follows_a_playlist(tmp_path, monkeypatch, watched, listener,
     for name, lines in (("m.jsonl", rows), ("cases.jsonl", cases)):
         Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, printed, _ = in_process(prepare.main, "prepare.py", "--manifest", "m.jsonl", "--out", "cache")
-    assert code == 0 and f"1 of {len(rows)} clips" in printed
+    assert code == 0 and f"1 clips of {len(rows)} rows" in printed
     words = ["--steps", 1, "--frames", 5]
     photo = ["--ref", "0-0.png", "--prompt", "A man.", "--out", "a.mp4"]
     assert in_process(sample.main, "sample.py", *photo, *words)[0] == 2
