@@ -129,7 +129,8 @@ def cell(values: list[float], sign: str = "") -> str:
     if len(values) == 1:
         return f"{mean:{sign}.2f}"
     error = stdev(values) / len(values) ** 0.5
-    text = f"{mean:{sign}.2f} ± {error:.2f}"
+    digits = 2 if error >= 0.005 else 3
+    text = f"{mean:{sign}.{digits}f} ± {error:.{digits}f}"
     return f"**{text}**" if sign and abs(mean) > 2 * error else text
 
 
