@@ -118,11 +118,9 @@ class Cell(NamedTuple):
 
 # The rows of docs/copying.md, the most important first. "identity" takes longest, so it begins first.
 CORE, SWEPT = ("identity", "reference", "tass", "phase", "augmentation"), ("reference", "tass", "augmentation")
-CLIP, HALF, SCENE = (
-    Temptation(reference=f"same {k}", share=q) for k, q in (("clip", 1.0), ("clip", 0.5), ("scene", 1.0))
-)
+CLIP, HALF = (Temptation(reference="same clip", share=share) for share in (1.0, 0.5))
 STUDY = [Cell(CLIP, CORE), Cell(HALF, CORE, SWEPT), Cell(APART, CORE)]
-FURTHER = [Cell(CLIP, ("guidance", "temporal", "fixed", "remote")), Cell(SCENE, SWEPT)]  # after all seeds of the others
+FURTHER = [Cell(CLIP, ("guidance", "temporal", "fixed", "remote"))]  # after all seeds of the others
 SCALES = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (2, 5), (4, 2), (4, 4), (4, 6)]  # (s_y, s_r) of Eq. 13
 
 

@@ -62,7 +62,6 @@ def test_the_runs_of_the_study(monkeypatch):
         "apart": core | {"base"},
         "same-clip-0.5": core,
         "same-clip-1": core | {"guidance", "temporal", "fixed", "remote"},
-        "same-scene-1": {"reference", "tass", "augmentation"},
     }.items():
         assert sorted(rows[kind]) == sorted((row, seed) for row in expected for seed in range(3))
     order = list(study)
