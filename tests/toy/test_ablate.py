@@ -206,16 +206,15 @@ def test_the_smallest_study(tmp_path, in_process, monkeypatch):
     monkeypatch.setitem(ablate.BUDGETS, "minutes", SMALLEST)
     monkeypatch.setattr(ablate, "STUDY", [ablate.Cell(ablate.HALF, ("tass",), ("tass",))])
     monkeypatch.setattr(ablate, "FURTHER", [ablate.Cell(APART, ("tass",))])
-    out, cache = tmp_path / "out", tmp_path / "cache"
+    out = tmp_path / "out"
     options = ["--study", "--budget", "minutes", "--seeds", 1, "--jobs", 2, "--out", out]
-    options += ["--set", f"data.cache={cache}"]
     code, _, error = in_process(ablate.main, "ablate.py", *options)
     assert code == 0, error
     made = {path.relative_to(out / "results").with_suffix("").as_posix() for path in out.glob("results/*/*.json")}
     expected = {f"{kind}/tass-0-0-{steps}" for kind in ("apart", "same-clip-0.5") for steps in (1, 2)}
     expected |= {f"same-clip-0.5/tass-0-0-2-{s_y}-{s_r}" for s_y, s_r in ablate.SCALES}
     assert made == expected | {"apart/base-0-0-2", "apart/drawn-0-0-0"}
-    assert {path.name for path in tmp_path.glob("cache-*")} == {"cache-8", "cache-8-same-clip-0.5"}
+    assert {path.parent.name for path in out.glob("*/cache")} == {"apart", "same-clip-0.5"}
     text = (out / "copying.md").read_text()
     assert text.count("## Training references: ") == 2 and text.count("| + TASS-RoPE | 1 |") == 2
     assert "(copying.png)" in text and "(guidance.png)" in text and "2 rows at a time" in text
