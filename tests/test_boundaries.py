@@ -726,6 +726,7 @@ def test_any_value_of_any_option(name, examples, tmp_path, monkeypatch, capsys):
                 words[-1] += f"={value}".replace("\0", "").replace("\ud800", "\udcff")  # as a shell's arguments are
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["x", *words])
+            sys.stdout.reconfigure(errors="backslashreplace")  # as one_line_errors does
             try:
                 run()
             except UserError as error:

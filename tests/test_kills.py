@@ -143,8 +143,8 @@ def test_killed_at_random_moments(command, kills, sources, tmp_path):
     for name in ("whole", *(f"killed-{k}" for k in range(kills + 1))):
         if command == "merge":  # which makes no folder
             (tmp_path / name).mkdir()
-    told = json.dumps([module.removesuffix(".py"), options, kills, str(tmp_path)])
-    script = [sys.executable, "-c", KILLER, told]
+    order = json.dumps([module.removesuffix(".py"), options, kills, str(tmp_path)])
+    script = [sys.executable, "-c", KILLER, order]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=3600)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
