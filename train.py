@@ -245,6 +245,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--best says which checkpoint --export writes: give both")
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu} is not between 0 and 1")
+    if not 1 <= options.gpus <= 1_000_000:
+        raise UserError(f"--gpus {options.gpus} is not between 1 and 1,000,000")
     return options
 
 

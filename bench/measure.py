@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from checkpoint import open_checkpoint
 from common.device import DTYPES, free, resolve_device
 from common.errors import Parser, UserError, whole_file
-from common.outputs import refuse_overwrite
+from common.outputs import refuse_folders, refuse_overwrite
 from engine.fp8 import E4M3, can_multiply, multiply_in_fp8, quantize, store_in_fp8
 from engine.offload import offload
 from engine.optim import AdamWBF16
@@ -295,7 +295,7 @@ def parse_arguments() -> argparse.Namespace:
 def resolve_sizes(texts: list[str], scale: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     """(height, width, frames) of each --size. One that does not fill whole latent cells raises UserError."""
     rule = f"write HEIGHTxWIDTHxFRAMES, sides multiples of {scale[1]}, frames {scale[0]}k+1"
-    sizes = [tuple(map(int, text.split("x"))) if re.fullmatch(r"\d+x\d+x\d+", text) else (0, 0, 0) for text in texts]
+    sizes = [tuple(map(int, text.split("x"))) if re.fullmatch(r"\d{1,9}x\d{1,9}x\d{1,9}", text) else (0, 0, 0) for text in texts]
     for text, (height, width, frames) in zip(texts, sizes):
         if not (height and width and frames) or height % scale[1] or width % scale[2] or (frames - 1) % scale[0]:
             raise UserError(f"--size {text}: {rule}")
@@ -319,6 +319,7 @@ def main() -> None:
     page = re.sub(r"[^a-z0-9]+", "-", f"{name} {' '.join(how)}".lower()).strip("-") + ".md"
     out = Path(options.out or (ROOT if options.publish else Path("out")) / "bench" / page)
     refuse_overwrite([out], [options.ckpt])
+    refuse_folders(out)
     out.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows here too
     how_often = options.device, options.dtype, options.repeat
     limits, product = ceilings(*how_often), "matrix product"

@@ -144,6 +144,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     `path` for a full disk, a read-only folder and the like.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
     try:
         remove_leftovers(path)
         temporary, file = _new_file(path)
