@@ -144,7 +144,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     `path` for a full disk, a read-only folder and the like.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder: name a file")
     try:
         remove_leftovers(path)

@@ -32,12 +32,14 @@ import runpy
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import lru_cache, partial
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +101,7 @@ BUDGETS = {
     "minutes": Budget(10, 5, 64, 4, 10, STEADY | {"optim.batch": 8, "guidance.steps": 4}, (3,)),
     "gpu": Budget(1_200, 200, 4_000, 48, 800, STEADY | {"optim.batch": 64, "optim.lr": 1.5e-3}, (50, 100)),
     "small": Budget(500, 120, 2_000, 16, 800, STEADY | QUICK, (60,)),
+    "long": Budget(500, 480, 2_000, 16, 800, STEADY | QUICK, (120, 240)),
     "medium": Budget(3_000, 1_200, 16_000, 64),
     "large": Budget(1_800, 600, 16_000, 64, 2_500, {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5}),
 }
@@ -300,6 +303,16 @@ def make_cache(temptation: Temptation, ablation: Ablation, processes: int) -> No
     run_command([*start, "-m", "toy.cache", *words])
 
 
+def end_with_parent() -> None:
+    """End this process when its parent is gone: the workers of a killed run would write beside those of the next."""
+
+    def watch() -> None:
+        connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def work(task: Callable[[], None]) -> None:
     """A task in one of several processes."""
     torch.set_num_threads(1)
@@ -319,7 +332,8 @@ def do_all(tasks: list[Callable[[], None]], jobs: int, ends: float) -> int:
             task()
     if jobs == 1 or not tasks or time.monotonic() > ends:
         return 0
-    with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
+    count, start = min(jobs, len(tasks)), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, start, end_with_parent) as pool:
         done, late = wait([pool.submit(work, task) for task in tasks], min(ends - time.monotonic(), 1e6))
         for process in multiprocessing.active_children() if late else ():
             process.kill()
@@ -441,7 +455,7 @@ def same_settings(ablation: Ablation) -> None:
     """Rows of different settings cannot be compared: UserError where the folder was begun with others."""
     config, record = as_dict(read(ablation.set)), ablation.out / "settings.json"
     settings = {f"{section}.{key}": value for section, options in config.items() for key, value in options.items()}
-    settings |= asdict(ablation.budget) | {"marks": list(ablation.budget.marks)}
+    settings |= asdict(ablation.budget) | {"marks": list(ablation.budget.marks), "seeds": ablation.seeds}
     if record.is_file():
         before = parse_json(dict[str, Any], record.read_bytes(), record)
         return require_same(before, settings, ablation.out, "give another --out")

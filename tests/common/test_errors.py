@@ -264,7 +264,7 @@ def test_disk_errors_name_the_file(root, tmp_path):
     with pytest.raises(UserError, match=r"no/folder/clip\.mp4 cannot be written: No such file"), whole_file(absent):
         pass
     (tmp_path / "clip.mp4").mkdir()
-    taken = pytest.raises(UserError, match=r"clip\.mp4 cannot be written: Is a directory")
+    taken = pytest.raises(UserError, match=r"clip\.mp4 is a folder: name a file")
     with taken, whole_file(tmp_path / "clip.mp4") as temporary:
         temporary.write_text("x")
     with (

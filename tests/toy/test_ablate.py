@@ -2,9 +2,13 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from functools import partial
 
+import psutil
 import pytest
 
 from common.errors import UserError
@@ -104,6 +108,39 @@ def test_at_the_deadline_unfinished_work_is_given_up(tmp_path):
         ablate.do_all([partial(mark, tmp_path, f"late {jobs}")], jobs, time.monotonic())
     ablate.do_all([partial(mark, tmp_path, f"slow {k}", 600) for k in range(3)], 2, time.monotonic() + 0.5)
     assert not list(tmp_path.iterdir())
+
+
+RUN = """
+import math, os, time
+from functools import partial
+from pathlib import Path
+from toy import ablate
+
+def note_and_wait(path):
+    path.with_suffix(".part").write_text(str(os.getpid()))
+    path.with_suffix(".part").rename(path)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    ablate.do_all([partial(note_and_wait, Path(__file__).with_name(name)) for name in ("1.pid", "2.pid")], 2, math.inf)
+"""
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_killed_run_end(root, tmp_path):
+    (tmp_path / "run.py").write_text(RUN)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "run.py"], env=environment)
+    while len(notes := list(tmp_path.glob("*.pid"))) < 2:
+        assert parent.poll() is None
+        time.sleep(0.1)
+    workers = [psutil.Process(int(note.read_text())) for note in notes]
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    for worker in alive:
+        worker.kill()
+    assert not alive
 
 
 def test_an_option_that_the_ablation_overrules_is_an_error(in_process, tmp_path):
