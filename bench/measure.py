@@ -295,7 +295,8 @@ def parse_arguments() -> argparse.Namespace:
 def resolve_sizes(texts: list[str], scale: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     """(height, width, frames) of each --size. One that does not fill whole latent cells raises UserError."""
     rule = f"write HEIGHTxWIDTHxFRAMES, sides multiples of {scale[1]}, frames {scale[0]}k+1"
-    sizes = [tuple(map(int, text.split("x"))) if re.fullmatch(r"(\d{1,9}x){2}\d{1,9}", text) else (0, 0, 0) for text in texts]
+    form = re.compile(r"(\d{1,9}x){2}\d{1,9}")
+    sizes = [tuple(map(int, text.split("x"))) if form.fullmatch(text) else (0, 0, 0) for text in texts]
     for text, (height, width, frames) in zip(texts, sizes):
         if not (height and width and frames) or height % scale[1] or width % scale[2] or (frames - 1) % scale[0]:
             raise UserError(f"--size {text}: {rule}")

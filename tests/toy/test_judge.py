@@ -439,11 +439,11 @@ def test_videos_are_those_of_sample_py(root, tmp_path, in_process):
 
 @pytest.fixture(scope="module")
 def judged(root):
-    """Of the model in assets/ and 16 people: the own photo's shares and rows, those of the next one's, and of none."""
+    """Of the model in assets/ and 16 people, in 12 steps: the own photo's shares, those of the next one's, of none."""
     path, count = root / "assets" / "tiny.safetensors", 16
     told, look = judge.cases(0, count), eye.Eye.from_file(root / "assets" / "judge.safetensors")
     reader, cpu = FaceReader(root / "assets" / "faces", det_size=128), (torch.device("cpu"), torch.float32)
-    recipe, following = judge.recipe_of(path), [*range(1, count), 0]
+    recipe, following = judge.recipe_of(path, steps=12), [*range(1, count), 0]
 
     def shares_of(photos, given=None):
         shown = [told[k]["reference"] for k in photos] if photos else None
