@@ -15,7 +15,7 @@ shorter, so that two cores are enough; the VAE is the same.
     python -m toy.ablate --budget large                     # for a GPU: batches of 256
     python -m toy.ablate --rows base,reference,tass         # only these; the others can follow later
     python -m toy.ablate --reference "same clip" --share 1  # training references are frames of their own clips
-    python -m toy.ablate --study --training-seeds 3 --seeds 1 --jobs 2   # all of docs/copying.md
+    python -m toy.ablate --study --training-seeds 3 --seeds 3 --jobs 2   # all of docs/copying.md
     python -m toy.ablate --set parallel.compile=true        # 1.2 times as fast on two cores; it wants a C++ compiler
 
 The same command again continues: rows that are trained or measured are kept. copying.md, with tables and figures, goes
