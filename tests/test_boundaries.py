@@ -485,7 +485,7 @@ CONFIG = as_dict(read_config(None))
 STUDY = {
     f"{section}.{key}": value for section, table in as_dict(ablate.read([])).items() for key, value in table.items()
 }
-STUDY |= asdict(ablate.BUDGETS["minutes"]) | {"marks": list(ablate.BUDGETS["minutes"].marks)}
+STUDY |= asdict(ablate.BUDGETS["minutes"]) | {"marks": list(ablate.BUDGETS["minutes"].marks), "seeds": 2}
 OWN = Checkpoint(TINY).ours | {"placement": "tass", "source_id": 2, "loras": ["a:1"], "training": {"a": 1}}
 FORMATS = {
     "cache.json": Format(

@@ -119,7 +119,7 @@ from toy import ablate
 def note_and_wait(path):
     path.with_suffix(".part").write_text(str(os.getpid()))
     path.with_suffix(".part").rename(path)
-    time.sleep(600)
+    time.sleep(3600)
 
 if __name__ == "__main__":
     ablate.do_all([partial(note_and_wait, Path(__file__).with_name(name)) for name in ("1.pid", "2.pid")], 2, math.inf)
@@ -137,7 +137,7 @@ def test_the_workers_of_a_killed_run_end(root, tmp_path):
     workers = [psutil.Process(int(note.read_text())) for note in notes]
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs(workers, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=600)
     for worker in alive:
         worker.kill()
     assert not alive
