@@ -50,6 +50,8 @@ def load_gemma(
         try:
             return _load(folder, kind.model_type, device, dtype)
         except RuntimeError as error:
+            if "allocate memory" in str(error):
+                raise UserError(f"{folder}: its config.json needs more memory than this machine has") from None
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise UserError(f"{folder}: its weights lack the shapes of its config.json: download it again") from None

@@ -25,11 +25,12 @@ def require_memory(least: int, what: str, advice: str) -> None:
 
 def amount(size: float) -> str:
     """Bytes in the largest unit that leaves a number above 1."""
+    size = min(size, 2.0**1000)  # an integer beyond every float
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"
         size /= 1024
-    return f"{size:,.1f} TiB"
+    return f"{size:,.1f} TiB" if size < 1e12 else f"{size:.1e} TiB"
 
 
 def duration(seconds: float) -> str:

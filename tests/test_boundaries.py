@@ -151,6 +151,8 @@ def changed(draw: Callable, value: Any, schema: dict, defs: dict, top: bool = Tr
         rest.append((key, draw(fitting(inner, defs) | ANYTHING)))
     else:
         new, more = changed(draw, dict(rest)[key], inner, defs, top=False)
+        if more and isinstance(key, int):  # an error may be of what is missing there: "2.similarity is missing"
+            more = [*more, f"{key}.", f"{key} ="]
         rest, names = [(k, new if k == key else v) for k, v in rest], names + more
     return (dict(rest) if isinstance(value, dict) else [v for _, v in rest]), names
 
@@ -532,7 +534,10 @@ FORMATS = {
         list[Person], [PERSON, PERSON], in_file("vip.json", read_vip), instead="not JSON|segments can be"
     ),
     "config of a checkpoint": Format(
-        LTXConfig, LTX, in_metadata("config", build), instead="Invalid JSON|looks like|does not fit"
+        LTXConfig,
+        LTX,
+        in_metadata("config", build),
+        instead="Invalid JSON|looks like|does not fit|unknown to this code",
     ),
     "own entry of a checkpoint": Format(Ours, OWN, in_metadata(OUR_METADATA, resolve)),
     "quantization of a checkpoint": Format(Layers, {"layers": {"a": {"format": "x"}}}, in_metadata(QUANTIZATION, vars)),
