@@ -48,13 +48,13 @@ def blame(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries raise every kind of exception on a damaged file
-        if isinstance(error, UserError) or _out_of_memory(error):
+        if isinstance(error, UserError) or out_of_memory(error):
             raise
         reason = getattr(error, "strerror", None) or f"{error} ({type(error).__name__})"
         raise UserError(f"{what}: {' '.join(reason.split())}{advice}") from error
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Python's sign of it or one of torch's two; torch's by name, so that --help need not import it."""
     torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     return torchs or isinstance(error, MemoryError)
@@ -83,7 +83,7 @@ def explain(error: Exception) -> tuple[int, str]:
     environment asks for the traceback."""
     if isinstance(error, OSError):
         return 2, (error.strerror or str(error)) + (f" ({error.filename})" if error.filename else "")
-    if _out_of_memory(error):
+    if out_of_memory(error):
         kind = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
         return 2, f"out of {kind}: take a smaller size or fewer frames"
     if isinstance(error, UserError):

@@ -11,7 +11,7 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import nn
 
-from common.errors import UserError, blame
+from common.errors import UserError, blame, out_of_memory
 from common.schema import foreign_record, parse_json
 
 GEMMA = "google/gemma-3-12b-it-qat-q4_0-unquantized"
@@ -50,8 +50,9 @@ def load_gemma(
         try:
             return _load(folder, kind.model_type, device, dtype)
         except RuntimeError as error:
-            if "allocate memory" in str(error):
-                raise UserError(f"{folder}: its config.json needs more memory than this machine has") from None
+            if out_of_memory(error):
+                advice = "on a GPU --text-on-cpu helps, and the sizes in its config.json may be wrong"
+                raise UserError(f"the Gemma in {folder} needs more memory than there is: {advice}") from None
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise UserError(f"{folder}: its weights lack the shapes of its config.json: download it again") from None

@@ -124,7 +124,11 @@ class Stage:  # the options of one block of the VAE
     multiplier: Annotated[int, Field(gt=0, le=16)] = 1
 
 
-Stages = Annotated[list[tuple[str, Stage]], Field(max_length=32)]
+# As in vae.py. The encoder's names end in "_res", the decoder's do not.
+EncoderStage = tuple[Literal["res_x", "compress_space_res", "compress_time_res", "compress_all_res"], Stage]
+DecoderStage = tuple[Literal["res_x", "compress_space", "compress_time", "compress_all"], Stage]
+EncoderStages = Annotated[list[EncoderStage], Field(max_length=32)]
+DecoderStages = Annotated[list[DecoderStage], Field(max_length=32)]
 
 
 @foreign_record
@@ -133,8 +137,8 @@ class VAE:
     patch_size: Annotated[int, Field(gt=0, le=64)]
     encoder_base_channels: Few
     decoder_base_channels: Few
-    encoder_blocks: Stages
-    decoder_blocks: Stages
+    encoder_blocks: EncoderStages
+    decoder_blocks: DecoderStages
 
 
 @foreign_record

@@ -10,6 +10,8 @@ def require_video_size(settings: dict[str, Any], scale: tuple[int, int, int]) ->
     """UserError if a VAE with latent cells of size `scale` cannot take frames, height and width."""
     for name, step, extra in zip(("frames", "height", "width"), scale, (1, 0, 0)):
         value = settings[name]
+        if value > 1_000_000:
+            raise UserError(f"--{name} {value} is above 1,000,000")
         lower = max((value - extra) // step, 1 - extra) * step + extra
         if value != lower:
             rule = f"{step}k+1" if extra else f"a multiple of {step}"
@@ -25,12 +27,11 @@ def require_memory(least: int, what: str, advice: str) -> None:
 
 def amount(size: float) -> str:
     """Bytes in the largest unit that leaves a number above 1."""
-    size = min(size, 2.0**1000)  # an integer beyond every float
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"
         size /= 1024
-    return f"{size:,.1f} TiB" if size < 1e12 else f"{size:.1e} TiB"
+    return f"{size:,.1f} TiB"
 
 
 def duration(seconds: float) -> str:

@@ -534,10 +534,7 @@ FORMATS = {
         list[Person], [PERSON, PERSON], in_file("vip.json", read_vip), instead="not JSON|segments can be"
     ),
     "config of a checkpoint": Format(
-        LTXConfig,
-        LTX,
-        in_metadata("config", build),
-        instead="Invalid JSON|looks like|does not fit|unknown to this code",
+        LTXConfig, LTX, in_metadata("config", build), instead="Invalid JSON|looks like|does not fit"
     ),
     "own entry of a checkpoint": Format(Ours, OWN, in_metadata(OUR_METADATA, resolve)),
     "quantization of a checkpoint": Format(Layers, {"layers": {"a": {"format": "x"}}}, in_metadata(QUANTIZATION, vars)),

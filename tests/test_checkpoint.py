@@ -494,6 +494,8 @@ def test_an_impossible_size_is_refused_when_the_file_is_opened(value, forge):
         ("transformer.positional_embedding_theta", 0, "positional_embedding_theta"),
         ("vae.encoder_blocks", [["compress_all_res", {"multiplier": 16}]] * 9, "vae.encoder_blocks"),
         ("vae.encoder_blocks", [["res_x", {"num_layers": 10**9}]], "num_layers"),
+        ("vae.encoder_blocks", [["compress_all", {"multiplier": 2}]], "vae.encoder_blocks"),
+        ("vae.decoder_blocks", [["attn", {"num_layers": 1}]], "vae.decoder_blocks"),
         ("vae.decoder_blocks", [["res_x"]], "decoder_blocks"),
         ("vae.decoder_blocks", None, "decoder_blocks"),
         ("vae.in_channels", 4, "vae.in_channels"),

@@ -74,11 +74,17 @@ def test_one_row_in_8_bits_and_in_bf16(command, small, tmp_path):
     assert code == 2 and stderr == "error: --against bf16 needs --fp8\n"
 
 
-@pytest.mark.parametrize("size", ["480x832", "0x32x1", "36x32x5", "32x32x6", "big"])
+@pytest.mark.parametrize("size", ["480x832", "0x32x1", "36x32x5", "32x32x6", "big", "32x9999999968x1"])
 def test_a_size_that_does_not_fit_is_one_line(size, command, small, tmp_path):
     out = tmp_path / "x.md"
     code, _, stderr = command("--ckpt", small, "--size", size, "--out", out)
     assert code == 2 and stderr.startswith(f"error: --size {size}: write HEIGHTxWIDTHxFRAMES") and not out.exists()
+
+
+def test_a_folder_as_the_page_is_said_before_anything_is_measured(command, small, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "ceilings", lambda *_: pytest.fail("measured"))
+    code, _, stderr = command("--ckpt", small, "--size", "32x32x1", "--device", "cpu", "--out", tmp_path)
+    assert code == 2 and stderr == f"error: {tmp_path} is a folder: name a file\n"
 
 
 def test_against_diffusers_without_diffusers_is_one_line(command, small, monkeypatch, tmp_path):

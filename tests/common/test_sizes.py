@@ -37,6 +37,11 @@ def test_every_size_that_a_vae_takes_and_no_other():
                 require_video_size(settings | {name: int(nearest)}, (8, 32, 32))
 
 
+def test_a_size_beyond_every_float_is_one_line():
+    with pytest.raises(UserError, match=r"--width 1000+ is above 1,000,000"):
+        require_video_size({"frames": 9, "height": 64, "width": 10**400}, (8, 32, 32))
+
+
 def test_more_memory_than_there_is():
     require_memory(2**20, "a clip", "take less")
     with pytest.raises(UserError, match=r"a clip: at least 1,024\.0 TiB, and this machine has .*: take less"):

@@ -24,7 +24,7 @@ from engine.parallel import set_recompute
 from engine.plan import CARDS, GIB, Plan, connector_flops, dit_flops, parameters, plan_of, vae_flops
 from model import LTXVideo
 from text import TextConnector
-from train import sizes
+from train import main, sizes
 from vae import VideoVAE
 
 D = 128  # width of the tiny model
@@ -455,6 +455,12 @@ def test_the_plan_of_a_run_whose_cache_is_not_there(root, tmp_path):
     assert total < GIB and f"**{total / 2**20:.1f}**" in text and "FLOP a sample" in text and " 0.0" not in text
     _, released = sizes(read_config(root / "configs" / "paper.toml"), tmp_path / "missing")
     assert (released["width"], released["frames"], released["max_tokens"]) == (832, 121, 1024)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--gpus", "0"), ("--gpus", "1" + 400 * "0"), ("--mfu", "1.5")])
+def test_a_number_that_no_plan_has_is_one_line(option, value, in_process):
+    code, _, error = in_process(main, "train.py", "--plan", option, value)
+    assert code == 2 and error.startswith(f"error: {option} {value} is not between ") and error.count("\n") == 1
 
 
 def cell(plan: Plan, card: str, column: int, gpus: int = 8, mfu: float = 0.4) -> str:
