@@ -25,7 +25,8 @@ FAULTS = [
     (["--device=banana"], "banana"),
     (["--bogus"], "--bogus"),
     (["--height=65"], "--height 65 is not a multiple of 8"),
-    (["--frames=80000000001", "--height=64000", "--width=64000"], "80000000001 frames of 64000x64000"),
+    (["--frames=80000000001"], "--frames 80000000001 is above 1,000,000"),
+    (["--frames=800001", "--height=64000", "--width=64000"], "800001 frames of 64000x64000"),
 ]
 
 
