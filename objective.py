@@ -50,8 +50,8 @@ class Objective:
     autocast: bool = False  # matrix products of a float32 DiT in bf16
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], draws: list[Draws]) -> dict[str, Tensor]:
-        """The values of a batch (`data.training_batches`), each (B,): loss, flow, id, tic, w_aux, t, frames (number of
-        decoded frames) and faces (number of those with a face)."""
+        """The values of a batch (`data.training_batches`), each (B,): loss, flow, id, tic, w_aux, t, reference (True
+        where it is used), frames (number of decoded frames) and faces (number of those with a face)."""
         like, options = self.vae.decoder.conv_in.conv.weight, self.faces
         device = like.device  # `like` is any weight of the VAE and gives device and dtype
 
@@ -80,6 +80,7 @@ class Objective:
             v = model(*inputs, tokens.mask, tokens.phase)  # (B, L, C)
         v = v[:, : z_0.shape[1]]  # the output for the reference is dropped (Sec. 3.1): (B, N, C)
         out = {"flow": flow_loss(v, z_0, eps), "t": t, "w_aux": aux_weight(t, options.gamma)}
+        out["reference"] = has_reference
         zeros = torch.zeros_like(out["flow"])
         out |= dict.fromkeys(("id", "tic", "faces", "frames"), zeros)
 

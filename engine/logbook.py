@@ -29,7 +29,7 @@ def _step(line: str) -> float:
 
 
 class Log:
-    COLUMNS = ("loss", "flow", "id", "tic", "w_aux", "t", "faces", "frames", "skipped")
+    COLUMNS = ("loss", "flow", "id", "tic", "w_aux", "t", "reference", "faces", "frames", "skipped")
 
     def __init__(self, config: Config, plan: Plan, run: Path, first: int, enabled: bool):
         self.config, self.first, self.begin = config, first, time.perf_counter()
@@ -67,10 +67,11 @@ class Log:
         columns = dict(zip(self.COLUMNS, table.double().unbind(1)))
         intact = columns["skipped"] == 0
         with_face = (columns["faces"] > 0) & intact
+        # Where there is nothing to compare, a loss is 0, which would make its mean look better than it is.
+        compared = {"id": with_face & (columns["reference"] > 0), "tic": with_face}
         intact = intact if intact.any() else ~intact
         figures = {"step": step} | {key: columns[key][intact].mean().item() for key in ("loss", "flow", "w_aux")}
-        # Over the samples that show a face: the zeros of the others would make the figure look better than it is.
-        figures |= {key: columns[key][with_face].mean().item() if with_face.any() else 0.0 for key in ("id", "tic")}
+        figures |= {key: columns[key][rows].mean().item() if rows.any() else 0.0 for key, rows in compared.items()}
         faces, frames = (columns[key][intact].sum().item() for key in ("faces", "frames"))
         figures |= {"face_rate": faces / frames if frames else 0.0, "grad_norm": norm, "lr": lr, "seconds": seconds}
         tokens, flops = self.costs[self.grid]
