@@ -65,8 +65,8 @@ def augment_reference(image: Image.Image, rng: Generator, **strength: float) -> 
 
     `strength` overrides entries of AUGMENT. The photo is augmented before the letterbox, so that the bars stay straight
     and black. A rotation keeps size and center; uncovered corners become black like the bars, because cutting them off
-    would cost up to 14% of each side, more than the mild crop may. Every number is drawn whether it is used or not, so
-    another strength of one operation leaves the draws of the others alone.
+    would cost a square photo up to 14% of each side, as much again as the mild crop. Every number is drawn whether it
+    is used or not, so another strength of one operation leaves the draws of the others alone.
     """
     if unknown := strength.keys() - AUGMENT.keys():
         raise UserError(f"no augmentation {sorted(unknown)[0]!r}; there are {', '.join(AUGMENT)}")

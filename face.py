@@ -209,7 +209,7 @@ class ArcFace(nn.Module):
 def embed(frames: Tensor, landmarks: Tensor, arcface: ArcFace) -> Tensor:
     """Eq. 8: e_f = Phi(Align(x_f)), the identity embedding of each frame, differentiable in the frames.
 
-    frames     x_f  (n, 3, H, W)  RGB in [-1, 1], floating point
+    frames     x_f  (n, 3, H, W)  RGB in about [-1, 1], floating point; not clamped, which would stop the gradient
     landmarks       (n, 5, 2)     (x, y) in pixels of the frame, from FaceDetector.detect; constants
     arcface    Phi                frozen
     returns    e_f  (n, E)        raw; E is 512 in InsightFace's packs

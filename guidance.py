@@ -67,8 +67,9 @@ def three_stream_cfg(v_0: Tensor, v_y: Tensor, v_yr: Tensor, s_y: float = S_Y, s
     """Eq. 13: v_cfg = v_0 + s_y (v_y - v_0) + s_r (v_yr - v_y)
                     = (1 - s_y) v_0 + (s_y - s_r) v_y + s_r v_yr
 
-    v_0 with the negative prompt, v_y with the prompt, v_yr with prompt and reference, each (B, N, C). s_y is the
-    strength of the text, s_r that of the reference. A stream of weight zero cancels, so its tensor may be zeros.
+    v_0 with the negative prompt (empty: the paper's unconditional stream), v_y with the prompt, v_yr with prompt and
+    reference, each (B, N, C). s_y is the strength of the text, s_r that of the reference. A stream of weight zero
+    cancels, so its tensor may be zeros.
     """
     return v_0 + s_y * (v_y - v_0) + s_r * (v_yr - v_y)
 

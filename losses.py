@@ -15,7 +15,8 @@ them with the reference and with each other. At high noise that estimate is a bl
 
 Letters: B batch, N video tokens, C latent channels, F decoded frames, E embedding size. t in [0, 1] is the noise level:
 0 clean, 1 pure noise. Every loss is per sample, (B,). The paper uses ε twice: here `eps` is the noise (a tensor) in
-add_noise and flow_loss, and everywhere else the small number that keeps a denominator above zero.
+add_noise and flow_loss, and everywhere else the small number that keeps a denominator above zero. The paper gives it no
+value; 1e-6 is our choice.
 
 Everything is computed in float32 at least (float64 stays float64), whatever the model ran in. Products are written
 `(a * b).sum(-1)`: an einsum or matmul would drop to bf16 under autocast.
@@ -105,7 +106,7 @@ def _face_mean(x: Tensor, m: Tensor, eps: float) -> Tensor:
 def identity_loss(e: Tensor, e_ref: Tensor, valid: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 9: L_id = Σ_f m_f (1 - cos(e_f, e_ref)) / (Σ_f m_f + ε), each term in [0, 2].
 
-    e (B, F, E)      embeddings of the decoded frames, with gradient; of any length
+    e (B, F, E)      embeddings of the decoded frames, with gradient; raw, not normalized
     e_ref (B, E)     of the unaugmented reference (from the cache), detached here as the paper says
     valid (B, F)     m_f: true if frame f has a face
     returns (B,)
@@ -128,9 +129,9 @@ def temporal_identity_loss(e: Tensor, valid: Tensor, eps: float = 1e-6) -> Tenso
 
     e (B, F, E), valid (B, F) as in `identity_loss` -> (B,). Exactly 0 without a face, and 0 up to rounding with one.
 
-    The paper does not say whether ē averages raw or unit embeddings. We take raw ones, as the formula reads. Longer
-    embeddings then weigh more in ē; clearer faces often have them. The gradient flows through ē too, so frames are
-    drawn to each other and not to a fixed target.
+    The paper does not say whether ē averages raw or unit embeddings. We take raw ones, as the formula reads. Then
+    embeddings of larger norm weigh more in ē, often those of clear faces. The gradient flows through ē too, so frames
+    are drawn to each other and not to a fixed target.
     """
     assert valid.shape == e.shape[:2], f"valid is {tuple(valid.shape)}, expected {tuple(e.shape[:2])}"
     m = valid.bool()

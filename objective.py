@@ -1,6 +1,6 @@
 """One training step of ST-DRC: the loss of Sec. 3, in six steps.
 
-        Step 1   z_ref = E(A(I_ref))                                    the reference as latents      Eq. 1, 5
+        Step 1   z_ref = E_vae(A(I_ref))                                the reference as latents      Eq. 1, 5
         Step 2   z_t = (1 - t) z_0 + t eps,  z~_t = [z_t, z_ref]        one sequence, with positions  Eq. 2-4
         Step 3   v = DiT(z~_t, t, y)  ->  L_flow                        the velocity                  Sec. 3.3
         Step 4   z_0_hat = z_t - t v                                    the clean estimate            Eq. 6
@@ -10,7 +10,7 @@
 The frozen parts (VAE, text connector, detector, ArcFace) belong to the objective. The DiT is passed in, because DDP
 and FSDP wrap it. The randomness of each sample comes from outside (`data.draw_sample`). It depends on the seed and the
 number of the sample, not on the rank or the batch: one process and many draw the same, and a resumed run draws what
-the unbroken run draws. The letters are those of model.py; E is the VAE's encoder in Step 1.
+the unbroken run draws. The letters are those of model.py.
 """
 
 import math
@@ -60,7 +60,7 @@ class Objective:
         has_reference = torch.tensor(
             [self.reference.use and not draw.drop_ref for draw in draws], device=device
         )  # (B,)
-        z_ref = self.encode(batch["ref_images"].to(like)) if has_reference.any() else None  # E(A(I_ref)) (B, R, C)
+        z_ref = self.encode(batch["ref_images"].to(like)) if has_reference.any() else None  # E_vae(A(I_ref)) (B, R, C)
 
         # Step 2: add noise to the video, then append the reference. The reference gets no noise.
         latents = batch["latents"].to(device)
@@ -158,7 +158,7 @@ def decode_window(vae: VideoVAE, z_0_hat: Tensor, start: int, length: int, margi
     The VAE is frozen, and the gradient passes through it to z_0_hat. The paper decodes a set of frames and does not say
     which. Here a window is decoded with `margin` latent frames on each side, and their pixels are cut off. There are
     two reasons. The decoder looks both ways. And it decodes its first latent frame to one pixel frame, as at the start
-    of a clip.
+    of a clip. One frame of margin is an approximation: the released decoder looks at 14 on each side (vae.py).
     """
     assert margin >= 1 or start == 0, "without a margin the window's first latent frame would give one pixel frame"
     frames, time = z_0_hat.shape[2], vae.scale[0]

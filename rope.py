@@ -58,9 +58,9 @@ class RefPositions(NamedTuple):
     phase: float = 0.0  # see `rope_cos_sin`; 0 for every placement but "phase"
 
 
-def cell_grid(frames: int, height: int, width: int, origin: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
+def cell_grid(T: int, h: int, w: int, origin: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
     """Latent cells (t, i, j) of a grid that starts at `origin`, in the order t, i, j with j fastest. (3, T*h*w)"""
-    axes = [torch.arange(start, start + size) for start, size in zip(origin, (frames, height, width))]
+    axes = [torch.arange(start, start + size) for start, size in zip(origin, (T, h, w))]
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (3, T, h, w) -> (3, n)
 
 
@@ -68,8 +68,8 @@ def to_seconds_and_pixels(cells: Tensor, fps: float, scale: tuple[int, int, int]
     """Intervals [start, end) that latent cells (3, n) cover, in seconds, pixels and pixels. (3, n, 2)
 
     `scale` = (s, p, p) frames and pixels per cell. The first latent frame holds a single pixel frame. So on the time
-    axis boundary k, between cells k - 1 and k, lies at pixel frame s (k - 1) + 1 for k >= 1. The video starts at
-    boundary 0, at frame 0; a placement in front of it (k < 0) lies at s k.
+    axis, boundary k (between cells k - 1 and k) is at pixel frame s (k - 1) + 1 for k >= 1. The video starts at
+    boundary 0, at frame 0; a boundary in front of it (k < 0) is at s k.
     """
     edges = torch.stack([cells, cells + 1], dim=-1).float()  # (3, n, 2) boundaries, in cells
     time, space = edges[0], edges[1:]  # (n, 2), (2, n, 2)
@@ -78,23 +78,13 @@ def to_seconds_and_pixels(cells: Tensor, fps: float, scale: tuple[int, int, int]
     return torch.cat([time[None], space])  # (3, n, 2)
 
 
-def video_positions(
-    frames: int, height: int, width: int, fps: float, scale: tuple[int, int, int] = (8, 32, 32)
-) -> Tensor:
-    """Eq. 3: p_v(t, i, j) = (t, i, j) in latent cells, returned in seconds and pixels. (3, T*h*w, 2)
-
-    frames, height, width are T, h, w of the latent grid.
-    """
-    return to_seconds_and_pixels(cell_grid(frames, height, width), fps, scale)
+def video_positions(T: int, h: int, w: int, fps: float, scale: tuple[int, int, int] = (8, 32, 32)) -> Tensor:
+    """Eq. 3: p_v(t, i, j) = (t, i, j) for a grid of (T, h, w) latent cells, in seconds and pixels. (3, T*h*w, 2)"""
+    return to_seconds_and_pixels(cell_grid(T, h, w), fps, scale)
 
 
 def reference_positions(
-    frames: int,
-    height: int,
-    width: int,
-    fps: float,
-    scale: tuple[int, int, int] = (8, 32, 32),
-    placement: str = "tass",
+    T: int, h: int, w: int, fps: float, scale: tuple[int, int, int] = (8, 32, 32), placement: str = "tass"
 ) -> Tensor:
     """Eq. 4: p_r(i, j) = TASS(i, j) = (T, h + i, w + j), for a video grid of (T, h, w) latent cells. (3, h*w, 2)
 
@@ -103,8 +93,8 @@ def reference_positions(
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}")
-    origin = PLACEMENTS[placement](frames, height, width)
-    return to_seconds_and_pixels(cell_grid(1, height, width, origin), fps, scale)
+    origin = PLACEMENTS[placement](T, h, w)
+    return to_seconds_and_pixels(cell_grid(1, h, w, origin), fps, scale)
 
 
 def place_reference(
@@ -124,14 +114,14 @@ def rope_cos_sin(
     max_pos: list[float] | tuple[float, ...],
     phase: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotary tables of LTX-2.3 for positions (B, axes, N, 2): cos and sin, float32. (B, heads, N, dim/heads/2)
+    """Rotary tables of LTX-2.3 for positions (B, axes, L, 2): cos and sin, float32. (B, heads, L, dim/heads/2)
 
     The middle of each interval, as a fraction f of `max_pos`, gives the angle (2f - 1) * frequency. There are
     K = dim // (2 axes) frequencies pi/2 * theta^x, with x from 0 to 1 in equal steps, for the whole width `dim`. The
     layout goes frequency by frequency with the axes side by side, and the heads take consecutive slices: early heads
     turn slowly, late heads fast. The dim/2 - K * axes remaining slots come first and do not rotate.
 
-    `phase` (B, N) adds phase * theta^(-d/P) to slot d = 0..P-1 of every head, P = dim/heads/2. It is the mark that
+    `phase` (B, L) adds phase * theta^(-d/P) to slot d = 0..P-1 of every head, P = dim/heads/2. It is the mark that
     LTX-Best-Face-ID gives the reference's tokens instead of positions of their own; it is not in the paper.
     """
     axes = positions.shape[1]
@@ -140,11 +130,11 @@ def rope_cos_sin(
     ladder = theta ** torch.linspace(0, 1, K, dtype=torch.float64) * (math.pi / 2)
     ladder = ladder.to(device=positions.device, dtype=torch.float32)  # (K,)
     max_pos = torch.tensor(max_pos, dtype=torch.float32, device=positions.device)
-    fraction = positions.float().mean(-1) / max_pos[:, None]  # (B, axes, N)
-    angles = rearrange(2 * fraction - 1, "b axes n -> b n 1 axes") * ladder[:, None]  # (B, N, K, axes)
+    fraction = positions.float().mean(-1) / max_pos[:, None]  # (B, axes, L)
+    angles = rearrange(2 * fraction - 1, "b axes n -> b n 1 axes") * ladder[:, None]  # (B, L, K, axes)
     angles = rearrange(angles, "b n k axes -> b n (k axes)")
-    angles = F.pad(angles, (dim // 2 - K * axes, 0))  # angle 0: cos 1, sin 0. (B, N, dim/2)
-    angles = rearrange(angles, "b n (heads p) -> b heads n p", heads=heads)  # (B, heads, N, P)
+    angles = F.pad(angles, (dim // 2 - K * axes, 0))  # angle 0: cos 1, sin 0. (B, L, dim/2)
+    angles = rearrange(angles, "b n (heads p) -> b heads n p", heads=heads)  # (B, heads, L, P)
     if phase is not None:
         P = angles.shape[-1]
         falling = theta ** (-torch.arange(P, dtype=torch.float64, device=positions.device) / P)  # (P,)
@@ -153,6 +143,6 @@ def rope_cos_sin(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, heads, N, head_dim): the halves (a, b) of each head become (a cos - b sin, b cos + a sin)."""
-    a, b = x.chunk(2, dim=-1)  # (B, heads, N, head_dim/2)
+    """Rotate x (B, heads, L, head_dim): the halves (a, b) of each head become (a cos - b sin, b cos + a sin)."""
+    a, b = x.chunk(2, dim=-1)  # (B, heads, L, head_dim/2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

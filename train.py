@@ -1,6 +1,6 @@
 """Train ST-DRC (Sec. 3.3 to 4.1), on a laptop or on a cluster.
 
-    python -m toy.cache --count 16000 --out cache/tiny            # a cache of drawn clips
+    python -m toy.cache --count 15000 --out cache/tiny            # a cache of drawn clips
     python train.py                                               # the tiny model on that cache, from random weights
     torchrun --nproc_per_node=8 train.py configs/paper.toml       # the paper's run, on 8 GPUs
     python train.py configs/paper.toml --plan --gpus 8            # memory and days of that run; loads no weights

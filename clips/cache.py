@@ -318,8 +318,8 @@ def clip_tensors(
     arcface: ArcFace,
     min_similarity: float,
 ) -> dict[str, Tensor]:
-    """The tensors of a clip in a shard: z_0 = E(video), e_ref of Eq. 8, text, photo, and what it shows. Rejected if not
-    finite, or if its faces resemble the reference too little."""
+    """The tensors of a clip in a shard: z_0 = E_vae(video), e_ref of Eq. 8 (of the photo before augmentation and
+    letterbox), text, photo, facts. Rejected if not finite, or if its faces resemble the reference too little."""
     weight = vae.encoder.conv_in.conv.weight
     video = torch.from_numpy(loaded["frames"]).to(weight.device).permute(3, 0, 1, 2)  # (3, F, H, W)
     image, landmarks = (loaded[key].to(weight.device) for key in ("image", "landmarks"))  # (1, 3, H, W), (1, 5, 2)

@@ -2,9 +2,9 @@
 
     toy_clip(seed, 0), (seed, 1), ... ──> frames, caption, portrait ──> clips.cache.fill: VAE, Gemma, detector, ArcFace
 
-    python -m toy.cache --count 16000 --out cache/tiny           # for train.py with configs/tiny.toml
+    python -m toy.cache --count 15000 --out cache/tiny           # for train.py with configs/tiny.toml
     python -m toy.cache --count 4000 --reference "same clip" --share 0.5 --out cache/tempting
-    torchrun --nproc_per_node 8 -m toy.cache --count 16000 --out cache/tiny
+    torchrun --nproc_per_node 8 -m toy.cache --count 15000 --out cache/tiny
 
 The command can be killed and run again: existing shards are kept. cache.json records every fact that decides the clips,
 and a cache made otherwise is refused.
