@@ -15,6 +15,7 @@ then cost twice their forward in all, not three times.
 import math
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -127,10 +128,15 @@ class Plan:
             tokens = self.tokens + keep * self.reference_tokens
             # No gradients of the frozen weights; the adapters' own operations, the text's k and v counted as the rest.
             total += 6 * self.trained * tokens - weight_flops(transformer, tokens, self.text_tokens)
-        encode, decode = vae_flops(self.ltx["vae"], self.window, self.height, self.width)
+        encode, decode = self.vae_flops
         total += connector_flops(transformer, self.text_tokens) + keep * encode * (self.reference_tokens > 0)
         # The decoder's weights are frozen: forward, and the gradient of its input.
         return total + 2 * decode * self.decoded_share()
+
+    @cached_property
+    def vae_flops(self) -> tuple[int, int]:
+        """Operations of encoding a reference, and of decoding a window."""
+        return vae_flops(self.ltx["vae"], self.window, self.height, self.width)
 
     def forward_flops(self) -> float:
         """Operations of the DiT's forward pass for a sample, of which some drop the reference."""
@@ -216,6 +222,12 @@ class Plan:
     def decoder_activations(self) -> float:
         """Numbers kept by the recomputed decoder: the outputs of its blocks, of a window per sample of the micro-batch,
         and the inside of the largest block, of all windows that are decoded together."""
+        samples, (between, inside) = self.config.parallel.micro_batch, self.window_activations
+        return samples * between + min(samples, windows_at_once(self.vae.scale, self.grid, self.window)) * inside
+
+    @cached_property
+    def window_activations(self) -> tuple[int, int]:
+        """Numbers that the decoder keeps of one window between its blocks, and inside the largest block."""
         between, inside, decoder = 0, [0], self.vae.decoder
 
         def count(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -236,9 +248,7 @@ class Plan:
             self.vae.decode(torch.empty(1, self.ltx["vae"]["latent_channels"], self.window, *self.grid[1:]))
         for hook in hooks:
             hook.remove()
-        samples = self.config.parallel.micro_batch
-        together = min(samples, windows_at_once(self.vae.scale, self.grid, self.window))
-        return samples * between + together * max(inside)
+        return between, max(inside)
 
     def disk(self, file_size: float) -> str:
         """A line about bytes on disk; a full fine-tune is exported as a file of `file_size`, that of its base."""
@@ -260,7 +270,7 @@ class Plan:
         forward = dit_flops(transformer, self.tokens, 0, self.text_tokens)
         if self.reference_tokens:
             forward += dit_flops(transformer, self.tokens, self.reference_tokens, self.text_tokens)
-        decode = vae_flops(self.ltx["vae"], self.window, self.height, self.width)[1] * bool(self.config.faces.pack)
+        decode = self.vae_flops[1] * bool(self.config.faces.pack)
         evaluations = 1 + math.ceil(optim.steps / self.config.log.eval_every)
         passes = evaluations * data.holdout * len(LEVELS)
         return passes * (forward + decode) / (optim.steps * optim.batch * per_sample)
