@@ -127,6 +127,18 @@ def one_process(clips, tmp_path_factory) -> Path:
     return run
 
 
+LIGHT = {"optim__steps": 3, "log__save_every": 1, "log__keep": 2, "optim__batch": 1, "faces__pack": ""}
+
+
+@pytest.fixture(scope="module")
+def light_run(clips, tmp_path_factory) -> Path:
+    """Three steps of one sample without identity losses."""
+    run = tmp_path_factory.mktemp("light") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_here(command(clips, run, **LIGHT), patch) == 0
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -292,10 +304,8 @@ def test_asked_to_stop(how, clips, tmp_path):
     assert not (run / "stop").exists()
 
 
-def test_last_checkpoints_are_kept(clips, tmp_path, monkeypatch):
-    options = {"optim__steps": 3, "log__save_every": 1, "log__keep": 2, "optim__batch": 1, "faces__pack": ""}
-    assert run_here(command(clips, tmp_path / "run", **options), monkeypatch) == 0
-    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-000002", "step-000003"]
+def test_last_checkpoints_are_kept(light_run):
+    assert sorted(path.name for path in light_run.glob("step-*")) == ["step-000002", "step-000003"]
 
 
 @pytest.mark.slow
@@ -471,18 +481,18 @@ def test_adapters_train_in_bf16_beside_a_model_in_bf16_or_fp8(fp8, clips, tmp_pa
     assert stored.dtype == (torch.uint8 if fp8 else torch.bfloat16)
 
 
-def poison(clips: Path, folder: Path) -> str:
-    """A copy of the cache in which one clip's latents are not numbers; returns its name."""
+def poison(clips: Path, folder: Path, count: int = 1) -> str:
+    """A copy of the cache in which the latents of the first `count` clips are not numbers; returns the first's name."""
     shutil.copytree(clips, folder)
     shard = folder / "shard-00000.safetensors"
     tensors = load_file(shard)
-    name = next(key for key in tensors if key.endswith(".latents"))
-    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    names = [key for key in tensors if key.endswith(".latents")][:count]
+    tensors |= {name: torch.full_like(tensors[name], float("nan")) for name in names}
     with safe_open(shard, framework="pt") as file:
         metadata = file.metadata()
     save_file(tensors, shard, metadata=metadata)
     clip = json.loads(metadata["cache"])["clips"][0]
-    assert name.startswith(f"{clip['row']:07d}")
+    assert len(names) == count and names[0].startswith(f"{clip['row']:07d}")
     return clip["name"]
 
 
@@ -498,7 +508,7 @@ def test_a_damaged_clip_is_skipped_and_named_once(clips, tmp_path, monkeypatch, 
 
 
 def test_too_many_damaged_clips_end_the_run(clips, tmp_path, monkeypatch, capsys):
-    poison(clips, tmp_path / "cache")
+    poison(clips, tmp_path / "cache", 3)  # of four
     options = {"optim__steps": 50, "optim__batch": 1, "parallel__micro_batch": 1, "faces__pack": ""}
     assert run_here(command(tmp_path / "cache", tmp_path / "run", **options), monkeypatch) == 2
     assert "11 samples are damaged, and data.max_bad allows 10" in capsys.readouterr().err
@@ -558,10 +568,10 @@ def test_what_is_wrong_is_said_in_one_line(options, says, clips, tmp_path, monke
     assert error.startswith("error: ") and says in error and "\n" not in error
 
 
-def test_a_run_is_not_continued_as_another(clips, one_process, tmp_path, monkeypatch, capsys):
+def test_a_run_is_not_continued_as_another(clips, light_run, tmp_path, monkeypatch, capsys):
     """Said before a missing cache: who makes the cache first has waited for hours."""
     for cache in (clips, tmp_path / "missing" / clips.name):
-        assert run_here(command(cache, one_process, optim__lr=0.5), monkeypatch) == 2
+        assert run_here(command(cache, light_run, **LIGHT | {"optim__lr": 0.5}), monkeypatch) == 2
         assert "optim.lr" in capsys.readouterr().err
 
 
@@ -617,6 +627,7 @@ def test_bf16_is_close_and_quiet(mode, clips, one_process, tmp_path):
 def test_bf16_weights_with_stochastic_rounding_continue_and_export(mode, clips, tmp_path, monkeypatch, capsys):
     """What is stored is bf16, a continued run is the whole one to the bit, and it compiles (a counting backend)."""
     options = {"optim__kind": "adamw-bf16", "parallel__precision": "bf16", "parallel__mode": mode, "faces__pack": '""'}
+    options |= {"optim__batch": 2}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_here(command(clips, whole, optim__steps=2, **options), monkeypatch) == 0
     assert run_here(command(clips, parts, optim__steps=1, **options), monkeypatch) == 0
@@ -636,7 +647,7 @@ def test_bf16_weights_with_stochastic_rounding_continue_and_export(mode, clips, 
     assert torch.equal(exported.bfloat16(), theirs[f"model.{name}"])
 
 
-def test_only_safetensors_and_json_are_written(one_process):
+def test_only_safetensors_and_json_are_written(light_run):
     """A checkpoint that had to be unpickled could run code when it is loaded."""
-    kinds = {path.suffix for path in one_process.rglob("*") if path.is_file()}
+    kinds = {path.suffix for path in light_run.rglob("*") if path.is_file()}
     assert kinds == {".safetensors", ".json", ".jsonl"}
