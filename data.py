@@ -65,15 +65,15 @@ def augment_reference(image: Image.Image, rng: Generator, **strength: float) -> 
 
     `strength` overrides entries of AUGMENT. The photo is augmented before the letterbox, so that the bars stay straight
     and black. A rotation keeps size and center; uncovered corners become black like the bars, because cutting them off
-    would cost a square photo up to 14% of each side, as much again as the mild crop. Every number is drawn whether it
-    is used or not, so another strength of one operation leaves the draws of the others alone.
+    would cost a photo of 3:2 up to 20% of each side, and the mild crop takes 15% at most. Every number is drawn whether
+    it is used or not, so another strength of one operation leaves the draws of the others alone.
     """
     if unknown := strength.keys() - AUGMENT.keys():
         raise UserError(f"no augmentation {sorted(unknown)[0]!r}; there are {', '.join(AUGMENT)}")
     a = AUGMENT | strength
     flip, rotate, crop, jitter = rng.random(4) < [a["flip"], a["rotate"], a["crop"], a["jitter"]]
     angle = rng.uniform(-1, 1) * a["degrees"]
-    share, place = rng.uniform(a["keep"], 1, 2), rng.random(2)
+    share, place = rng.uniform(a["keep"], 1, 2), rng.random(2)  # of width and height
     factors = 1 + rng.uniform(-1, 1, 3) * [a["brightness"], a["contrast"], a["saturation"]]
     hue = rng.uniform(-1, 1) * a["hue"]
 
@@ -120,15 +120,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return default_rng(SeedSequence(seed, spawn_key=(1, epoch))).permutation(n)
 
 
-def bucket_of_steps(clips: Sequence[int], seed: int, steps: int) -> list[int]:
-    """The bucket of each step, where bucket k has clips[k] clips.
+def bucket_of_steps(counts: Sequence[int], seed: int, steps: int) -> list[int]:
+    """The bucket of each step, where bucket k has counts[k] clips.
 
     Multiples of the golden ratio, modulo 1, are spread more evenly than chance: after any number of steps each bucket
     has had its share, within a few steps.
     """
-    start = default_rng(SeedSequence(seed, spawn_key=(3,))).random()  # 2: clips/manifest.py
+    start = default_rng(SeedSequence(seed, spawn_key=(3,))).random()  # key 2 is clips/manifest.py's
     points = (start + np.arange(steps) * ((math.sqrt(5) - 1) / 2)) % 1
-    return np.searchsorted(np.cumsum(clips) / sum(clips), points, side="right").tolist()
+    return np.searchsorted(np.cumsum(counts) / sum(counts), points, side="right").tolist()
 
 
 Grid = tuple[int, int, int]  # T, h, w
@@ -157,7 +157,7 @@ def draw_sample(
     generator, t, (text, ref, place) = _draw_numbers(seed, number, noise_tokens or tokens)
     eps = torch.randn(tokens, channels, generator=generator)  # (N, C)
     windows = max(1, grid[0] - window + 1)
-    return Draws(t, eps, text < p_text, ref < p_ref, min(int(place * windows), windows - 1))
+    return Draws(t, eps, text < p_text, ref < p_ref, int(place * windows))
 
 
 def _draw_numbers(seed: int, number: int, tokens: int) -> tuple[torch.Generator, float, list[float]]:
@@ -169,9 +169,9 @@ def _draw_numbers(seed: int, number: int, tokens: int) -> tuple[torch.Generator,
 
 
 def share_of_rank(numbers: Sequence[int], rank: int, world: int, seed: int, p_ref: float) -> list[int]:
-    """This rank's samples of a step, in order. All ranks get as many, and as many without reference within one: the
-    sequence of those is shorter."""
-    dropped = {number: _draw_numbers(seed, number, 1)[2][1] < p_ref for number in numbers}
+    """This rank's samples of a step, in order. Ranks get equally many, and equally many without reference, plus or
+    minus one: a sample without reference is a shorter sequence, so all ranks take about the same time."""
+    dropped = {number: _draw_numbers(seed, number, tokens=1)[2][1] < p_ref for number in numbers}  # [2][1]: reference
     return sorted(sorted(numbers, key=dropped.get)[rank::world])
 
 
@@ -199,7 +199,7 @@ def fingerprint_faces(pack: str | Path) -> str:
 
 
 def latent_shape(size: dict[str, Any], vae: dict[str, Any]) -> list[int]:
-    """C, T, h, w of a clip; `vae` is that part of the checkpoint's JSON."""
+    """C, T, h, w of a clip; `vae` is the section of that name in the checkpoint's config."""
     time, rows, columns = latent_scale(vae)
     grid = [(size["frames"] - 1) // time + 1, size["height"] // rows, size["width"] // columns]
     return [vae["latent_channels"], *grid]
@@ -249,19 +249,19 @@ class TrainingClips(Dataset):
         step, slot = divmod(number, batch)
         before = self.bucket, self.epoch
         if step != self.step:
-            *earlier, self.bucket = bucket_of_steps([len(members) for members in self.members], seed, step + 1)
-            self.step, self.visits = step, earlier.count(self.bucket)
+            buckets = bucket_of_steps([len(members) for members in self.members], seed, step + 1)
+            self.step, self.bucket, self.visits = step, buckets[-1], buckets[:-1].count(buckets[-1])
         members = self.members[self.bucket]
         self.epoch, place = divmod(self.visits * batch + slot, len(members))
         if before != (self.bucket, self.epoch):
-            self.order = members[epoch_order(len(members), seed, self.epoch)]
+            self.order = members[epoch_order(len(members), seed, self.epoch)]  # once, not for each sample
         return self.epoch, int(self.order[place])
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         clips, config, seed = self.clips, self.config, self.config.run.seed
-        (epoch, index), problem = self.place(number), ""
+        epoch, index = self.place(number)
         try:
-            item = clips[index]
+            item, problem = clips[index], ""
         except UserError as error:
             item, problem = self._stand_in(index), str(error)
         rng = sample_rng(seed, epoch, index) if config.reference.augment else None
@@ -287,7 +287,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     A worker hands tensors over as files, one each, and opening a file for each sample's features and noise would cost
     more than the step. So features of different lengths lie in one tensor, and so does the noise; `unpack` cuts them.
     """
-    batch = {f"{key}s": [sample[key] for sample in samples] for key in ("name", "caption", "number", "problem")}
+    batch = {f"{key}s": [sample[key] for sample in samples] for key in ("name", "number", "problem")}
     batch |= {key: torch.stack([sample[key] for sample in samples]) for key in ("latents", "e_ref")}
     batch["ref_images"] = torch.stack([sample["ref_image"] for sample in samples])
     batch["tokens"] = [len(sample["features"]) for sample in samples]
@@ -304,17 +304,17 @@ def unpack(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def training_batches(config: Config, clips: CachedClips, first: int, steps: int) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches of steps `first` to `steps` - 1, of its samples by `share_of_rank`.
+def training_batches(config: Config, clips: CachedClips, first: int, end: int) -> Iterator[dict[str, Any]]:
+    """The micro-batches of this rank in steps `first` to `end` - 1. `share_of_rank` chooses their samples.
 
     A batch: latents (B, C, T, h, w), ref_images (B, 3, H, W), e_ref (B, E), features (list of (tokens, D)), draws (list
-    of Draws), and lists of names, captions, numbers (of the samples) and problems ("", or why zeros stand in).
+    of Draws), and lists of names, numbers (of the samples) and problems ("", or why zeros stand in).
     """
     batch, size = config.optim.batch, config.parallel.micro_batch
     rank, world = dist.get_rank(), dist.get_world_size()
 
     def numbers() -> Iterator[list[int]]:
-        for step in range(first, steps):
+        for step in range(first, end):
             whole = range(step * batch, (step + 1) * batch)
             own = share_of_rank(whole, rank, world, config.run.seed, config.dropout.reference)
             yield from (own[k : k + size] for k in range(0, len(own), size))

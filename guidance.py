@@ -67,7 +67,7 @@ def three_stream_cfg(v_0: Tensor, v_y: Tensor, v_yr: Tensor, s_y: float = S_Y, s
     """Eq. 13: v_cfg = v_0 + s_y (v_y - v_0) + s_r (v_yr - v_y)
                     = (1 - s_y) v_0 + (s_y - s_r) v_y + s_r v_yr
 
-    v_0 with the negative prompt (empty: the paper's unconditional stream), v_y with the prompt, v_yr with prompt and
+    v_0 with the negative prompt (in the paper the empty one), v_y with the prompt, v_yr with prompt and
     reference, each (B, N, C). s_y is the strength of the text, s_r that of the reference. A stream of weight zero
     cancels, so its tensor may be zeros.
     """
@@ -98,24 +98,26 @@ def sample_latents(
     sigmas (steps + 1,), positions (B, 3, N, 2), context and null_context (B, S, D). z_ref (B, R, C) and ref_positions
     belong to the reference; None means plain text-to-video. `model` is an LTXVideo or a function with its signature,
     run in `dtype`. `progress` wraps the loop over steps. `ranks` = (rank, world): the number of this process, and how
-    many processes of the default group share the streams. All of them return the result. Outside
-    `guidance_interval` = (low, high), noise levels, a step computes v_yr alone: s_y = s_r = 1. `new_cache` makes the
-    `cache` of a stream (LTXVideo.forward); each stream then runs by itself.
+    many processes of the default group share the streams. All of them return the result. At noise levels outside
+    `guidance_interval` = (low, high) a step computes one stream: v_yr, or v_y where s_r is 0. `new_cache` makes the
+    `cache` of a stream (LTXVideo.forward); each stream then runs by itself. ValueError for an unknown ref_timestep.
     """
     if ref_timestep not in ("clean", "shared"):
         raise ValueError(f"ref_timestep {ref_timestep!r} is neither 'clean' nor 'shared'")
     batch, n_video, _ = noise.shape
-    (rank, world), s_r = ranks, s_r if z_ref is not None else 0.0
+    rank, world = ranks
+    s_r = s_r if z_ref is not None else 0.0
 
-    # --- streams 0, 1, 2 (v_0, v_y, v_yr) in groups. The two without reference have equal lengths, so they run as one
-    # batch. With a step cache, or more processes than groups, each stream becomes a group of its own.
+    # --- streams 0, 1, 2 (v_0, v_y, v_yr) in groups [[0, 1], [2]]. The two without reference have equal lengths, so
+    # they run as one batch. With a step cache, or more processes than groups, each stream is a group: [[0], [1], [2]].
     inside, outside = (s_y, s_r), (1.0, float(s_r != 0))  # scales where guidance is on and off
     used = [k for k in range(3) if stream_weights(*inside)[k] or stream_weights(*outside)[k]]
-    groups = [group for group in ([k for k in used if k < 2], [2] * (2 in used)) if group]  # e.g. [[0, 1], [2]]
-    groups = [[k] for group in groups for k in group] if world > len(groups) or new_cache else groups
+    groups = [group for group in ([k for k in used if k < 2], [k for k in used if k == 2]) if group]
+    if world > len(groups) or new_cache:
+        groups = [[k] for k in used]
     contexts = null_context, context, context
-    constants_of: dict[tuple[int, ...], Constants] = {}  # by the streams of a group
-    cache_of = defaultdict(new_cache)  # by the same
+    constants_of: dict[tuple[int, ...], Constants] = {}  # by the streams of a group, such as (0, 1)
+    cache_of = defaultdict(new_cache)  # by the stream, such as (2,)
 
     def velocities(z: Tensor, sigma: Tensor, group: list[int]) -> Tensor:
         """The velocities of a group of n streams: z (B, N, C) -> (n, B, N, C)."""
@@ -125,8 +127,10 @@ def sample_latents(
         if group == [2]:
             tokens = append_reference(tokens.latents, z_ref, t, tokens.positions, ref_positions, ref_timestep)
         stream_context = torch.cat([contexts[k] for k in group]).to(dtype)  # (n B, S, D)
-        extra, key = {} if tokens.phase is None else {"phase": tokens.phase}, tuple(group)
-        if hasattr(model, "constants"):  # rotary tables and lookups are the same in all steps
+        key, extra = tuple(group), {}
+        if tokens.phase is not None:
+            extra["phase"] = tokens.phase
+        if hasattr(model, "constants"):  # a plain function has none; in an LTXVideo they are the same in all steps
             if key not in constants_of:
                 constants_of[key] = model.constants(tokens.timesteps, tokens.positions, tokens.phase, dtype)
             extra["constants"] = constants_of[key]
@@ -137,14 +141,15 @@ def sample_latents(
 
     # --- Euler steps
     z = noise.float()
+    low, high = guidance_interval or (0, 1)
     for step in progress(range(len(sigmas) - 1)):
         sigma, sigma_next = sigmas[step].to(z.device), sigmas[step + 1].to(z.device)
-        low, high = guidance_interval or (0, 1)
         scales = inside if low <= sigmas[step] <= high else outside
         v = z.new_zeros(3, *z.shape)  # (3, B, N, C); a stream of weight zero stays zero
         for group in groups[rank::world]:
-            if group := [k for k in group if stream_weights(*scales)[k]]:
-                v[group] = velocities(z, sigma, group)
+            active = [k for k in group if stream_weights(*scales)[k]]
+            if active:
+                v[active] = velocities(z, sigma, active)
         if world > 1:
             dist.all_reduce(v)  # each stream is zero on all processes but one, so the sum is exact
         z = z + three_stream_cfg(*v, *scales) * (sigma_next - sigma)
@@ -191,14 +196,15 @@ def generate_batch(
     """B videos (B, 3, F, H, W), roughly in [-1, 1]. Each shows the face of its reference and follows its context.
 
     ref_images (B, 3, H, W) in [-1, 1], fitted to the video's size, or None for text-to-video; context (B, S, D),
-    null_context (1, S, D); sizes in pixels. `reference` sets placement and timestep (None: the defaults). The caller
-    has applied its `fit`. `sigmas` replace the schedule of `steps`. `dtype` is that of the DiT's computation (None: of
+    null_context (1, S, D); sizes in pixels. `reference` sets placement and timestep (None: the defaults); its `fit`
+    is the caller's work. `sigmas` replace the schedule of `steps`. `dtype` is that of the DiT's computation (None: of
     its weights). `options` go to `sample_latents`. Noise is drawn on the CPU, for each video from its own seed: one
     seed gives the same noise on any device. Rank 0 decodes and returns the videos; other ranks return None.
     """
     # --- positions and reference
     reference = reference or ReferenceSettings()
-    like, (cell_frames, cell_height, cell_width) = vae.decoder.conv_in.conv.weight, vae.scale  # like: device, dtype
+    like = vae.decoder.conv_in.conv.weight  # any weight of the VAE: device and dtype
+    cell_frames, cell_height, cell_width = vae.scale
     dtype, batch = dtype or next(model.parameters()).dtype, len(seeds)
     grid = ((frames - 1) // cell_frames + 1, height // cell_height, width // cell_width)  # (T, h, w)
     positions = video_positions(*grid, fps, vae.scale).expand(batch, -1, -1, -1).to(like.device)  # (B, 3, N, 2)
@@ -206,7 +212,6 @@ def generate_batch(
     if ref_images is not None:
         z_ref = to_tokens(vae.encode(ref_images[:, :, None].to(like)))  # Eq. 1 of a video of one frame: (B, R, C)
         ref_positions = place_reference(grid, fps, vae.scale, reference)
-        ref_positions = ref_positions._replace(positions=ref_positions.positions.to(like.device))
 
     # --- noise, steps
     shape = 1, math.prod(grid), model.proj_out.out_features  # (1, N, C)

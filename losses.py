@@ -143,7 +143,7 @@ def temporal_identity_loss(e: Tensor, valid: Tensor, eps: float = 1e-6) -> Tenso
 def aux_weight(t: Tensor, gamma: float = 1.0, eps: float = 1e-6) -> Tensor:
     """Eq. 12: w_aux = (SNR / (SNR + 1))^γ, SNR = ((1 - t) / (t + ε))^2, t (B,) -> (B,).
 
-    It falls from 1 at t = 0 to 0 at t = 1.
+    It falls from 1 at t = 0 to 0 at t = 1; with γ = 0 it is 1 everywhere.
 
     Computed as ((1-t)^2 / ((1-t)^2 + (t+ε)^2))^γ: numerator and denominator are multiplied by (t+ε)^2, so t = 0 is
     safe even with ε = 0. Larger γ confines the identity losses to lower noise.
@@ -189,7 +189,8 @@ def shifted_logit_normal(
     The paper does not say how it draws t. It fine-tunes LTX-2.3, so we take the trainer's distribution:
     1. u = sigmoid(μ + n), n ~ N(0, 1). More tokens repeat each other more, and more noise is needed to hide them: μ
        is the sampler's line, guidance.schedule_shift. tokens = T h w of the video; the reference does not count.
-    2. u is stretched linearly so that its own 0.5 and 99.9 percentiles, sigmoid(μ + z_p), become 0 and 1.
+    2. u is stretched linearly to s: its own 0.5 and 99.9 percentiles, sigmoid(μ + z_low) and sigmoid(μ + z_high),
+       become 0 and 1. z_low and z_high are those percentiles of N(0, 1).
     3. A value s below `floor` becomes 2 floor - s. A value above 1 becomes 1.
     4. With probability `uniform_share` the draw is instead uniform on [floor, 1], so no level is ever starved.
     """
@@ -200,8 +201,8 @@ def shifted_logit_normal(
     x = torch.randn(batch, generator=generator, dtype=torch.float64).exp()
     uniform = floor + (1 - floor) * torch.rand(batch, generator=generator, dtype=torch.float64)
     is_uniform = torch.rand(batch, generator=generator, dtype=torch.float64) < uniform_share
-    # (sigmoid(μ+n) - sigmoid(μ+z_low)) / (sigmoid(μ+z_high) - sigmoid(μ+z_low)), rearranged in x = e^n. For long videos
-    # all three sigmoids round to 1 and the plain form is 0/0; this one has no difference of nearly equal numbers.
+    # s = (sigmoid(μ+n) - sigmoid(μ+z_low)) / (sigmoid(μ+z_high) - sigmoid(μ+z_low)) with x = e^n, low = e^z_low,
+    # high = e^z_high. For long videos all three sigmoids round to 1, and that form is 0/0. This one stays accurate.
     c = math.exp(-mu)
     s = (x - low) / (high - low) * (c + high) / (c + x)
     s = torch.where(s < floor, 2 * floor - s, s).clamp(max=1)

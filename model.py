@@ -41,7 +41,7 @@ class Tokens(NamedTuple):
 
     latents: Tensor  # (B, L, C)
     timesteps: Tensor  # (B, L) noise level of each token
-    positions: Tensor  # (B, 3, L, 2) seconds, pixels, pixels
+    positions: Tensor  # (B, 3, L, 2) start and end of each token in seconds, pixels, pixels
     mask: Tensor | None = None  # (B, L) false at the reference of a sample that drops it; None: all true
     phase: Tensor | None = None  # (B, L) of placement "phase"; None: 0 for all tokens
 
@@ -76,7 +76,7 @@ def append_reference(
     return Tokens(
         torch.cat([z_t, z_ref.to(z_t)], dim=1),  # (B, N + R, C)
         torch.cat([t[:, None].expand(-1, n_video), t_ref[:, None].expand(-1, n_ref)], dim=1),  # (B, N + R)
-        torch.cat([positions, ref_positions.positions.expand(batch, -1, -1, -1)], dim=2),  # (B, 3, N + R, 2)
+        torch.cat([positions, ref_positions.positions.to(positions).expand(batch, -1, -1, -1)], dim=2),  # (B, 3, L, 2)
         mask,
         (ref_positions.phase * is_ref.float()).expand(batch, -1) if ref_positions.phase else None,  # (B, N + R)
     )
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.q_norm, self.k_norm = (RMSNorm(dim, eps=1e-6) for _ in range(2))  # over all heads together
         self.to_gate_logits = nn.Linear(dim, heads)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))  # a list of one keeps the released name to_out.0
 
     def forward(
         self,
@@ -126,10 +126,11 @@ class Attention(nn.Module):
         q = self.q_norm(self.to_q(x))  # (B, L, D)
         k = self.k_norm(self.to_k(context))  # (B, S, D)
         v = self.to_v(context)  # (B, S, D)
-        q, k, v = (rearrange(a, "b n (heads d) -> b heads n d", heads=self.heads) for a in (q, k, v))
+        split = "b n (heads d) -> b heads n d"
+        q, k, v = (rearrange(a, split, heads=self.heads) for a in (q, k, v))  # (B, heads, L or S, head_dim)
         if rotary is not None:
             q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
-        mask = None if mask is None else rearrange(mask, "b s -> b 1 1 s")  # the same for all heads and queries
+        mask = None if mask is None else rearrange(mask, "b s -> b 1 1 s")  # (B, 1, 1, S), for all heads and queries
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L, head_dim)
         gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, L, heads)
         out = out * rearrange(gate, "b n heads -> b heads n 1")
@@ -167,11 +168,11 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t (U,) in [0, 1] -> (U, D). The sinusoid is computed in float32: bf16 could not tell 999 from 1000."""
+        """t (U,) in [0, 1] -> (U, D). LTX counts to 1000 t, here in float32: bf16 could not tell 999 from 1000."""
         frequencies = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))  # (128,)
         angles = 1000 * t.float()[:, None] * frequencies  # (U, 128)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)  # (U, 256)
-        return self.linear_2(F.silu(self.linear_1(sinusoid)))
+        return self.linear_2(F.silu(self.linear_1(sinusoid)))  # (U, D)
 
 
 class AdaLN(nn.Module):
@@ -179,12 +180,12 @@ class AdaLN(nn.Module):
 
     def __init__(self, dim: int, rows: int):
         super().__init__()
-        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})  # the released name
         self.linear = nn.Linear(dim, rows * dim)
         self.rows = rows
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """t (U,), or (B,) for the prompt -> modulation (U, rows, D), and the embedding (U, D) behind it."""
+        """t (U,), or (B,) for the prompt -> modulation (U, rows, D), and the embedding (U, D) that it is made from."""
         embedding = self.emb["timestep_embedder"](t, dtype)  # (U, D)
         return rearrange(self.linear(F.silu(embedding)), "u (rows d) -> u rows d", rows=self.rows), embedding
 
@@ -240,17 +241,17 @@ class Block(nn.Module):
 
 
 class Constants(NamedTuple):
-    """The values that all steps of a stream share: they depend on positions, phase and equal noise levels."""
+    """Values for all steps of a stream (guidance.py). A step changes the noise levels, not which tokens share one."""
 
     rotary: tuple[Tensor, Tensor]  # tables (B, heads, L, head_dim/2) in the dtype of the latents
     token_row: Tensor  # (B, L) index of each token's noise level among the distinct ones
-    examples: Tensor  # (U,) for each distinct noise level the flat index of one token that has it
+    examples: Tensor  # (U,) flat index of one token of each noise level: a step reads its levels there
 
 
 class LTXVideo(nn.Module):
-    """The DiT. All sizes come from `transformer`, that section of the checkpoint's JSON."""
+    """The DiT. All sizes come from `transformer`, the section of that name in the checkpoint's config."""
 
-    PREFIXES = {"": "model.diffusion_model."}  # of the tensor names, here and in the file
+    PREFIXES = {"": "model.diffusion_model."}  # of tensor names: here -> in the file
 
     def __init__(self, transformer: dict[str, Any]):
         super().__init__()
@@ -285,13 +286,13 @@ class LTXVideo(nn.Module):
         # A batch has few distinct noise levels: one t per sample, and 0. AdaLN runs on those; tokens look up their row.
         distinct, token_row = torch.unique(timesteps, return_inverse=True)  # (U,), (B, L)
         index = torch.arange(timesteps.numel(), device=timesteps.device)  # (B L,)
-        examples = torch.empty_like(distinct, dtype=torch.long).scatter_(0, token_row.flatten(), index)
+        examples = torch.empty_like(distinct, dtype=torch.long).scatter_(0, token_row.flatten(), index)  # (U,)
         return Constants(rotary, token_row, examples)
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> "LTXVideo":
         """Compile every block. They share one code object: one graph for each input shape, for all blocks and steps."""
         torch._dynamo.config.optimize_ddp = False  # DDP's own mode would cut the graph at every bucket of gradients
-        for block in self.transformer_blocks.children():
+        for block in self.transformer_blocks.children():  # iterating over StreamedBlocks would copy weights
             block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
         return self
 
@@ -316,7 +317,7 @@ class LTXVideo(nn.Module):
         positions  (B, 3, L, 2)  from rope.py
         mask       (B, L)        false for tokens masked out of attention; None: no mask, the fastest kernel
         phase      (B, L)        of placement "phase", see `rope_cos_sin`; None for 0
-        constants                of `self.constants`, valid while the same tokens share a noise level; None: computed
+        constants                of `self.constants`, computed for these tokens at any step; None: computed here
         cache                    runs the blocks and may leave some out (engine/step_cache.py); None: all run
         returns    (B, L, C)     the rows of the reference have no meaning
         """
@@ -325,13 +326,13 @@ class LTXVideo(nn.Module):
         modulation, embedding = self.adaln_single(timesteps.flatten()[examples], dtype)  # (U, 9, D), (U, D)
         prompt_modulation, _ = self.prompt_adaln_single(sigma, dtype)  # (B, 2, D)
 
-        def run(x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
+        def run_blocks(x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
             for block in blocks:
                 x = block(x, context, modulation, prompt_modulation, token_row, rotary, mask)
             return x
 
         x = self.patchify_proj(latents)  # (B, L, D)
-        x = cache(run, x, self.transformer_blocks) if cache else run(x, self.transformer_blocks)
+        x = cache(run_blocks, x, self.transformer_blocks) if cache else run_blocks(x, self.transformer_blocks)
 
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)  # 2 x (U, D)
         x = F.layer_norm(x, (self.dim,), eps=1e-6)

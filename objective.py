@@ -30,7 +30,7 @@ from rope import place_reference, video_positions
 from text import TextConnector, pad_features
 from vae import VideoVAE, from_tokens, to_tokens
 
-PIXELS_AT_ONCE = 2**22  # windows of several samples share a call of the decoder up to this size; a larger one is alone
+PIXELS_AT_ONCE = 2**22  # of one call of the decoder: windows of several samples share it; a larger one is alone
 
 
 @dataclass
@@ -50,22 +50,21 @@ class Objective:
     autocast: bool = False  # matrix products of a float32 DiT in bf16
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], draws: list[Draws]) -> dict[str, Tensor]:
-        """The values of a batch (`data.training_batches`), each (B,): loss, flow, id, tic, w_aux, t, reference (True
+        """The values of a batch (`data.training_batches`), each (B,): loss, flow, id, tic, w_aux, t, reference (1
         where it is used), frames (number of decoded frames) and faces (number of those with a face)."""
         like, options = self.vae.decoder.conv_in.conv.weight, self.faces
         device = like.device  # `like` is any weight of the VAE and gives device and dtype
 
         # Step 1: the reference as latents. The data workers have applied A (data.augment_reference) and the fit.
-        # If a sample of the batch has a reference, all are encoded. Step 2 masks the dropped ones.
-        has_reference = torch.tensor(
-            [self.reference.use and not draw.drop_ref for draw in draws], device=device
-        )  # (B,)
+        # If any sample of the batch has a reference, all photos are encoded. Step 2 masks those that are dropped.
+        with_ref = [self.reference.use and not draw.drop_ref for draw in draws]
+        has_reference = torch.tensor(with_ref, device=device)  # (B,)
         z_ref = self.encode(batch["ref_images"].to(like)) if has_reference.any() else None  # E_vae(A(I_ref)) (B, R, C)
 
         # Step 2: add noise to the video, then append the reference. The reference gets no noise.
         latents = batch["latents"].to(device)
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))  # the cache has bf16. (B, C, T, h, w)
-        grid = tuple(latents.shape[2:])
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))  # bf16 would round eps. (B, C, T, h, w)
+        grid = tuple(latents.shape[2:])  # (T, h, w)
         z_0 = to_tokens(latents)  # (B, N, C)
         t = torch.tensor([draw.t for draw in draws], device=device, dtype=torch.float32)  # (B,)
         eps = torch.stack([draw.eps for draw in draws]).to(z_0)  # (B, N, C)
@@ -80,7 +79,7 @@ class Objective:
             v = model(*inputs, tokens.mask, tokens.phase)  # (B, L, C)
         v = v[:, : z_0.shape[1]]  # the output for the reference is dropped (Sec. 3.1): (B, N, C)
         out = {"flow": flow_loss(v, z_0, eps), "t": t, "w_aux": aux_weight(t, options.gamma)}
-        out["reference"] = has_reference
+        out["reference"] = has_reference.float()
         zeros = torch.zeros_like(out["flow"])
         out |= dict.fromkeys(("id", "tic", "faces", "frames"), zeros)
 
@@ -90,18 +89,18 @@ class Objective:
             z_0_hat = from_tokens(predict_x0(z_t, v, t), grid)  # (B, N, C) -> (B, C, T, h, w)
             reliable = torch.nonzero(out["w_aux"] >= options.min_weight).flatten().tolist()
 
-            # Step 5: the faces in a window of it (`face_losses`). Samples with the same window are decoded together.
+            # Step 5: the faces in a window of the estimate. Samples with the same window are decoded together.
             most = windows_at_once(self.vae.scale, grid, options.window + 2 * options.context, device)
             for start, samples in same_window(draws, reliable, most):
                 index = torch.tensor(samples, device=device)
-                e_ref = torch.stack([batch["e_ref"][k] for k in samples])  # of the unaugmented photo: (n, E)
+                e_ref = batch["e_ref"][samples]  # of the unaugmented photo: (n, E)
                 values = self.face_losses(z_0_hat[index], start, e_ref, has_reference[index])
                 for key, value in values.items():
-                    out[key] = out.get(key, zeros).index_put((index,), value.to(zeros))
+                    out[key] = out[key].index_put((index,), value.to(zeros))
 
         # Step 6: the sum.
-        scales = {name: getattr(options, name) for name in ("lambda_id", "lambda_tic", "gamma")}
-        out["loss"] = total_loss(out["flow"], out["id"], out["tic"], t, **scales)
+        losses = out["flow"], out["id"], out["tic"]
+        out["loss"] = total_loss(*losses, t, options.lambda_id, options.lambda_tic, options.gamma)
         return out
 
     @torch.no_grad()
@@ -118,7 +117,6 @@ class Objective:
         if z_ref is None:
             return video_tokens(z_t, t, positions)
         ref_positions = place_reference(grid, self.fps, self.vae.scale, self.reference)  # Eq. 4
-        ref_positions = ref_positions._replace(positions=ref_positions.positions.to(z_t.device))
         return append_reference(z_t, z_ref, t, positions, ref_positions, self.reference.timestep, has_reference)
 
     @torch.no_grad()
@@ -126,7 +124,7 @@ class Objective:
         """Text features (tokens, D) of each sample through the frozen connector -> context (B, S, D). A dropped prompt
         is replaced by the empty prompt."""
         like = self.connector.connector.learnable_registers  # any weight of it: device and dtype
-        features = [self.null_features if draw.drop_text else row for row, draw in zip(features, draws)]
+        features = [self.null_features if draw.drop_text else prompt for prompt, draw in zip(features, draws)]
         padded, mask = pad_features(features, self.slots)  # (B, S, D), (B, S)
         padded, mask = padded.to(like.device, like.dtype), mask.to(like.device)
         return self.connector.connector(padded, mask).to(self.dtype)
@@ -158,7 +156,7 @@ def decode_window(vae: VideoVAE, z_0_hat: Tensor, start: int, length: int, margi
     The VAE is frozen, and the gradient passes through it to z_0_hat. The paper decodes a set of frames and does not say
     which. Here a window is decoded with `margin` latent frames on each side, and their pixels are cut off. There are
     two reasons. The decoder looks both ways. And it decodes its first latent frame to one pixel frame, as at the start
-    of a clip. One frame of margin is an approximation: the released decoder looks at 14 on each side (vae.py).
+    of a clip. A margin of one frame is an approximation: the released decoder sees 14 on each side (vae.py).
     """
     assert margin >= 1 or start == 0, "without a margin the window's first latent frame would give one pixel frame"
     frames, time = z_0_hat.shape[2], vae.scale[0]

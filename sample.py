@@ -5,12 +5,12 @@
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --lora face.safetensors:0.8 ...    # with a LoRA merged in
     python sample.py --ckpt ltx-2.3-22b-dev.safetensors --check                            # is the file complete?
     torchrun --nproc_per_node=3 sample.py --ckpt ... --ref face.jpg --prompt "..."         # a process per stream
-    torchrun --nproc_per_node=8 sample.py --ckpt ... --batch cases.jsonl --out videos      # one video per line
+    torchrun --nproc_per_node=8 sample.py --ckpt ... --batch cases.jsonl --out videos      # a video for each line
 
-Without --ckpt sample.py uses the tiny model in assets/: drawn people on 64x64 pixels. An option without a default in
-this list takes the checkpoint's value. If the checkpoint has none: 832x480 (width x height), 121 frames, 24 fps, 30
-steps, --s-text 5.0, --s-ref 7.5. The order of work keeps memory low: Gemma reads all prompts and is freed, then VAE and
-DiT are loaded.
+Without --ckpt sample.py uses the tiny model in assets/: drawn people on 64x64 pixels. An option whose help names no
+default takes the checkpoint's value. If the checkpoint has none: 832x480 (width x height), 121 frames, 24 fps, 30
+steps, --s-text 5.0, --s-ref 7.5. The order of work keeps memory low: Gemma reads all prompts and is freed, then VAE
+and DiT are loaded.
 """
 
 import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
@@ -56,11 +56,11 @@ BAR = "{desc}: {n}/{total} steps {bar:30} {rate_inv_fmt}, {remaining} left"
 
 def main() -> None:
     options = parse_arguments()
-    ranks = (0, 1)
+    ranks = (0, 1)  # processes of a --batch exchange nothing, so each is alone
     if "RANK" in os.environ and not options.batch and not options.check:
         join_processes()
         ranks = dist.get_rank(), dist.get_world_size()
-    with redirect_stdout(None) if ranks[0] else nullcontext():
+    with redirect_stdout(None) if ranks[0] else nullcontext():  # rank 0 alone prints
         make(options, ranks)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -68,7 +68,7 @@ def main() -> None:
 
 def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
     """Make all videos. `ranks` = (rank, world): this process, and how many share the streams of each video."""
-    # ---- the videos to make; all checks that need no model
+    # ---- the videos to make; all checks that need neither Gemma nor the DiT
     checkpoint = Checkpoint(options.ckpt or ASSETS / "tiny.safetensors", options.base)
     if options.check:
         return check(checkpoint)
@@ -84,7 +84,8 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
         cases = read_cases(options.batch)
         inputs = [options.batch, checkpoint.path, *(lora.path for lora in loras)]
         batch = Batch(options.out, metadata, cases, inputs)
-        outputs, one_case = {case: batch.video(case) for case in batch.missing()}, batch.one_case
+        outputs = {case: batch.video(case) for case in batch.missing()}
+        one_case = batch.one_case  # an error is noted, and the other cases go on
     else:
         batch, one_case = None, nullcontext  # an error ends the run
         outputs = single_outputs(options, recipe, ranks[1])
@@ -93,9 +94,9 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
         with one_case(case):
             if batch:
                 batch.check(case)
-            read_reference(case, recipe)
+            read_reference(case, recipe)  # a photo that cannot be read fails here, not after minutes
             ready.append(case)
-    if not ready:
+    if not ready:  # only in a --batch
         return batch.finish()
     seeds = ", ".join(str(case.seed) for case in ready[:8]) + (", ..." if len(ready) > 8 else "")
     print(f"{checkpoint.path.name}: {recipe.line()}, seed {seeds}")
@@ -104,19 +105,21 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
     ref_paths = dict.fromkeys(case.reference for case in ready if case.reference)
     reader = face_reader(options, device) if ref_paths and not ranks[0] else None
     note(*notes_on_recipe(checkpoint, loras, recipe, bool(ref_paths)))
-    for ref_path in ref_paths if reader else ():
-        note(*notes_on_photo(read_image(ref_path), reader.detector, checkpoint, recipe), about=ref_path.name)
+    if reader:
+        for ref_path in ref_paths:
+            note(*notes_on_photo(read_image(ref_path), reader.detector, checkpoint, recipe), about=ref_path.name)
 
     # ---- prompts to contexts; Gemma is gone when this is done
     gemma = options.gemma or default_gemma(checkpoint)
     text_device = torch.device("cpu") if options.text_on_cpu else device
     encoder = TextEncoder.from_checkpoint(checkpoint, gemma, text_device, dtype)
     merge_lora(encoder.connector, loras)
-    contexts = {}  # on the CPU: 8 MB each at full size
-    for prompt in tqdm(dict.fromkeys(case.prompt for case in ready), "prompts", disable=len(ready) == 1):
-        prompts = [begin_with(recipe.prompt_prefix, prompt), options.negative]
-        note(*notes_on_prompt(prompts[0], encoder))
-        contexts[prompt] = encoder.encode(prompts).cpu().split(1)
+    contexts = {}  # on the CPU, of the prompt and the negative one: 16 MiB at full size
+    prompts = dict.fromkeys(case.prompt for case in ready)
+    for prompt in tqdm(prompts, "prompts", disable=ranks[0] > 0 or len(prompts) == 1):
+        positive = begin_with(recipe.prompt_prefix, prompt)
+        note(*notes_on_prompt(positive, encoder))
+        contexts[prompt] = encoder.encode([positive, options.negative]).cpu().split(1)
     del encoder
     free(device)
 
@@ -128,6 +131,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
         with one_case(case):
             ref_image = read_reference(case, recipe)
             context, null_context = (part.to(device) for part in contexts[case.prompt])
+            # for_generate: size, frames, fps, steps, s_y, s_r, placement; step cache and interval of guidance.
             video = generate(
                 model,
                 vae,
@@ -149,7 +153,7 @@ def make(options: argparse.Namespace, ranks: tuple[int, int]) -> None:
 
 
 def note(*lines: str, about: str = "") -> None:
-    """Print one note a line."""
+    """Print each note on its own line."""
     for line in lines:
         print(f"note: {f'{about}: ' if about else ''}{line}")
 
@@ -195,7 +199,7 @@ def single_outputs(options: argparse.Namespace, recipe: Recipe, processes: int) 
         sheet = video.with_suffix(".png")
         refuse_folders(video, sheet)
         earlier = any(video.with_suffix(ending).exists() for ending in FORMATS)
-        if sheet.exists() and not earlier:
+        if sheet.exists() and not earlier:  # a sheet of ours has its video beside it
             raise UserError(f"{sheet} is there, and the contact sheet would replace it: give another --out")
         outputs[Case("", ref_path, options.prompt, seed)] = video
     inputs = [options.ref, options.ckpt, options.base, *(text.rpartition(":")[0] or text for text in options.lora)]
@@ -263,7 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="print parts and sizes of the checkpoint and if it is complete; make no video",
+        help="print parts and sizes of the checkpoint and whether it is complete; make no video",
     )
     options = parser.parse_args()
     for name in ("ref", "batch", "out", "ckpt", "base", "gemma", "faces"):
@@ -278,6 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     if not 1 <= options.samples <= 10_000:
         raise UserError(f"--samples {options.samples} is not between 1 and 10000")
     for name in ("prompt", "negative", "prompt_prefix"):
+        # Python turns a byte that is not UTF-8 into one of these code points.
         if any("\ud800" <= letter <= "\udfff" for letter in getattr(options, name) or ""):
             raise UserError(f"--{name.replace('_', '-')} is not UTF-8 text")
     options.seed = 0 if options.seed is None else options.seed

@@ -63,19 +63,20 @@ def main() -> None:
     ckpt = Path(config.model.ckpt or ASSETS / "tiny.safetensors")
     if options.plan:
         size = ckpt.stat().st_size if ckpt.is_file() else RELEASED
-        return print(plan_of(config, *sizes(config, ckpt)).report(options.gpus, options.mfu, size))
+        print(plan_of(config, *model_and_cache(config, ckpt)).report(options.gpus, options.mfu, size))
+        return None
     if not (ckpt.is_file() or options.rehearse):
         raise UserError(f"no checkpoint at {ckpt}: name one with --set model.ckpt=FILE, or in the config")
     if options.export:
         return state.export_run(config, Checkpoint(ckpt), Path(options.export), options.best)
     run = Path(config.run.out)
     if not options.trial:
-        state.require_same_options(run, config)  # before a missing cache is an error: making one takes hours
+        state.require_same_options(run, config)  # before the cache is opened: if it is missing, making it takes hours
     device = join_processes()
     if config.optim.batch % (world := dist.get_world_size()):
         raise UserError(f"optim.batch = {config.optim.batch} is not a multiple of {world} ranks: change one of the two")
     if options.rehearse:
-        config, base, clips = stand_ins(config, *sizes(config, ckpt), device)
+        config, base, clips = stand_ins(config, *model_and_cache(config, ckpt), device)
     else:
         clips, base = CachedClips(config.data.cache), Checkpoint(ckpt)
         # A pack given by its name is not opened here: all ranks would download it at once.
@@ -86,7 +87,8 @@ def main() -> None:
         if not options.trial:
             state.require_same_cache(run, config, clips.settings)
     with nullcontext() if options.trial else state.locked(run):
-        train(config, base, *hold_out(clips, config.data.holdout), device, options)
+        clips, held = hold_out(clips, config.data.holdout)
+        train(config, base, clips, held, device, options)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -99,7 +101,7 @@ def train(
     device: torch.device,
     options: argparse.Namespace,
 ) -> None:
-    """Run all steps on `clips`, with a look at the clips `held` out. A trial is a few steps without writing."""
+    """Train on `clips` and measure the loss on the held-out clips `held`. A trial is a few steps that write nothing."""
     run, rank, world = Path(config.run.out), dist.get_rank(), dist.get_world_size()
     batch, micro_batch = config.optim.batch, config.parallel.micro_batch
 
@@ -119,8 +121,8 @@ def train(
         first, skipped = state.resume(run, model, optimizer, average, options.from_previous)
     log = Log(config, plan, run, first, enabled=rank == 0 and not options.trial)
 
-    def look(step: int) -> float:
-        """The loss on the held-out clips, with the weights that an export has. All ranks compute it."""
+    def held_out_loss(step: int) -> float:
+        """The loss on the held-out clips, logged, with the weights that an export has. All ranks compute it."""
         with average.in_place() if average else nullcontext():
             figures = evaluate(config, model, objective, held)
         log.add_held_out(step, figures)
@@ -129,7 +131,7 @@ def train(
     if held:
         report(f"held out: {len(held):,} clips of {len(set(held.identities)):,} people; {len(clips):,} are trained on")
         if not (first or options.trial):
-            look(0)
+            held_out_loss(0)
 
     # ---- steps
     stop, stop_now = StopSignal(), False
@@ -151,7 +153,7 @@ def train(
             wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
             with wait:
                 out = objective(model, micro, micro["draws"])
-                intact = upload(torch.tensor([not problem for problem in micro["problems"]]), device)
+                intact = upload(torch.tensor([not problem for problem in micro["problems"]]), device)  # (b,)
                 loss = torch.where(intact, out["loss"], 0)  # a damaged sample adds 0
                 (loss.sum() * world / batch).backward()  # DDP and FSDP average over ranks, hence * world
             out["skipped"] = ~intact
@@ -159,7 +161,7 @@ def train(
             names += micro["names"]
             problems += [f"{name} ({why})" for name, why in zip(micro["names"], micro["problems"]) if why]
 
-        # -- update, queued on the GPU before anything here waits for it
+        # -- update, queued on the GPU before gather_rows waits for the figures
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip, foreach=True)
         lr = learning_rate(config, step)
         for group in optimizer.param_groups:
@@ -169,7 +171,8 @@ def train(
         if average:
             average.update(step)
 
-        # -- figures of all ranks; damaged samples, numbers that are not finite, of which nothing is saved
+        # -- figures of all ranks, the same table on each, so all take the same branches below. After a number that is
+        # not finite nothing is saved: the newest checkpoint is from before it.
         reason = stop.signal or ('the file "stop"' if (run / "stop").exists() else "")
         table, stop_now = gather_rows(torch.cat(rows), reason)  # (batch, columns), of all ranks
         if not table.isfinite().all():
@@ -187,14 +190,14 @@ def train(
             report(log.line(figures))
             continue
         log.add(done, table, norm, lr, time.perf_counter() - begin)
-        every, held_out = config.log.sample_every, None
+        sample_every, loss_held = config.log.sample_every, None
         if held and (done % config.log.eval_every == 0 or done == end):
-            held_out = look(done)
-        if samples and every and (done % every == 0 or done == end):
+            loss_held = held_out_loss(done)
+        if samples and sample_every and (done % sample_every == 0 or done == end):
             with average.in_place() if average else nullcontext():
                 draw_samples(config, model, objective, samples, clips.settings, done)
-        if stop_now or done % config.log.save_every == 0 or done == end or held_out is not None:
-            folder = state.save(run, done, model, optimizer, config.log.keep, average, skipped, held_out)
+        if stop_now or done % config.log.save_every == 0 or done == end or loss_held is not None:
+            folder = state.save(run, done, model, optimizer, config.log.keep, average, skipped, loss_held)
             report(f"saved {folder}")
         if stop_now:
             report(f"stopped by {reason or 'a signal to another rank'} after step {done}; run again to continue")
@@ -202,8 +205,8 @@ def train(
                 (run / "stop").unlink(missing_ok=True)
             break
     if options.trial:
-        done = "dry run: one step done, nothing written"
-        report(compare(figures, plan, recompute, options.mfu) if options.rehearse else done)
+        line = "dry run: one step done, nothing written"
+        report(compare(figures, plan, recompute, options.mfu) if options.rehearse else line)
     elif first >= config.optim.steps:
         report(f"{run} has its {first} steps already: raise optim.steps, or use --export FILE to write the model")
     elif not stop_now:
@@ -265,14 +268,14 @@ def build_objective(config: Config, ckpt: Checkpoint, clips: CachedClips, device
     compute_dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
     detector = arcface = None
     if config.faces.pack:
-        for turn in range(2):  # rank 0 first: on one machine, a missing pack is downloaded once
-            if turn == (dist.get_rank() > 0):
+        for turn in range(2):  # rank 0, then the others: on one machine, a missing pack is downloaded once
+            if turn == min(dist.get_rank(), 1):
                 detector = FaceDetector(config.faces.pack, device)
                 arcface = ArcFace.from_onnx(recognition_file(config.faces.pack)).to(device)
             dist.barrier()
     # Precision "bf16": a float32 DiT under DDP computes by autocast and takes float32 inputs. Under FSDP, with LoRA and
     # with "adamw-bf16" the weights are bf16 when they compute, and so are the inputs.
-    cast = config.parallel.mode == "ddp" and config.optim.kind == "adamw" and not config.lora.rank
+    float32_dit = config.parallel.mode == "ddp" and config.optim.kind == "adamw" and not config.lora.rank
     connector = TextConnector.from_checkpoint(ckpt, device, compute_dtype).requires_grad_(False)
     connector.projection = None  # the cache holds its output
     return Objective(
@@ -285,27 +288,24 @@ def build_objective(config: Config, ckpt: Checkpoint, clips: CachedClips, device
         arcface=arcface,
         reference=config.reference,
         faces=config.faces,
-        dtype=torch.float32 if cast else compute_dtype,
-        autocast=compute_dtype == torch.bfloat16 and cast,
+        dtype=torch.float32 if float32_dit else compute_dtype,
+        autocast=compute_dtype == torch.bfloat16 and float32_dit,
     )
 
 
 def build_optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over the trained parameters, in float32 or in bf16 with stochastic rounding."""
     optim = config.optim
-    in_bf16 = optim.kind == "adamw-bf16"
-    return (AdamWBF16 if in_bf16 else torch.optim.AdamW)(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=optim.lr,
-        betas=optim.betas,
-        weight_decay=optim.weight_decay,
-        **({"seed": config.run.seed} if in_bf16 else {"fused": device.type == "cuda"}),
-    )
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shared = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+    if optim.kind == "adamw-bf16":
+        return AdamWBF16(parameters, **shared, seed=config.run.seed)
+    return torch.optim.AdamW(parameters, **shared, fused=device.type == "cuda")
 
 
-def sizes(config: Config, ckpt: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config of the model and settings of the cache of a run whose files may be missing. Without the checkpoint those
-    of LTX-2.3; without the cache those that prepare.py would give it."""
+def model_and_cache(config: Config, ckpt: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's config and the cache's settings of a run whose files may be missing. Without the checkpoint, the
+    config is that of LTX-2.3. Without the cache, the settings are those that prepare.py would give it."""
     base = Checkpoint(ckpt) if ckpt.is_file() else None
     ltx = base.config if base else json.loads((HERE / "configs" / "ltx-2.3.json").read_text())
     if (Path(config.data.cache) / "cache.json").exists():
@@ -325,7 +325,7 @@ def sizes(config: Config, ckpt: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def ahead(batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """The same micro-batches on the device. Each is read, and its copy queued, before the one in front is computed."""
+    """The micro-batches on the device. The next one is read, and its copy queued, before the caller gets this one."""
     sent = (tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch) for batch in batches)
     now = next(sent)
     for following in sent:
@@ -335,7 +335,7 @@ def ahead(batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[d
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The learning rate of step `step` (the first is 0): a linear rise, then constant or a linear fall."""
+    """The learning rate of step `step`, counted from 0: a linear rise, then constant or a linear fall."""
     optim = config.optim
     fall = (optim.steps - step) / max(1, optim.steps - optim.warmup) if optim.decay == "linear" else 1.0
     return optim.lr * min(1.0, (step + 1) / max(1, optim.warmup), fall)

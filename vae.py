@@ -32,14 +32,15 @@ from torch.utils.checkpoint import checkpoint as recompute
 from checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 
-STRIDES = {"res_x": (1, 1, 1), "compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
+STRIDES = {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
 
 
 def block_stride(kind: str, suffix: str = "") -> tuple[int, int, int]:
-    """(frames, rows, columns) that a block of the config compresses into one. An unknown kind raises UserError."""
-    for name, stride in STRIDES.items():
-        if kind == (name if name == "res_x" else name + suffix):
-            return stride
+    """(frames, rows, columns) that a block of the config compresses into one. `suffix` ends the kinds of the encoder.
+    UserError for an unknown kind."""
+    strides = {"res_x": (1, 1, 1)} | {name + suffix: stride for name, stride in STRIDES.items()}
+    if kind in strides:
+        return strides[kind]
     raise UserError(f"the checkpoint's VAE has a block {kind!r}, unknown to this code: not the released LTX-2.3")
 
 
@@ -61,15 +62,15 @@ def pixel_norm(x: Tensor) -> Tensor:
 
 
 class Memory(dict):
-    """For a video in pieces: the frames, or a flag, that each layer keeps for the next piece, by layer."""
+    """For a video in pieces: each layer, and the frames (or a flag) that it keeps for the next piece."""
 
     last = False  # true while the last piece is processed
 
 
 def run_in_pieces(layer: Callable, pieces: Iterable, memory: Memory, limit: int) -> Iterator[tuple[Tensor, bool]]:
-    """Pieces (frames (B, C, F, H, W), true if the last) through a layer, in pieces of at most `limit` frames."""
+    """Run a layer on pieces (frames (B, C, F, H, W), true for the last). It yields pieces of at most `limit` frames."""
     for x, last in pieces:
-        memory.last = last  # between two pieces the layers behind this one set it too
+        memory.last = last  # again for each piece: the layers behind this one set it in between
         parts = layer(x, memory).split(limit, dim=2)
         for k, part in enumerate(parts):
             if part.shape[2]:
@@ -92,15 +93,14 @@ class Conv3d(nn.Module):
         """(B, C, F, H, W) -> (B, C', F, H, W). With `memory` x is a piece, and the output has F-1 to F+1 frames:
         a frame of the decoder's output waits for the input frame after it."""
         past = [] if memory is None else memory.get(self, [])  # the last two frames before this piece
-        parts = [*(past or [x[:, :, :1]] * (2 if self.causal else 1)), x]
-        if not self.causal and (memory is None or memory.last):
-            parts.append((x if x.shape[2] else parts[0])[:, :, -1:])
-        x = torch.cat(parts, dim=2)
+        front = past or [x[:, :, :1]] * (2 if self.causal else 1)
+        behind = [x[:, :, -1:]] if not self.causal and (memory is None or memory.last) else []
+        x = torch.cat([*front, x, *behind], dim=2)  # (B, C, F+2, H, W); of a piece, other sizes too
         if memory is not None and x.shape[2]:
             memory[self] = [x[:, :, -2:].clone()]  # a view would keep all of x alive
         if x.shape[2] < 3:  # too few frames for one frame of output
             return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
-        return self.conv(x)
+        return self.conv(x)  # (B, C', F, H, W)
 
 
 class ResBlock(nn.Module):
@@ -135,7 +135,7 @@ class ResStack(nn.Module):
 
 
 class Downsample(nn.Module):
-    """`compress_*_res` of the encoder: conv and space-to-depth, plus a skip: means over channel groups."""
+    """`compress_*_res` of the encoder: conv and space-to-depth, plus a skip of means over channel groups."""
 
     def __init__(self, channels: int, out_channels: int, stride: tuple[int, int, int]):
         super().__init__()
@@ -145,9 +145,9 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """(B, C, 2k+1, H, W) -> (B, C', k+1, H/2, W/2) with the stride (2, 2, 2)"""
         if self.stride[0] == 2 and (memory is None or self.conv not in memory):
-            x = torch.cat([x[:, :, :1], x], dim=2)  # the first frame twice makes 2k+1 frames even
+            x = torch.cat([x[:, :, :1], x], dim=2)  # the first frame twice: 2k+1 become even
         skip = reduce(space_to_depth(x, self.stride), "b (c g) f h w -> b c f h w", "mean", c=self.out_channels)
-        return space_to_depth(self.conv(x, memory), self.stride) + skip
+        return space_to_depth(self.conv(x, memory), self.stride) + skip  # (B, C', k+1, H/2, W/2)
 
 
 class Upsample(nn.Module):
@@ -190,7 +190,7 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, memory: Memory | None = None) -> Tensor:
         x = self.conv_in(self.patches(video), memory)  # (B, base channels, F, H/4, W/4)
-        for block in self.down_blocks:
+        for block in self.down_blocks:  # to (B, C', T, h, w)
             x = block(x, memory)
         return self.conv_out(F.silu(pixel_norm(x)), memory)[:, :-1]  # (B, C, T, h, w)
 
@@ -213,8 +213,8 @@ class Decoder(nn.Module):
         self.conv_out = Conv3d(channels, config["out_channels"] * self.patch**2, causal=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
-        for block in self.up_blocks:
+        x = self.conv_in(z)  # (B, C', T, h, w)
+        for block in self.up_blocks:  # to (B, base channels, F, H/4, W/4)
             # Under the identity losses only each block's input is kept; the backward pass runs the block again.
             x = recompute(block, x, use_reentrant=False) if x.requires_grad else block(x)
         return self.to_pixels(x)  # (B, 3, F, H, W)
@@ -225,7 +225,7 @@ class Decoder(nn.Module):
         return rearrange(x, "b (c r q) f h w -> b c f (h q) (w r)", q=self.patch, r=self.patch)
 
     def stream(self, z: Tensor, chunk: int) -> Iterator[Tensor]:
-        """The frames of `forward` in order, in pieces: each layer gets at most `chunk` latent frames at a time."""
+        """The frames of `forward`, in pieces of at most `chunk` latent frames. Each layer pulls from the one before."""
         parts, memory, limit = z.split(chunk, dim=2), Memory(), chunk
         pieces: Iterable = [(part, k + 1 == len(parts)) for k, part in enumerate(parts)]
         for layer in (self.conv_in, *self.up_blocks, self.to_pixels):
@@ -289,7 +289,7 @@ class VideoVAE(nn.Module):
     def decode(self, z: Tensor, chunk: int | None = None) -> Tensor:
         """Eq. 7, video = D_vae(z): normalized latents (B, C, T, h, w) -> (B, 3, F, H, W), about [-1, 1], not clamped.
 
-        `chunk`: latent frames processed at a time. None for all, as a gradient needs: blocks are recomputed.
+        `chunk`: latent frames processed at a time, None for all. A gradient needs None: `stream` recomputes nothing.
         """
         mean, std = self.per_channel_statistics.mean_and_std()
         z = z * std + mean

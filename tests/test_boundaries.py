@@ -243,7 +243,7 @@ def read_cache(part: str) -> Callable[[Path, bytes], None]:
         clips = CachedClips(write_clips(folder, text, part))
         if "cache.json" in part:
             own = read_config(None, [f"data.cache={folder}"])
-            plan_of(own, *train.sizes(own, TINY)).report(8, 0.4)
+            plan_of(own, *train.model_and_cache(own, TINY)).report(8, 0.4)
         show(clips, folder / "show.html")
         check_cache_fits(clips.settings | models, checkpoint)
         TrainingClips(clips, config)[0]

@@ -292,17 +292,13 @@ def test_batches_are_those_of_a_plain_loop(rank, world, clips, monkeypatch):
     channels, frames, *sides = clips.buckets[0].latent_shape
     for batch in batches:
         assert set(batch) == {
-            "latents", "ref_images", "e_ref", "features", "draws", "names", "captions", "numbers", "problems"
+            "latents", "ref_images", "e_ref", "features", "draws", "names", "numbers", "problems"
         }  # fmt: skip
         for k, n in enumerate(batch["numbers"]):
             epoch, place = divmod(n, len(clips))
             index = int(epoch_order(len(clips), 3, epoch)[place])
             clip = clips[index]
-            assert (batch["names"][k], batch["captions"][k], batch["problems"][k]) == (
-                clip["name"],
-                clip["caption"],
-                "",
-            )
+            assert (batch["names"][k], batch["problems"][k]) == (clip["name"], "")
             for key in ("latents", "e_ref", "features"):
                 assert torch.equal(batch[key][k], clip[key])
             rng = sample_rng(3, epoch, index)
