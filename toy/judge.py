@@ -234,8 +234,10 @@ def copied(rows: Rows, group: str, draws: np.ndarray | slice = slice(None)) -> n
 def copy_paste(rows: Rows, group: str, resamples: int = 1000) -> tuple[float, float, float]:
     """`copied` with its 95 % interval over resampled videos."""
     draws = np.random.default_rng(0).integers(len(rows), size=(resamples, len(rows)))
-    ends = np.nanpercentile(copied(rows, group, draws), [2.5, 97.5])
-    return float(copied(rows, group)), *ends.tolist()
+    slopes = copied(rows, group, draws)
+    slopes = slopes[np.isfinite(slopes)]
+    ends = np.percentile(slopes, [2.5, 97.5]).tolist() if len(slopes) else [float("nan")] * 2
+    return float(copied(rows, group)), *ends
 
 
 def summarize(rows: Rows) -> Summary:
@@ -286,7 +288,9 @@ def compare(rows: Rows, others: Rows) -> str:
         else:
             group = key.removeprefix("copied ")
             means = copied(rows, group), copied(others, group)
-            error = np.nanstd(copied(rows, group, draws) - copied(others, group, draws))
+            slopes = copied(rows, group, draws) - copied(others, group, draws)
+            slopes = slopes[np.isfinite(slopes)]
+            error = slopes.std() if len(slopes) else float("nan")
         lines.append([heading, *(f"{x:.3f}" for x in (*means, means[0] - means[1], error)), won, lost])
     return markdown("| | this | other | difference | standard error | won | lost |", lines)
 
@@ -318,7 +322,7 @@ def parse_arguments() -> argparse.Namespace:
     limits = {"count": (2, 1e6), "batch": (1, 1e6), "seed": (0, 1e9), "det_size": (32, 4096), "minutes": (0, 1e6)}
     for name, (least, most) in limits.items():
         if not least <= (value := getattr(options, name)) <= most:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most:g}")
+            raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most:,.0f}")
     refuse_folders(options.train)
     if options.rows and not options.against:
         raise UserError("--rows needs --against")
