@@ -101,7 +101,7 @@ BUDGETS = {
     "minutes": Budget(10, 5, 64, 4, 10, STEADY | {"optim.batch": 8, "guidance.steps": 4}, (3,)),
     "gpu": Budget(1_200, 200, 4_000, 48, 800, STEADY | {"optim.batch": 64, "optim.lr": 1.5e-3}, (50, 100)),
     "small": Budget(500, 120, 2_000, 16, 800, STEADY | QUICK, (60,)),
-    "long": Budget(500, 480, 2_000, 16, 800, STEADY | QUICK, (120, 240)),
+    "long": Budget(500, 960, 2_000, 16, 800, STEADY | QUICK, (480,)),
     "medium": Budget(3_000, 1_200, 16_000, 64),
     "large": Budget(1_800, 600, 16_000, 64, 2_500, {"optim.batch": 256, "optim.lr": 2e-3, "faces.min_weight": 0.5}),
 }
