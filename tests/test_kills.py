@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, shallow_checkpoint
 from safetensors.torch import save_file
 
 from checkpoint import Checkpoint
 
 ASSETS = ROOT / "assets"
-TINY, GEMMA, FACES = ASSETS / "tiny.safetensors", ASSETS / "gemma", ASSETS / "faces"
+FACES = ASSETS / "faces"
 TIMES = ("seconds", "tokens_per_s", "tflops", "memory_gib")  # of log.jsonl
 # A life is a forked process that runs the command. `life` ends it after a time, drawn up to what a whole run takes.
 KILLER = """
@@ -86,7 +86,8 @@ def sources(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     for words in (prepare_words(folder / "cache"), train_words(folder / "cache", folder / "run")):
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True, env=environment())
-    width = Checkpoint(TINY).tensors["model.diffusion_model.transformer_blocks.0.attn1.to_q.weight"]["shape"][0]
+    tensors = Checkpoint(shallow_checkpoint()).tensors
+    width = tensors["model.diffusion_model.transformer_blocks.0.attn1.to_q.weight"]["shape"][0]
     pair = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.full((width, 2), 1e-3)}
     save_file({f"transformer_blocks.0.attn1.to_q.{k}": t for k, t in pair.items()}, folder / "lora.safetensors")
     return folder
@@ -110,6 +111,7 @@ def prepare_words(out: Path | str) -> list[str]:
 
 def train_words(cache: Path, out: Path | str, steps: int = 2) -> list[str]:
     changes = {"data.cache": cache, "run.out": out, "optim.steps": steps, "optim.batch": 2, "model.scratch": "false"}
+    changes |= {"model.ckpt": shallow_checkpoint()}
     changes |= {"log.save_every": 1, "log.every": 1, "log.sample_every": 0, "log.tensorboard": "false"}
     changes |= {"data.workers": 0, "faces.pack": '""', "optim.ema": 0}
     return ["train.py", *(word for key, value in changes.items() for word in ("--set", f"{key}={value}"))]
@@ -122,23 +124,25 @@ def train_words(cache: Path, out: Path | str, steps: int = 2) -> list[str]:
 def test_killed_at_random_moments(command, kills, sources, tmp_path):
     cases = str(ASSETS / "clips" / "cases.jsonl")
     faces = ["--faces", str(FACES), "--det-size", "128", "--clip", "none"]
+    sample = ["sample.py", "--ckpt", str(shallow_checkpoint()), "--gemma", str(ASSETS / "gemma")]
     words = {
         "export": [*train_words(sources / "cache", sources / "run"), "--export", "OUT/x.safetensors"],
         "merge": [
             "engine.lora",
             "--ckpt",
-            str(TINY),
+            str(shallow_checkpoint()),
             "--lora",
             str(sources / "lora.safetensors"),
             "--out",
             "OUT/x.safetensors",
         ],
-        "batch": ["sample.py", "--batch", cases, "--steps", "1", "--out", "OUT"],
+        "batch": [*sample, "--batch", cases, "--steps", "1", "--out", "OUT"],
         "eval": ["eval.py", "--videos", str(ASSETS / "clips"), "--cases", cases, *faces, "--out", "OUT"],
         "prepare": prepare_words("OUT"),
         "train": train_words(sources / "cache", "OUT", 4),
     }[command]
-    before = contents(sources, ASSETS)
+    inputs = sources, ASSETS, shallow_checkpoint()
+    before = contents(*inputs)
     module, *options = words
     for name in ("whole", *(f"killed-{k}" for k in range(kills + 1))):
         if command == "merge":  # which makes no folder
@@ -152,4 +156,4 @@ def test_killed_at_random_moments(command, kills, sources, tmp_path):
     whole = contents(tmp_path / "whole")
     runs = [folder for folder in tmp_path.glob("killed-*") if any(folder.iterdir())]
     assert whole and runs and all(contents(folder) == whole for folder in runs)
-    assert contents(sources, ASSETS) == before
+    assert contents(*inputs) == before

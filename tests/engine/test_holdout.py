@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import shallow_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import ROOT, command, run_here, torchrun, weights
@@ -162,9 +163,10 @@ def test_held_out_people_are_not_trained_on(run, drawn):
 
 @cache
 def parts():
-    ours = Checkpoint(TINY).ours["defaults"]
-    model, vae = LTXVideo.from_checkpoint(TINY), VideoVAE.from_checkpoint(TINY)
-    return model, vae, TextConnector.from_checkpoint(TINY).connector, ours["fps"]
+    path = shallow_checkpoint()
+    ours = Checkpoint(path).ours["defaults"]
+    model, vae = LTXVideo.from_checkpoint(path), VideoVAE.from_checkpoint(path)
+    return model, vae, TextConnector.from_checkpoint(path).connector, ours["fps"]
 
 
 def by_hand(clip, level, with_reference):
@@ -318,7 +320,7 @@ def test_the_loss_falls_and_tells_shuffled_references_from_true_ones(tmp_path, m
     flow = [line["flow"] for line in held_out(tmp_path / "new")]
     assert len(flow) == 6 and (np.diff(flow) < 0).all()
 
-    changes = common | {"optim__steps": 40, "log__eval_every": 40, "optim__lr": 3e-4}
+    changes = common | {"model__ckpt": TINY, "optim__steps": 40, "log__eval_every": 40, "optim__lr": 3e-4}
     gain = {}
     for name in ("true", "shuffled"):
         assert run_here(command(tmp_path / name, tmp_path / f"{name}-run", **changes), monkeypatch) == 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import shallow_checkpoint
 from test_train import ASSETS, QUICK, command, losses, run_here, torchrun, weights
 
 import train
@@ -92,7 +93,7 @@ def hand_made_losses(cached: CachedClips, words: list[str]) -> list[float]:
     """The training written as a plain loop over buckets, in this process: no micro-batches, no workers."""
     config = read_config(None if not words[1].endswith(".toml") else words[1], words[3::2])
     device = join_processes()
-    base = Checkpoint(ASSETS / "tiny.safetensors")
+    base = Checkpoint(shallow_checkpoint())
     objective = train.build_objective(config, base, cached, device)
     model = build_model(config, base, device, "none")
     optimizer = torch.optim.AdamW(model.parameters(), QUICK["optim.lr"], betas=(0.9, 0.999), weight_decay=0.01)
