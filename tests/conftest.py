@@ -50,13 +50,14 @@ def shallow_checkpoint() -> Path:
         metadata = file.metadata()
     config = json.loads(metadata["config"])
     config["transformer"]["num_layers"] = 2
+    ours = json.loads(metadata["nano_st_drc"]) | {"gemma": "embedded"}
     block = re.compile(r"model\.diffusion_model\.transformer_blocks\.(\d+)\.")
     tensors = {
         name: tensor
         for name, tensor in load_file(TINY).items()
         if not (match := block.match(name)) or int(match[1]) < 2
     }
-    save_file(tensors, folder / TINY.name, metadata | {"config": json.dumps(config)})
+    save_file(tensors, folder / TINY.name, metadata | {"config": json.dumps(config), "nano_st_drc": json.dumps(ours)})
     return folder / TINY.name
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import shallow_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import clips, command, losses, torchrun, weights  # noqa: F401 (clips is a fixture)
@@ -44,6 +45,7 @@ def caches(clips, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
 @pytest.mark.slow
 def test_five_poisoned_samples_cost_only_themselves(caches, tmp_path):
     options = {"optim__steps": STEPS, "optim__batch": BATCH, "parallel__micro_batch": 1, "faces__pack": '""'}
+    options |= {"model__ckpt": shallow_checkpoint()}
     printed = {}
     for name, cache, ranks in (("one", "poisoned", 1), ("two", "poisoned", 2), ("whole", "whole", 1)):
         printed[name] = torchrun(ranks, command(caches[cache], tmp_path / name, **options)).stdout

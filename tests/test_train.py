@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import shallow_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
@@ -40,7 +39,7 @@ from toy.world import toy_clip
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-QUICK = {  # the clips in assets/ instead of drawn ones, the weights of two blocks, and the identity losses
+QUICK = {  # the clips in assets/ instead of drawn ones, the weights in assets/, and the identity losses
     "model.scratch": "false",
     "faces.pack": "assets/faces",
     "optim.ema": 0,
@@ -71,11 +70,7 @@ def clips(tmp_path_factory) -> Path:
 
 
 def command(clips: Path, run: Path, **options) -> list[str]:
-    changes = (
-        QUICK
-        | {"model.ckpt": shallow_checkpoint(), "data.cache": clips, "run.out": run}
-        | {k.replace("__", "."): v for k, v in options.items()}
-    )
+    changes = QUICK | {"data.cache": clips, "run.out": run} | {k.replace("__", "."): v for k, v in options.items()}
     words = [str(ROOT / "configs" / "tiny.toml")]
     for key, value in changes.items():
         words += ["--set", f"{key}={json.dumps(value) if isinstance(value, list) else value}"]
@@ -162,7 +157,7 @@ def test_two_processes_are_one(options, clips, one_process, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(one_process), abs=1e-5)
     ours, theirs = weights(tmp_path / "run", 3), weights(one_process, 3)
     assert ours.keys() == theirs.keys()
-    start = load_file(shallow_checkpoint())
+    start = load_file(ASSETS / "tiny.safetensors")
     moved = 0.0
     for name, tensor in ours.items():
         if name.startswith("model."):
@@ -240,7 +235,7 @@ def test_average_is_saved_continued_and_exported(from_nothing, tmp_path, monkeyp
 
 
 def load_file_of_dit() -> dict[str, torch.Tensor]:
-    return LTXVideo.from_checkpoint(shallow_checkpoint()).state_dict()
+    return LTXVideo.from_checkpoint(ASSETS / "tiny.safetensors").state_dict()
 
 
 @pytest.mark.parametrize("decay, last", [("constant", 1.0), ("linear", 0.1)])
@@ -317,10 +312,10 @@ def test_last_checkpoints_are_kept(light_run):
 def test_export_is_the_base_with_the_trained_tensors_replaced(clips, one_process, tmp_path, monkeypatch, capsys):
     """So ComfyUI and ltx-core, which go by names and metadata, load it: everything untrained is equal byte for byte."""
     base = tmp_path / "base.safetensors"  # the embedded file and something of an audio branch
-    tensors = load_file(shallow_checkpoint())
+    tensors = load_file(ASSETS / "tiny.safetensors")
     tensors["model.diffusion_model.audio_adaln_single.linear.weight"] = torch.randn(6, 4).half()
     tensors["audio_vae.decoder.conv_in.conv.weight"] = torch.arange(7.0)
-    metadata = Checkpoint(shallow_checkpoint()).metadata | {"license": "as released"}
+    metadata = Checkpoint(ASSETS / "tiny.safetensors").metadata | {"license": "as released"}
     save_file(tensors, base, metadata=metadata)
     out = tmp_path / "new" / "st-drc.safetensors"
     words = command(clips, one_process, model__ckpt=base, reference__placement="remote")
@@ -361,9 +356,9 @@ def test_export_is_the_base_with_the_trained_tensors_replaced(clips, one_process
 def test_export_holds_one_tensor_at_a_time(clips, one_process, tmp_path):
     """46 GB must not need 46 GB: exporting over a base with 600 MB of other tensors stays far below that."""
     base = tmp_path / "base.safetensors"
-    tensors = load_file(shallow_checkpoint())
+    tensors = load_file(ASSETS / "tiny.safetensors")
     tensors |= {f"vocoder.weight_{k}": torch.zeros(50 * 2**20, dtype=torch.uint8) for k in range(12)}
-    save_file(tensors, base, metadata=Checkpoint(shallow_checkpoint()).metadata)
+    save_file(tensors, base, metadata=Checkpoint(ASSETS / "tiny.safetensors").metadata)
     del tensors
     script = (
         "import resource, sys; sys.argv = sys.argv[1:]; import train\n"
@@ -426,7 +421,7 @@ def test_adapters_are_all_that_is_trained_and_stored_and_continue(clips, lora_ru
         off = (tensor - theirs[name]).abs()
         assert off.max() < QUICK["optim.lr"] and (off > 1e-5).float().mean() < 0.01, name
 
-    base, frozen = Checkpoint(shallow_checkpoint()), 0
+    base, frozen = Checkpoint(ASSETS / "tiny.safetensors"), 0
     for name, tensor in built[-1].module.state_dict().items():
         if ".lora_" not in name:
             name = name.replace(".base.", ".")
@@ -444,7 +439,7 @@ def test_adapters_export_as_a_lora_that_samples_like_the_trained_model(clips, lo
     assert run_here([*words, "--export", str(out)], monkeypatch) == 0
     assert f"--lora {out}" in capsys.readouterr().out
 
-    model = LTXVideo.from_checkpoint(shallow_checkpoint())
+    model = LTXVideo.from_checkpoint(ASSETS / "tiny.safetensors")
     file = LoRA(out, [model])
     layers = find_targets(model, TARGETS)
     assert (file.rank, file.audio) == (4, 0)
@@ -616,7 +611,7 @@ def test_bf16_is_close_and_quiet(mode, clips, one_process, tmp_path):
     done = torchrun(2, command(clips, tmp_path / "run", **options))
     assert losses(tmp_path / "run") == pytest.approx(losses(one_process)[:1], abs=1e-3)
     assert "Warning" not in done.stderr, done.stderr
-    start = load_file(shallow_checkpoint())
+    start = load_file(ASSETS / "tiny.safetensors")
     ours, theirs = weights(tmp_path / "run", 1), weights(one_process, 1)
     steps = []
     for name, tensor in ours.items():

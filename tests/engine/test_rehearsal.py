@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from conftest import shallow_checkpoint
 from test_train import ASSETS, ROOT, command, run_here, torchrun
 
 from checkpoint import Checkpoint
@@ -62,12 +61,12 @@ def test_a_run_is_rehearsed_without_its_files(tmp_path, monkeypatch, capsys):
     words = command(tmp_path / "no-cache", tmp_path / "run", **options)
     assert run_here([*words, "--rehearse"], monkeypatch) == 0
     printed = capsys.readouterr().out
-    layers = Checkpoint(shallow_checkpoint()).config["transformer"]["num_layers"]
+    layers = Checkpoint(ASSETS / "tiny.safetensors").config["transformer"]["num_layers"]
     assert f"{layers} of {layers} layers" in printed
     assert re.findall(r"^step (\d)/", printed, re.MULTILINE) == ["1", "2", "3"]
     assert "id 0.000" in printed and "nan" not in printed
     config = read_config(words[1], [word for word in words[2:] if word != "--set"])
-    plan = plan_of(config, *model_and_cache(config, shallow_checkpoint()))
+    plan = plan_of(config, *model_and_cache(config, ASSETS / "tiny.safetensors"))
     planned, measured = re.search(r"^\| memory .* \| (.*) \| (.*) \|$", printed, re.MULTILINE).groups()
     assert float(planned) == pytest.approx(sum(plan.memory(1).values()) / GIB, abs=0.01) and float(measured) > 0.1
     assert not list(tmp_path.iterdir())

@@ -133,6 +133,7 @@ def hand_made_losses(cached: CachedClips, words: list[str]) -> list[float]:
 
 def words_of(folder: Path, run: Path) -> list[str]:
     options = {"optim__steps": STEPS, "optim__batch": BATCH, "run__seed": SEED, "reference__augment": "false"}
+    options |= {"model__ckpt": shallow_checkpoint()}
     return command(folder / "cache", run, log__save_every=2, **options)
 
 
