@@ -24,7 +24,7 @@ from engine.parallel import set_recompute
 from engine.plan import CARDS, GIB, Plan, connector_flops, dit_flops, parameters, plan_of, vae_flops
 from model import LTXVideo
 from text import TextConnector
-from train import main, sizes
+from train import main, model_and_cache
 from vae import VideoVAE
 
 D = 128  # width of the tiny model
