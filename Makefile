@@ -52,10 +52,10 @@ vbench: .venv-vbench/ready ## make .venv-vbench for eval.py --vbench (PYTHON=pyt
 	touch $@
 
 test: setup ## run the tests, less the slow ones: some minutes
-	$(RUN) -m pytest -n auto --maxprocesses 4 -m "not slow" --durations=10
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadscope -m "not slow" --durations=10
 
 test-slow: setup ## run the slow tests: kills, several processes, whole trainings
-	$(RUN) -m pytest -n auto --maxprocesses 4 -m slow --durations=10
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadscope -m slow --durations=10
 
 lint: setup ## check style and form
 	$(RUN) -m ruff check .

@@ -622,6 +622,7 @@ def test_bf16_is_close_and_quiet(mode, clips, one_process, tmp_path):
     assert torch.nn.functional.cosine_similarity(*torch.cat(steps, dim=1), dim=0) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU adds up in no fixed order: no two runs agree to the bit")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_bf16_weights_with_stochastic_rounding_continue_and_export(mode, clips, tmp_path, monkeypatch, capsys):

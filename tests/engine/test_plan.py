@@ -445,7 +445,7 @@ def test_the_plan_of_a_run_whose_cache_is_not_there(root, tmp_path):
         read_config(root / "configs" / "tiny.toml", ["data.cache=none", "parallel.micro_batch=4"]),
     )
     limit = json.loads((root / "assets" / "gemma" / "tokenizer_config.json").read_text())["model_max_length"]
-    ltx, settings = sizes(tiny, ckpt)
+    ltx, settings = model_and_cache(tiny, ckpt)
     assert {key: settings[key] for key in defaults} == defaults and settings["max_tokens"] == limit
     plan = plan_of(tiny, ltx, settings)
     text = plan.report(1, 0.4, ckpt.stat().st_size)
@@ -453,7 +453,7 @@ def test_the_plan_of_a_run_whose_cache_is_not_there(root, tmp_path):
     assert f"DiT {parameters(plan.dit) / 1e6:.2f} M parameters" in text and "| per GPU | MiB |" in text
     total = sum(plan.memory(1).values())
     assert total < GIB and f"**{total / 2**20:.1f}**" in text and "FLOP a sample" in text and " 0.0" not in text
-    _, released = sizes(read_config(root / "configs" / "paper.toml"), tmp_path / "missing")
+    _, released = model_and_cache(read_config(root / "configs" / "paper.toml"), tmp_path / "missing")
     assert (released["width"], released["frames"], released["max_tokens"]) == (832, 121, 1024)
 
 
