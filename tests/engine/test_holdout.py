@@ -320,7 +320,7 @@ def test_the_loss_falls_and_tells_shuffled_references_from_true_ones(tmp_path, m
     flow = [line["flow"] for line in held_out(tmp_path / "new")]
     assert len(flow) == 5 and (np.diff(flow) < 0).all()
 
-    changes = common | {"optim__steps": 40, "log__eval_every": 40, "optim__lr": 3e-4}
+    changes = common | {"optim__steps": 20, "log__eval_every": 20, "optim__lr": 6e-4}
     gain = {}
     for name in ("true", "shuffled"):
         assert run_here(command(tmp_path / name, tmp_path / f"{name}-run", **changes), monkeypatch) == 0
