@@ -168,7 +168,7 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t (U,) in [0, 1] -> (U, D). LTX counts to 1000 t, here in float32: bf16 could not tell 999 from 1000."""
+        """t (U,) in [0, 1] -> (U, D). The sinusoid is of 1000 t, in float32: bf16 could not tell 999 from 1000."""
         frequencies = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))  # (128,)
         angles = 1000 * t.float()[:, None] * frequencies  # (U, 128)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)  # (U, 256)

@@ -30,7 +30,7 @@ from rope import place_reference, video_positions
 from text import TextConnector, pad_features
 from vae import VideoVAE, from_tokens, to_tokens
 
-PIXELS_AT_ONCE = 2**22  # of one call of the decoder: windows of several samples share it; a larger one is alone
+PIXELS_AT_ONCE = 2**22  # most of one call of the decoder, for windows of several samples; a larger window is alone
 
 
 @dataclass

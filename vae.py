@@ -36,8 +36,8 @@ STRIDES = {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_al
 
 
 def block_stride(kind: str, suffix: str = "") -> tuple[int, int, int]:
-    """(frames, rows, columns) that a block of the config compresses into one. `suffix` ends the kinds of the encoder.
-    UserError for an unknown kind."""
+    """(frames, rows, columns) that a block of the config compresses into one. `suffix` is the end of the encoder's
+    kinds. UserError for an unknown kind."""
     strides = {"res_x": (1, 1, 1)} | {name + suffix: stride for name, stride in STRIDES.items()}
     if kind in strides:
         return strides[kind]

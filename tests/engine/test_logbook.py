@@ -1,3 +1,5 @@
+"""The figures of the log against means by hand."""
+
 from types import SimpleNamespace
 
 import pytest
