@@ -212,6 +212,7 @@ def generate_batch(
     if ref_images is not None:
         z_ref = to_tokens(vae.encode(ref_images[:, :, None].to(like)))  # Eq. 1 of a video of one frame: (B, R, C)
         ref_positions = place_reference(grid, fps, vae.scale, reference)
+        ref_positions = ref_positions._replace(positions=ref_positions.positions.to(like.device))  # once, not each step
 
     # --- noise, steps
     shape = 1, math.prod(grid), model.proj_out.out_features  # (1, N, C)
