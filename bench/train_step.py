@@ -3,6 +3,7 @@
     python -m bench.train_step                     # all 48 blocks, on a GPU of 141 GB
     python -m bench.train_step --layers 16         # of 80 GB; the last column computes the share of 48 blocks from it
     python -m bench.train_step --ckpt assets/tiny.safetensors --size 64x64x17     # sizes of any LTX-2.3 file, on a CPU
+    python -m bench.train_step --gradients --size 480x832x9 --device cpu          # gradients' error alone
 
 Random weights in bf16 with AdamW's moments in bf16 (engine/optim.py), one sample with reference. Prints Markdown. The
 ceiling is a bf16 matrix product measured in the same run. Useful operations are three forward passes.
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from bench.measure import FPS, LTX, ceilings, device_name, draw_weights, latent_grid, measure, resolve_sizes
 from checkpoint import open_checkpoint
-from common.device import free
-from common.errors import Parser, UserError, one_line_errors
+from common.device import free, resolve_device
+from common.errors import Parser, one_line_errors, whole
 from engine.fp8_training import multiply_in_fp8
 from engine.optim import AdamWBF16
 from engine.parallel import set_recompute
@@ -162,31 +163,34 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="sizes of this checkpoint (default: of LTX-2.3); its weights are not read")
     parser.add_argument("--size", default="480x832x121", help="HEIGHTxWIDTHxFRAMES (%(default)s)")
-    parser.add_argument("--layers", type=int, default=0, help="number of blocks, at least 4 (default: all)")
-    parser.add_argument("--text-tokens", type=int, default=MAX_TOKENS, help="length of the context (%(default)s)")
-    parser.add_argument("--repeat", type=int, default=3, help="timed calls, of which the median counts (%(default)s)")
+    # The first and the last block stay in bf16, so below 4 nothing could be told from their time.
+    parser.add_argument("--layers", type=whole(4, 1000), help="number of blocks, at least 4 (default: all)")
+    parser.add_argument("--text-tokens", type=whole(), default=MAX_TOKENS, help="length of the context (%(default)s)")
+    parser.add_argument("--repeat", type=whole(), default=3, help="timed calls; their median counts (%(default)s)")
     parser.add_argument("--plain", action="store_true", help="do not compile")
+    parser.add_argument("--gradients", action="store_true", help="only the last table, which a CPU computes too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    options = parser.parse_args(namespace=argparse.Namespace(dtype="bfloat16"))
+    options.device, options.dtype = resolve_device(options)
+    return options
 
 
 def main() -> None:
     options = parse_arguments()
-    options.device = torch.device(options.device)
     ltx = open_checkpoint(options.ckpt).config if options.ckpt else json.loads(LTX.read_text())
     (options.size,) = resolve_sizes([options.size], latent_scale(ltx["vae"]))
+    if options.gradients:
+        return gradient_errors(ltx, options)
     layers = options.layers or ltx["transformer"]["num_layers"]
-    if layers < 4:
-        raise UserError(f"--layers {options.layers}: at least 4, the first and last of which stay in bf16")
     begin, (name, driver) = time.perf_counter(), device_name(options.device)
-    ceiling, copy = ceilings(options.device, torch.bfloat16, 5)
+    ceiling, copy = ceilings(options.device, options.dtype, 5)
     print(
         f"# {name}, driver {driver}, PyTorch {torch.__version__}, {'x'.join(map(str, options.size))}, {layers} blocks"
     )
     print(f"\nceilings: {ceiling / 1e12:,.1f} TFLOP/s (bf16 product), {copy / 1e9:,.0f} GB/s (copy)\n")
     columns = "ms | TFLOP/s | of the ceiling | ms of all blocks | of the ceiling | peak GiB"
     print(f"| forward and backward | {columns} |\n|---|---:|---:|---:|---:|---:|---:|")
-    step = Step(ltx, layers, options, torch.bfloat16)
+    step = Step(ltx, layers, options, options.dtype)
     if not options.plain:
         step.model.compile_blocks()
     speed(step, "bf16", ["all", "products", "none"], ceiling, options)

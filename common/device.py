@@ -3,6 +3,9 @@
 import argparse
 import gc
 import os
+import platform
+import re
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
@@ -31,6 +34,20 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware() -> str:
+    """The devices of train.py on this machine."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
+    facts = Path("/proc/cpuinfo")  # of Linux; it names no model on ARM
+    names = re.findall(r"model name\s*:\s*(.*)", facts.read_text() if facts.is_file() else "")
+    return f"{cores()} cores of {[*names, platform.machine()][0]}, PyTorch {torch.__version__}"
 
 
 class Place(NamedTuple):

@@ -14,7 +14,7 @@ import re
 import secrets
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -35,11 +35,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def positive(text: str) -> int:
-    """The type of an option: a whole number above 0."""
-    if (value := int(text)) <= 0:
-        raise ValueError
-    return value
+def whole(least: int = 1, most: int = 10**6) -> Callable[[str], int]:
+    """The type of an option: a whole number from `least` to `most`."""
+
+    def number(text: str) -> int:
+        if least <= (value := int(text)) <= most:
+            return value
+        raise argparse.ArgumentTypeError(f"{value} is not from {least:,} to {most:,}")
+
+    return number
+
+
+SEED = whole(0, 10**9)  # the type of --seed
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, TiffImagePlugin, UnidentifiedImageError
-from PIL.Image import Transpose
+from PIL import Image, ImageCms, ImageDraw, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import UserError, blame, whole_file
@@ -27,11 +26,6 @@ with suppress(ImportError):  # iPhones write HEIC; Pillow reads it where this pa
     FORMATS.append("HEIF")
 
 LARGEST = 50_000_000  # pixels of a picture as the rest of the program sees it: 600 MB in float32
-
-UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
-    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-}  # fmt: skip
 
 
 def from_bytes(values: np.ndarray | Tensor) -> Tensor:
@@ -81,9 +75,10 @@ def read_image(path: str | Path) -> Image.Image:
         warnings.simplefilter("ignore")  # decoders warn about EXIF, colour tables, large pictures
         try:
             with Image.open(path, formats=FORMATS) as image:
-                if image.format == "TIFF" and image.tag_v2.get(262) == 6:  # YCbCr: Pillow's own reader fails
+                is_ycbcr = image.format == "TIFF" and image.tag_v2.get(262) == 6
+                if is_ycbcr and not TiffImagePlugin.READ_LIBTIFF:  # Pillow's own reader fails
                     TiffImagePlugin.READ_LIBTIFF = True
-                    image = Image.open(path, formats=FORMATS)
+                    return read_image(path)
                 image.load()
                 image = _upright_rgb(image)
                 scale = (LARGEST / (image.width * image.height)) ** 0.5
@@ -98,11 +93,8 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    turn = None
     with suppress(Exception):  # unreadable EXIF: the picture is fine, and as viewers do, it is shown as stored
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    if turn is not None:
-        image = image.transpose(turn)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits a pixel: Pillow's convert would clip
         values = np.array(image, dtype=np.float32)
         top = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max()))

@@ -125,6 +125,7 @@ def tiles(cells: list[tuple[str, np.ndarray]], columns: int) -> np.ndarray:
         ImageDraw.Draw(strip).text((3, 3), label, fill="black", font_size=13)
         strips = np.broadcast_to(np.asarray(strip), (len(frames), LABEL, CELL, 3))
         parts.append(np.concatenate([scaled(frames, CELL), strips], 1))
+    parts += [np.full_like(parts[0], 255)] * (-len(parts) % columns)  # the last row is as wide as the others
     rows = [np.concatenate(parts[k : k + columns], 2) for k in range(0, len(parts), columns)]
     return np.concatenate(rows, 1)
 
@@ -297,7 +298,7 @@ def build(studio: Studio) -> gr.Blocks:
                     with gr.Row():
                         kind = gr.Radio([SCALES, "placements"], value=SCALES, show_label=False)
                         grid_button = gr.Button("make the grid", variant="primary")
-                    grid = gr.HTML(label="one seed, nine settings or six placements", **film)
+                    grid = gr.HTML(label="one seed, nine settings or all placements", **film)
                 notes = gr.Textbox(label="notes", lines=2, interactive=False)
         fields, last = [photo, prompt, s_y, s_r, placement, steps, seed], gr.State()
         off = lambda: (gr.Button(interactive=False), gr.Button(interactive=False))  # noqa: E731 (becomes JavaScript)

@@ -84,7 +84,7 @@ class Studio:
 
     def recipe_of(self, knobs: Knobs) -> Recipe:
         options = argparse.Namespace(**vars(self.options) | vars(knobs))
-        return resolve_recipe(options, self.checkpoint, self.loras)
+        return resolve_recipe(options, self.checkpoint, self.loras, say=lambda line: None)  # said at the start
 
     def notes(self, photo: Image.Image | None, content: Content, knobs: Knobs) -> Iterator[str]:
         """Reasons why the video may disappoint, as sample.py prints them."""

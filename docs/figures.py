@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common  # isort: skip  # noqa: F401 (before torch: sets the wait policy of its threads)
+
 import argparse
 import textwrap
 

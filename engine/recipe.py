@@ -4,7 +4,7 @@ options of the user  >  distilled models  >  --preset  >  LoRA metadata  >  chec
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -142,25 +142,27 @@ def export_guidance(config: Config, base: Checkpoint) -> dict[str, float]:
     return {key: of_base[key] if scales.items() <= VIDEO.items() else scales[key] for key in scales}
 
 
-def resolve_recipe(options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = ()) -> Recipe:
-    """The recipe of a command's options. It prints where a preset, a LoRA or a distilled model decides."""
+def resolve_recipe(
+    options: argparse.Namespace, checkpoint: Checkpoint, loras: list[LoRA] = (), say: Callable[[str], Any] = print
+) -> Recipe:
+    """The recipe of a command's options. `say` gets a line where a preset, a LoRA or a distilled model decides."""
     preset = PRESETS.get(options.preset, {})
     defaults = VIDEO | REFERENCE | OTHERS
     chosen = {key: value for key in defaults if (value := getattr(options, key)) is not None}
     settings = defaults | sampling_settings(checkpoint.ours)
     if from_loras := lora_settings(loras, preset | chosen):
-        print(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in from_loras.items())}")
+        say(f"from the LoRA's metadata: {', '.join(f'{key} {value!r}' for key, value in from_loras.items())}")
     settings |= from_loras | preset
     signs = {file.path: distilled_sign(file.path, file.metadata) for file in (checkpoint, *loras)}
     distilled = next((f"{path} is distilled, says {sign}" for path, sign in signs.items() if sign), None)
     if distilled:
         settings |= DISTILLED
         steps = DISTILLED["steps"]
-        print(f"{distilled}: {steps} steps of its own schedule, without guidance, unless options say otherwise")
+        say(f"{distilled}: {steps} steps of its own schedule, without guidance, unless options say otherwise")
     settings |= chosen
     if preset:
         used = [f"{key} {settings[key]!r}{' (yours)' if key in chosen else ''}" for key in preset]
-        print(f"preset {options.preset}: {', '.join(used)}")
+        say(f"preset {options.preset}: {', '.join(used)}")
     files = ", ".join(str(file.path) for file in (checkpoint, *loras))
     if settings["placement"] not in PLACEMENTS:
         known = ", ".join(PLACEMENTS)

@@ -61,7 +61,12 @@ def face_reader(options: argparse.Namespace, device: torch.device) -> FaceReader
     pack = options.faces or (
         ASSETS / "faces" if not options.ckpt else local_pack if any(local_pack.glob("*.onnx")) else None
     )
-    return FaceReader(pack, device=device, det_size=128 if pack == ASSETS / "faces" else None) if pack else None
+    return FaceReader(pack, device=device, det_size=128 if knows_drawings(pack) else None) if pack else None
+
+
+def knows_drawings(pack: str | Path) -> bool:
+    """True for the face models in assets/, under any of their names."""
+    return Path(pack).resolve() == (ASSETS / "faces").resolve()
 
 
 def likeness(reader: FaceReader, ref_image: Image.Image, frames: np.ndarray) -> str:
@@ -69,6 +74,6 @@ def likeness(reader: FaceReader, ref_image: Image.Image, frames: np.ndarray) -> 
     reference, faces = reader.read(np.array(ref_image)[None]), reader.read(frames)
     if not reference.valid.any():
         return "no face was found in the photo"
-    name = "a toy recognizer of drawn faces" if reader.pack == ASSETS / "faces" else "ArcFace"
+    name = "a toy recognizer of drawn faces" if knows_drawings(reader.pack) else "ArcFace"
     count, score = int(faces.valid.sum()), face_sim(faces.arc, reference.arc[0], faces.valid)
     return f"similarity to the photo {score:.2f} ({name}), a face in {count} of {len(frames)} frames"

@@ -34,6 +34,7 @@ import prepare
 import sample
 import toy.cache
 import toy.make
+import toy.mixed
 import toy.text
 import toy.vae
 import toy.world
@@ -770,10 +771,12 @@ def test_options_that_cannot_be_met(kind, in_process, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "options", "reason"),
     [
-        (toy.vae, ["--clips", 0], "invalid positive value: '0'"),
-        (toy.text, ["--batch", -1], "invalid positive value: '-1'"),
+        (toy.vae, ["--clips", 0], "--clips: 0 is not from 1 to 1,000,000"),
+        (toy.text, ["--batch", -1], "--batch: -1 is not from 1 to 1,000,000"),
         (toy.vae, ["--out", "."], ". is a folder"),
-        (toy.world, ["--seed", -1], "--seed"),
+        (toy.world, ["--seed", -1], "--seed: -1 is not from 0"),
+        (toy.text, ["--seed", -1], "--seed: -1 is not from 0"),
+        (toy.mixed, ["--seed", -1, "--out", "x"], "--seed: -1 is not from 0"),
         (toy.world, ["--out", "a.bogus"], "--out ends in .png"),
         (judge, ["--train", "."], ". is a folder"),
     ],

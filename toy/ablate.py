@@ -26,8 +26,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import re
 import runpy
 import shlex
 import signal
@@ -47,8 +45,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.device import resolve_device
-from common.errors import Parser, UserError, one_line_errors
+from common.device import hardware, resolve_device
+from common.errors import Parser, UserError, one_line_errors, whole
 from common.outputs import require_same
 from common.schema import parse_json
 from config import ASSETS, Config, as_dict, read_config
@@ -173,21 +171,15 @@ class Ablation:
         row |= {"run.seed": run.seed, "optim.steps": steps or self.marks(run.row)[-1]}
         row |= {"model.ckpt": self.start if run.row == "base" else self.weights(Run("base", run.seed))}
         row |= {"model.gemma": self.out / "gemma"}
-        start = self.budget.change | (ON_GPU if torch.cuda.is_available() else {})
+        start = as_words(self.budget.change) + (ON_GPU.split() if torch.cuda.is_available() else [])
         if self.jobs > 1 and run.row != "base":
-            start["data.workers"] = 0  # the other rows use the cores
-        return [*as_words(start), *self.set, *as_words(row)]
+            start.append("data.workers=0")  # the other rows use the cores
+        return [*start, *self.set, *as_words(row)]
 
     def refuse_overruled(self, rows: list[str]) -> None:
         """UserError for an option of the user that the ablation itself sets to another value in one of these rows."""
-        own = {
-            "run.out": "--out",
-            "data.cache": "--out",
-            "model.gemma": "--out",
-            "run.seed": "--training-seeds",
-            "optim.steps": "--budget",
-            "model.ckpt": "the base",
-        }
+        own = dict.fromkeys(("run.out", "data.cache", "model.gemma"), "--out")
+        own |= {"run.seed": "--training-seeds", "optim.steps": "--budget", "model.ckpt": "the base"}
         for change in self.set:
             key = change.partition("=")[0].strip()
             setters = [own[key]] if key in own else [f"row {name}" for name in rows if key in ROWS[name].change]
@@ -340,14 +332,6 @@ def do_all(tasks: list[Callable[[], None]], jobs: int, ends: float) -> int:
     return sum(bool(future.exception()) for future in done)
 
 
-def hardware() -> str:
-    """The devices of train.py on this machine."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
-    names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())  # none on ARM
-    return f"{len(os.sched_getaffinity(0))} cores of {[*names, platform.machine()][0]}, PyTorch {torch.__version__}"
-
-
 def settings_text(ablation: Ablation, command: str) -> str:
     """How the numbers were made."""
     out, budget, config = ablation.out, ablation.budget, read(ablation.options(Run("base", 0)))
@@ -378,11 +362,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", choices=list(BUDGETS), default="small", help="steps and people (%(default)s)")
     parser.add_argument("--rows", default=",".join(ROWS), help="rows, by comma (%(default)s)")
     parser.add_argument("--study", action="store_true", help="these rows with all kinds of references, and a sweep")
-    parser.add_argument("--seeds", type=int, default=2, help="evaluation seeds for each training seed (%(default)s)")
-    parser.add_argument("--training-seeds", type=int, default=1, help="each trains all rows anew (%(default)s)")
+    few = whole(1, 1000)
+    parser.add_argument("--seeds", type=few, default=2, help="evaluation seeds for each training seed (%(default)s)")
+    parser.add_argument("--training-seeds", type=few, default=1, help="each trains all rows anew (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for train.py, in all rows")
     add_temptation(parser)
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, on one GPU or 1 core each (%(default)s)")
+    parser.add_argument("--jobs", type=few, default=1, help="rows at a time, on one GPU or 1 core each (%(default)s)")
     parser.add_argument("--deadline", type=float, default=1e9, metavar="SECONDS", help="then stop, with what is done")
     parser.add_argument("--out", help="folder of runs, results and page (default: runs/ablation-BUDGET)")
     parser.add_argument("--publish", action="store_true", help="also write docs/copying.md and its figures")
@@ -391,8 +376,6 @@ def parse_arguments() -> argparse.Namespace:
     options.rows = [name.strip() for name in options.rows.split(",")]
     if unknown := set(options.rows) - set(ROWS):
         raise UserError(f"--rows has {', '.join(sorted(unknown))}: it takes {', '.join(ROWS)}")
-    if not all(1 <= number <= 1000 for number in (options.seeds, options.training_seeds, options.jobs)):
-        raise UserError("--seeds, --training-seeds and --jobs are at least 1 and at most 1000")
     options.temptation = read_temptation(options)
     if options.study and options.temptation != APART:
         raise UserError("--study has kinds of references of its own: leave out --reference")

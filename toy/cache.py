@@ -22,7 +22,7 @@ from checkpoint import open_checkpoint
 from clips.cache import VIDEO, Models, fill, made_with
 from clips.manifest import Clip, with_face
 from common.device import own_place, resolve_device
-from common.errors import Parser, UserError, one_line_errors
+from common.errors import SEED, Parser, UserError, one_line_errors, whole
 from common.schema import validate
 from config import ASSETS
 from face import FaceDetector
@@ -87,16 +87,14 @@ def read_temptation(options: argparse.Namespace) -> Temptation:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the cache; an unfinished one is completed")
-    parser.add_argument("--count", type=int, required=True, help="clips, each of another person")
+    parser.add_argument("--count", type=whole(1, LARGEST), required=True, help="clips, each of another person")
     parser.add_argument("--ckpt", default=str(ASSETS / "tiny.safetensors"), help="VAE, size, frame rate (%(default)s)")
     parser.add_argument("--gemma", default=str(ASSETS / "gemma"), help="text encoder (%(default)s)")
     parser.add_argument("--faces", default=str(ASSETS / "faces"), help="face model pack (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other people and scenes (%(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, help="other people and scenes (%(default)s)")
     add_temptation(parser)
     parser.add_argument("--device", help="default: cuda, one GPU for each process, where there is one; else cpu")
     options = parser.parse_args(namespace=argparse.Namespace(dtype="float32"))
-    if not 0 < options.count <= LARGEST or options.seed < 0:
-        raise UserError(f"--count must be from 1 to {LARGEST:,}, and --seed at least 0")
     temptation = read_temptation(options)
     options.device = options.device or (f"cuda:{own_place().local_rank}" if torch.cuda.is_available() else "cpu")
     device, _ = resolve_device(options)

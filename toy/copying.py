@@ -8,6 +8,7 @@ at equal identity, where each row's curve of copying over similarity, from the b
 measured, is read at the largest similarity that both rows reach.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from math import isfinite
@@ -60,8 +61,9 @@ def read_results(out: Path) -> Results:
     scene of the next video's reference, which is repeated only by chance."""
     rows = defaultdict(lambda: defaultdict(list))
     for path in sorted((out / "results").glob("*/*.json")):
-        row, seed, _, steps, *scales = path.stem.split("-")
-        rows[Key(path.parent.name, row, int(steps), tuple(map(int, scales)))][int(seed)] += judge.read_rows(path)
+        row, seed, steps, scales = re.fullmatch(r"(.+?)-(\d+)-\d+-(\d+)((?:-\d+)*)", path.stem).groups()
+        key = Key(path.parent.name, row, int(steps), tuple(map(int, scales.split("-")[1:])))
+        rows[key][int(seed)] += judge.read_rows(path)
     return {key: {seed: means(videos) for seed, videos in seeds.items()} for key, seeds in rows.items()}
 
 

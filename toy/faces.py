@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.errors import Parser, one_line_errors
+from common.errors import SEED, Parser, one_line_errors
 from common.media import from_bytes
 from face import CROP, ArcFace, FaceDetector, embed, recognition_file, similarity_matrix
 from toy.descend import Loss, descend
@@ -239,7 +239,7 @@ def measure_recognizer(detector: FaceDetector, phi: ArcFace, seed: int = 0, peop
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/faces", help="folder of the pack (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, as a check that the command runs")
     options = parser.parse_args()
     out, device = Path(options.out), "cuda" if torch.cuda.is_available() else "cpu"

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
-from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.errors import SEED, Parser, UserError, one_line_errors, whole, whole_file
 from common.images import require_file
 from common.media import from_bytes, to_tensor, to_uint8
 from common.outputs import refuse_folders
@@ -299,30 +299,26 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default=str(ASSETS / "tiny.safetensors"), help="of the tiny world (%(default)s)")
     parser.add_argument("--gemma", default=str(ASSETS / "gemma"), help="folder of its Gemma (%(default)s)")
-    parser.add_argument("--count", type=int, default=64, help="people (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other people, prompts and noise (%(default)s)")
+    parser.add_argument("--count", type=whole(2), default=64, help="people (%(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, help="other people, prompts and noise (%(default)s)")
     parser.add_argument("--no-reference", action="store_true", help="also without any photo")
     parser.add_argument("--shuffle", action="store_true", help="also with the next case's photo")
     parser.add_argument("--s-text", type=float, help="s_y of Eq. 13 (default: the checkpoint's)")
     parser.add_argument("--s-ref", type=float, help="s_r of Eq. 13 (default: the checkpoint's)")
     parser.add_argument("--steps", type=int, help="Euler steps (default: the checkpoint's)")
-    parser.add_argument("--batch", type=int, default=16, help="videos made at a time (%(default)s)")
+    parser.add_argument("--batch", type=whole(), default=16, help="videos made at a time (%(default)s)")
     parser.add_argument("--faces", default=str(ASSETS / "faces"), help="model pack (%(default)s)")
-    parser.add_argument("--det-size", type=int, default=128, help="side of the detector's input (%(default)s)")
+    parser.add_argument("--det-size", type=whole(32, 4096), default=128, help="of the detector's input (%(default)s)")
     parser.add_argument("--eye", default=str(ASSETS / "judge.safetensors"), help="the network (%(default)s)")
     parser.add_argument("--out", default="out/judge", help="folder for the table, the rows, the sheet (%(default)s)")
     parser.add_argument("--against", nargs="+", metavar="FILE", help="rows.json of another run: paired differences")
     parser.add_argument("--rows", nargs="+", metavar="FILE", help="with --against: rows of this run, instead of videos")
     parser.add_argument("--write", metavar="FOLDER", help="write the cases for sample.py --batch; nothing else")
     parser.add_argument("--train", metavar="FILE", help="train the network and write it; nothing else")
-    parser.add_argument("--minutes", type=float, default=60, help="of --train (%(default)s)")
+    parser.add_argument("--minutes", type=whole(), default=60, help="of --train (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
     options = parser.parse_args()
-    limits = {"count": (2, 1e6), "batch": (1, 1e6), "seed": (0, 1e9), "det_size": (32, 4096), "minutes": (0, 1e6)}
-    for name, (least, most) in limits.items():
-        if not least <= (value := getattr(options, name)) <= most:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most:,.0f}")
     refuse_folders(options.train)
     if options.rows and not options.against:
         raise UserError("--rows needs --against")

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from checkpoint import file_name, write_modules
+from common.device import cores, hardware
 from common.errors import Parser, UserError, one_line_errors, whole_file
 from common.schema import Count, parse_json
 from config import ASSETS
@@ -80,7 +81,7 @@ def torchrun() -> list[str]:
     """The words before train.py: one process for each GPU, or without GPUs for each of 1, 2, 4 or 8 cores, numbers
     that divide batches of 32 and 256. Two processes on two cores are as fast as one; with parallel.compile, 1.2 times.
     """
-    processes = torch.cuda.device_count() or 2 ** min(3, (os.cpu_count() or 1).bit_length() - 1)
+    processes = torch.cuda.device_count() or 2 ** min(3, cores().bit_length() - 1)
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
@@ -150,9 +151,8 @@ def main() -> None:
         seconds = make(part, out)
     if options.publish:
         publish(out, ASSETS)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     for part, duration in seconds.items():
-        print(f"{part:10}{duration / 60:6.1f} min on {where}")
+        print(f"{part:10}{duration / 60:6.1f} min on {hardware()}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.errors import Parser, one_line_errors, whole_file
+from common.errors import SEED, Parser, one_line_errors, whole, whole_file
 from common.media import write_video
-from common.schema import Positive, validate
 from toy.world import toy_clip
 
 SHAPES = ((160, 90), (90, 160), (96, 96), (128, 96), (96, 128), (168, 72), (144, 96), (96, 144), (96, 120))  # w, h
@@ -50,10 +49,9 @@ def write_mixed(out: Path, count: int, seed: int) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the clips")
-    parser.add_argument("--count", type=int, default=60, help="number of clips (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other people and scenes (%(default)s)")
+    parser.add_argument("--count", type=whole(), default=60, help="number of clips (%(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, help="other people and scenes (%(default)s)")
     options = parser.parse_args()
-    validate(Positive, options.count, "--count")
     write_mixed(Path(options.out), options.count, options.seed)
     print(f"wrote {options.count} clips into {options.out}")
 

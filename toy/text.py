@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import write_modules
-from common.errors import ROOT, Parser, one_line_errors, positive
+from common.errors import ROOT, SEED, Parser, one_line_errors, whole
 from common.outputs import refuse_folders
 from text import TextConnector, pad_features
 from toy.descend import descend
@@ -158,10 +158,10 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/text.safetensors", help="projection and connector (%(default)s)")
     parser.add_argument("--gemma", default="runs/toy/gemma", help="folder of the tiny Gemma (%(default)s)")
-    parser.add_argument("--heads", type=positive, default=8, help="of the connector; its width is 32 for each (8)")
-    parser.add_argument("--steps", type=positive, default=2500)
-    parser.add_argument("--batch", type=positive, default=128)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--heads", type=whole(), default=8, help="of the connector; its width is 32 for each (8)")
+    parser.add_argument("--steps", type=whole(), default=2500)
+    parser.add_argument("--batch", type=whole(), default=128)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     refuse_folders(options.out)

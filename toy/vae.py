@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import write_modules
-from common.errors import ROOT, Parser, one_line_errors, positive, whole_file
+from common.errors import ROOT, SEED, Parser, one_line_errors, whole, whole_file
 from common.media import from_bytes, to_bytes
 from common.outputs import refuse_folders
 from toy.descend import descend
@@ -300,12 +300,12 @@ def describe(vae: VideoVAE, path: Path, title: str) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/vae.safetensors", help="in the released layout (%(default)s)")
-    parser.add_argument("--clips", type=positive, default=2000, help="drawn clips (%(default)s)")
-    parser.add_argument("--fitted", type=positive, default=1300, help="clips that fit the linear start (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=5000, help="of the decoder (%(default)s)")
-    parser.add_argument("--batch", type=positive, default=32, help="clips per step (%(default)s)")
+    parser.add_argument("--clips", type=whole(), default=2000, help="drawn clips (%(default)s)")
+    parser.add_argument("--fitted", type=whole(), default=1300, help="clips that fit the linear start (%(default)s)")
+    parser.add_argument("--steps", type=whole(), default=5000, help="of the decoder (%(default)s)")
+    parser.add_argument("--batch", type=whole(), default=32, help="clips per step (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     refuse_folders(options.out)

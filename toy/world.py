@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.errors import SEED, Parser, UserError, one_line_errors, whole_file
 from common.outputs import refuse_folders
-from common.schema import Count, Share, record, validate
+from common.schema import Share, record
 from toy.portrait import boxes, landmarks, render, visible
 from toy.traits import COLORS, Identity, Scene, draw_identity
 
@@ -272,9 +272,8 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/toy.png", help="people by scenes (%(default)s)")
     parser.add_argument("--gif", default="out/toy.gif", help="clips with their captions (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     options = parser.parse_args()
-    validate(Count, options.seed, "--seed")
     refuse_folders(options.out, options.gif)
     if Path(options.out).suffix != ".png" or Path(options.gif).suffix != ".gif":
         raise UserError("--out ends in .png and --gif in .gif")

@@ -123,7 +123,7 @@ def test_only_publish_touches_the_repository(more, folder, command, small, tmp_p
 def test_numbers_out_of_range_are_one_line(option, command, small, tmp_path):
     for value in (0, -1, 10**9):
         code, _, stderr = command("--ckpt", small, option, value, "--device", "cpu", "--out", tmp_path / "x.md")
-        assert code == 2 and stderr.startswith(f"error: {option} {value} is not between"), stderr
+        assert code == 2 and stderr.startswith(f"error: argument {option}: {value} is not from"), stderr
 
 
 def test_the_page_never_replaces_the_checkpoint(command, small):

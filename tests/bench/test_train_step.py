@@ -42,3 +42,29 @@ def test_every_part_runs(small, monkeypatch, capsys):
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert {"bf16, all", "bf16, products", "bf16, none", "fp8, products", "fp8, none"} <= set(rows)
     assert {"forward", "backward", "clipping", "optimizer", "attn1.to_q", "ff.net.2"} <= set(rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--device", "bogus"], "device 'bogus' cannot be used here"),
+        (["--device", "cpu", "--repeat", "0"], "--repeat: 0 is not from 1"),
+        (["--device", "cpu", "--layers", "3"], "--layers: 3 is not from 4"),
+    ],
+)
+def test_wrong_options_are_one_line(words, reason, in_process):
+    code, _, error = in_process(bench.main, "train_step", *words)
+    assert code == 2 and reason in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_gradients_alone(small, in_process):
+    """In bf16 a gradient is off by about a percent, in 8 bits by several; the layers that stay in bf16 by less."""
+    pytest.importorskip("torchao")
+    words = ["--ckpt", small, "--size", "64x64x17", "--text-tokens", 16, "--gradients", "--device", "cpu"]
+    code, out, error = in_process(bench.main, "train_step", *words)
+    assert code == 0, error
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 12
+    for name, bf16, fp8 in rows:
+        assert 0 < float(bf16.rstrip("%")) < 5 and float(bf16.rstrip("%")) < float(fp8.rstrip("%")) < 40, name

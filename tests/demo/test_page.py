@@ -153,6 +153,14 @@ def test_a_grid_shows_every_setting(ask, tmp_path):
     assert errors[4] < 4 and min(errors[:4] + errors[5:]) > 1.5 * errors[4], errors
 
 
+def test_the_last_row_of_a_grid_is_filled_with_white():
+    from demo.page import tiles
+
+    film = tiles([(str(k), np.full((2, 64, 64, 3), 30 * k, np.uint8)) for k in range(7)], 3)
+    assert film.shape == (2, 3 * (256 + 36), 3 * 256, 3)
+    assert (film[:, -292:-36, :256] == 180).all() and (film[:, -292:, 256:] == 255).all()
+
+
 def test_the_scales_of_a_grid_lie_around_the_sliders():
     from demo.page import SCALES, grid_of
     from demo.studio import Knobs

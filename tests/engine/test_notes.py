@@ -13,6 +13,7 @@ import sample
 from checkpoint import Checkpoint
 from common.errors import UserError
 from engine.notes import looks_drawn
+from engine.sampling import likeness
 
 ASSETS = Path(__file__).parent.parent.parent / "assets"
 PHOTOS = Path(__import__("skimage").data.__file__).parent  # scikit-image's own pictures
@@ -137,3 +138,13 @@ def test_insightface_s_usual_place_is_used_and_nothing_is_downloaded(monkeypatch
     reader = sample.face_reader(options, "cpu")
     faces = reader.read(np.array(Image.open(ASSETS / "face.png").convert("RGB"))[None])
     assert faces.valid.all()
+
+
+@pytest.mark.parametrize("name", ["assets/faces", "assets/../assets/faces"])
+def test_the_drawn_face_pack_is_known_by_any_of_its_names(name, monkeypatch):
+    monkeypatch.chdir(ASSETS.parent)
+    monkeypatch.setattr("sys.argv", ["sample.py", "--prompt", "x", "--faces", name])
+    face = Image.open(ASSETS / "face.png").convert("RGB")
+    reader = sample.face_reader(sample.parse_arguments(), "cpu")
+    words = likeness(reader, face, np.array(face)[None])
+    assert "a toy recognizer of drawn faces" in words and "a face in 1 of 1 frames" in words

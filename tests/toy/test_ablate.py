@@ -51,6 +51,16 @@ def test_each_row_is_the_one_before_plus_one_component(tmp_path):
         assert other == tass
 
 
+@pytest.mark.parametrize("budget", ablate.BUDGETS)
+def test_on_a_gpu_the_rows_are_compiled_and_in_bf16_unless_the_user_says_otherwise(budget, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    ablation = Ablation(ablate.BUDGETS[budget], tmp_path, ["parallel.compile=false"], jobs=4)
+    for row in ablate.ROWS:
+        config = ablate.read(ablation.options(Run(row, 0)))
+        assert config.parallel.precision == "bf16" and not config.parallel.compile
+        assert config.data.workers == (8 if row == "base" else 0)
+
+
 def test_the_runs_of_the_study(monkeypatch):
     def runs(*words):
         monkeypatch.setattr("sys.argv", ["ablate.py", *words])

@@ -57,12 +57,13 @@ def slope(videos, photos, at):
 
 def test_results_are_read_by_row_steps_scales_and_training_seed(tmp_path):
     rows = {}
-    for name in ("apart/base-0-0-7", "same-clip-1/tass-0-0-3", "same-clip-1/tass-0-1-3", "same-clip-1/tass-1-2-3-2-5"):
+    names = "apart/base-0-0-7", "same-clip-1/tass-0-0-3", "same-clip-1/tass-0-1-3", "same-clip-1/tass-1-2-3-2-5"
+    for name in (*names, "apart/far-right-0-0-3"):  # a placement of the user's may have a hyphen
         rows[name] = [video_row(rng.normal(size=23)) for _ in range(6)]
         judge.write_text(tmp_path / "results" / f"{name}.json", json.dumps(rows[name]))
     results = copying.read_results(tmp_path)
     tass, swept = Key("same-clip-1", "tass", 3), Key("same-clip-1", "tass", 3, (2, 5))
-    assert set(results) == {Key("apart", "base", 7), tass, swept}
+    assert set(results) == {Key("apart", "base", 7), tass, swept, Key("apart", "far-right", 3)}
     assert list(results[tass]) == [0] and list(results[swept]) == [1]
     videos = rows["same-clip-1/tass-0-0-3"] + rows["same-clip-1/tass-0-1-3"]  # the people of one training seed
     means = results[tass][0]
