@@ -111,18 +111,16 @@ class Faces:
     min_weight: Share = 1e-3  # w_aux below which nothing is decoded
 
 
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+
+
 @record
 class LoRAOptions:
     rank: Annotated[int, Field(ge=0, le=65536)] = 0  # 0: all weights train; above: only adapters of this rank
     alpha: NonNegativeFloat = 0.0  # adapters are scaled by alpha / rank; 0: by 1
-    targets: list[Text] = Field(
-        default_factory=lambda: [*LORA_TARGETS]
-    )  # layers with adapters, by the end of their name
+    targets: list[Text] = Field(default_factory=LORA_TARGETS.copy)  # layers with adapters, by the end of their name
     dropout: BelowOne = 0.0  # share of an adapter's input that is set to 0
     fp8: bool = False  # frozen weights stored in 8 bits (engine/fp8.py): slower, half the memory
-
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
 @record
@@ -132,9 +130,7 @@ class Optim:
     batch: Positive = 32  # samples per step over all ranks
     lr: PositiveFloat = 5e-5
     warmup: Count = 500  # steps of linear rise
-    decay: Literal["constant", "linear"] = (
-        "constant"  # after the warm-up; linear: would be zero one step after the last
-    )
+    decay: Literal["constant", "linear"] = "constant"  # after the warm-up; linear: zero one step after the last
     ema: BelowOne = 0.0  # decay of the weight average (engine/average.py), which is exported; 0: no average
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.01
@@ -147,16 +143,13 @@ class Parallel:
     mode: Literal["ddp", "fsdp"] = "ddp"  # ddp: every GPU holds the model; fsdp: one shard of it
     replicas: Positive = 1  # fsdp: copies of the sharded model (HSDP), for instance one per node
     micro_batch: Positive = 1  # samples per forward pass and rank
-    precision: Literal["bf16", "fp32"] = (
-        "bf16"  # of the computation; trained weights are float32, or bf16 with adamw-bf16
-    )
-    # What a block keeps for the backward pass, and computes again: engine/parallel.py. A number: of blocks under "all",
-    # the others under "products". auto: what fits the GPU, by engine/plan.py; "all" on a CPU.
+    # Of the computation. Trained weights are float32, or bf16 with optim.kind = "adamw-bf16".
+    precision: Literal["bf16", "fp32"] = "bf16"
+    # What a block keeps for the backward pass; the rest is computed again (engine/parallel.py). A number n: the first n
+    # blocks as "all", the others as "products". auto: what fits the GPU, by engine/plan.py; "all" on a CPU.
     recompute: Literal["auto", "all", "products", "none"] | Count = "auto"
     compile: bool = False  # torch.compile the blocks: a slow start, faster steps
-    fp8: bool = (
-        False  # products of the inner blocks' large linear layers in 8 bits, by torchao (engine/fp8_training.py)
-    )
+    fp8: bool = False  # the large linear layers of inner blocks multiply in 8 bits, by torchao (engine/fp8_training.py)
 
 
 @record
@@ -257,6 +250,10 @@ def _check_together(config: Config) -> None:
     in_bf16 = optim.kind == "adamw-bf16"
     if lora.rank and parallel.mode != "ddp":
         raise UserError('parallel.mode = "fsdp" trains all weights; for lora.rank above 0 set parallel.mode = "ddp"')
+    if lora.fp8 and not lora.rank:
+        raise UserError("lora.fp8 stores frozen weights in 8 bits, and without adapters none are frozen: set lora.rank")
+    if parallel.replicas > 1 and parallel.mode != "fsdp":
+        raise UserError('parallel.replicas are groups of shards: set parallel.mode = "fsdp"')
     if lora.rank and config.model.scratch:
         raise UserError("model.scratch draws new weights and lora.rank above 0 freezes them: leave one out")
     if parallel.fp8 and (lora.rank or parallel.precision != "bf16"):

@@ -15,6 +15,7 @@ the same numbers, and a resumed run continues as if it had not stopped.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -304,6 +305,12 @@ def unpack(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
+def _leave_group(worker: int) -> None:
+    """A signal to the trainer's process group, from a terminal or torchrun, would end the worker before the trainer
+    has saved. In a group of its own the worker ends with the trainer."""
+    os.setpgid(0, 0)
+
+
 def training_batches(config: Config, clips: CachedClips, first: int, end: int) -> Iterator[dict[str, Any]]:
     """The micro-batches of this rank in steps `first` to `end` - 1. `share_of_rank` chooses their samples.
 
@@ -322,5 +329,6 @@ def training_batches(config: Config, clips: CachedClips, first: int, end: int) -
     workers = config.data.workers
     spawn = "spawn" if workers else None  # forking after threads have started can hang
     options = {"num_workers": workers, "multiprocessing_context": spawn, "collate_fn": collate}
-    options["pin_memory"] = torch.cuda.is_available()  # a copy to the GPU then runs beside its work
+    options["worker_init_fn"] = _leave_group
+    options["pin_memory"] = torch.cuda.is_available()  # the trainer then does not wait for a copy to the GPU
     return map(unpack, DataLoader(TrainingClips(clips, config), batch_sampler=numbers(), **options))

@@ -59,7 +59,7 @@ class Objective:
         # If any sample of the batch has a reference, all photos are encoded. Step 2 masks those that are dropped.
         with_ref = [self.reference.use and not draw.drop_ref for draw in draws]
         has_reference = torch.tensor(with_ref, device=device)  # (B,)
-        z_ref = self.encode(batch["ref_images"].to(like)) if has_reference.any() else None  # E_vae(A(I_ref)) (B, R, C)
+        z_ref = self.encode(batch["ref_images"].to(like)) if any(with_ref) else None  # E_vae(A(I_ref)) (B, R, C)
 
         # Step 2: add noise to the video, then append the reference. The reference gets no noise.
         latents = batch["latents"].to(device)
@@ -69,7 +69,8 @@ class Objective:
         t = torch.tensor([draw.t for draw in draws], device=device, dtype=torch.float32)  # (B,)
         eps = torch.stack([draw.eps for draw in draws]).to(z_0)  # (B, N, C)
         z_t = add_noise(z_0, eps, t)  # (B, N, C)
-        tokens = self.sequence(z_t, z_ref, t, has_reference, grid)  # L = N [+ R] tokens
+        mask = None if all(with_ref) else has_reference
+        tokens = self.sequence(z_t, z_ref, t, mask, grid)  # L = N [+ R] tokens
 
         # Step 3: the velocity of the video's tokens. Under FSDP every rank must call the model equally often, so
         # samples with and without reference share one call.
@@ -109,7 +110,7 @@ class Objective:
         return to_tokens(self.vae.encode(ref_images.unsqueeze(2)))
 
     def sequence(
-        self, z_t: Tensor, z_ref: Tensor | None, t: Tensor, has_reference: Tensor, grid: tuple[int, int, int]
+        self, z_t: Tensor, z_ref: Tensor | None, t: Tensor, has_reference: Tensor | None, grid: tuple[int, int, int]
     ) -> Tokens:
         """Eq. 2 to 4. If no sample has a reference (z_ref is None), the sequence is the video alone."""
         positions = video_positions(*grid, self.fps, self.vae.scale).to(z_t.device)  # Eq. 3

@@ -44,7 +44,7 @@ from engine.holdout import evaluate, hold_out
 from engine.logbook import Log
 from engine.lora import seed_dropout
 from engine.optim import AdamWBF16
-from engine.parallel import StopSignal, build_model, gather_rows, join_processes, usable_memory
+from engine.parallel import StopSignal, build_model, gather_rows, join_processes, report, usable_memory
 from engine.plan import RELEASED, plan_of
 from engine.recipe import default_gemma
 from engine.rehearsal import compare, stand_ins
@@ -106,8 +106,8 @@ def train(
     batch, micro_batch = config.optim.batch, config.parallel.micro_batch
 
     # ---- frozen parts, the DiT, the optimizer
-    objective = build_objective(config, ckpt, clips, device)
     plan = plan_of(config, ckpt.config, clips.settings)
+    objective = build_objective(config, ckpt, clips, device, plan.autocast)
     recompute = plan.recompute(world, usable_memory(device))
     if device.type == "cuda":
         report(f"parallel.recompute = {recompute}")
@@ -191,9 +191,9 @@ def train(
             continue
         log.add(done, table, norm, lr, time.perf_counter() - begin)
         sample_every, loss_held = config.log.sample_every, None
-        if held and (done % config.log.eval_every == 0 or done == end):
+        if held and not stop_now and (done % config.log.eval_every == 0 or done == end):
             loss_held = held_out_loss(done)
-        if samples and sample_every and (done % sample_every == 0 or done == end):
+        if samples and sample_every and not stop_now and (done % sample_every == 0 or done == end):
             with average.in_place() if average else nullcontext():
                 draw_samples(config, model, objective, samples, clips.settings, done)
         if stop_now or done % config.log.save_every == 0 or done == end or loss_held is not None:
@@ -253,29 +253,20 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def report(text: str) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # setting up
 
 
-def build_objective(config: Config, ckpt: Checkpoint, clips: CachedClips, device: torch.device) -> Objective:
+def build_objective(
+    config: Config, ckpt: Checkpoint, clips: CachedClips, device: torch.device, autocast: bool
+) -> Objective:
     """The frozen parts that a step needs besides the DiT. VAE and connector are in the precision of the computation;
-    ArcFace is in float32."""
+    ArcFace is in float32. `autocast`: of the plan."""
     compute_dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
     detector = arcface = None
     if config.faces.pack:
-        for turn in range(2):  # rank 0, then the others: on one machine, a missing pack is downloaded once
-            if turn == min(dist.get_rank(), 1):
-                detector = FaceDetector(config.faces.pack, device)
-                arcface = ArcFace.from_onnx(recognition_file(config.faces.pack)).to(device)
-            dist.barrier()
-    # Precision "bf16": a float32 DiT under DDP computes by autocast and takes float32 inputs. Under FSDP, with LoRA and
-    # with "adamw-bf16" the weights are bf16 when they compute, and so are the inputs.
-    float32_dit = config.parallel.mode == "ddp" and config.optim.kind == "adamw" and not config.lora.rank
+        detector = FaceDetector(config.faces.pack, device)
+        arcface = ArcFace.from_onnx(recognition_file(config.faces.pack)).to(device)
     connector = TextConnector.from_checkpoint(ckpt, device, compute_dtype).requires_grad_(False)
     connector.projection = None  # the cache holds its output
     return Objective(
@@ -288,8 +279,10 @@ def build_objective(config: Config, ckpt: Checkpoint, clips: CachedClips, device
         arcface=arcface,
         reference=config.reference,
         faces=config.faces,
-        dtype=torch.float32 if float32_dit else compute_dtype,
-        autocast=compute_dtype == torch.bfloat16 and float32_dit,
+        # In bf16, a float32 DiT under DDP computes by autocast and takes float32 inputs. Under FSDP, with LoRA and with
+        # "adamw-bf16" the weights are bf16 when they compute, and so are the inputs.
+        dtype=torch.float32 if autocast else compute_dtype,
+        autocast=autocast,
     )
 
 

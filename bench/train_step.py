@@ -24,7 +24,7 @@ from bench.measure import FPS, LTX, ceilings, device_name, draw_weights, latent_
 from checkpoint import open_checkpoint
 from common.device import free, resolve_device
 from common.errors import Parser, one_line_errors, whole
-from engine.fp8_training import multiply_in_fp8
+from engine.fp8_training import train_in_fp8
 from engine.optim import AdamWBF16
 from engine.parallel import set_recompute
 from engine.plan import GIB, dit_flops
@@ -146,7 +146,7 @@ def gradient_errors(ltx: dict[str, Any], options: argparse.Namespace) -> None:
         step.dtype = torch.float32 if kind == "float32" else torch.bfloat16
         step.model.to(step.dtype)
         if kind == "fp8":
-            multiply_in_fp8(step.model, options.device)
+            train_in_fp8(step.model, options.device)
         set_recompute(step.model, "all")
         step.both()
         weights = step.model.transformer_blocks[1].named_parameters()
@@ -197,7 +197,7 @@ def main() -> None:
     whole_step(step, options)
     step.model.zero_grad(set_to_none=True)
     gc.collect()
-    multiply_in_fp8(step.model, options.device)
+    train_in_fp8(step.model, options.device)
     print(f"\n| forward and backward | {columns} |\n|---|---:|---:|---:|---:|---:|---:|")
     speed(step, "fp8", ["products", "none"], ceiling, options)
     del step

@@ -306,7 +306,7 @@ def _write_shard(
                 clips.append({"row": row, "name": clip.name, "identity": clip.identity or clip.video.stem} | of_bucket)
         progress.step(sum(tensor.nbytes for tensor in parts.values()))
     _save(folder / shard_file(number), tensors, settings, clips=clips, report=report)
-    text.unlink()
+    text.unlink(missing_ok=True)  # rank 0 of a restarted run may have been faster
 
 
 def clip_tensors(

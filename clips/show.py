@@ -344,16 +344,14 @@ def figures(rows: list[Row], by_chance: list[float]) -> list[str]:
 def histogram(title: str, values: list[float], limits: tuple[float, float] | None) -> str:
     values = np.clip(values, *limits) if limits else values
     counts, edges = np.histogram(values, 24, limits)
-    bars = "".join(
+    columns = "".join(
         f'<rect x="{12 * k}" y="{100 - h:.1f}" width=11 height="{h:.1f}" fill="#4a7db5">'
         f"<title>{edges[k]:.3g} to {edges[k + 1]:.3g}: {count:,}</title></rect>"
         for k, (count, h) in enumerate(zip(counts, 100 * counts / max(counts)))
     )
     ends = f"<text x=0 y=116>{edges[0]:.3g}</text><text x=288 y=116 text-anchor=end>{edges[-1]:.3g}</text>"
     middle = f"<text x=144 y=116 text-anchor=middle>median {np.median(values):.3g}</text>"
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption><svg width=288 height=120>{bars}{ends}{middle}</svg></figure>"
-    )
+    return _figure(title, 120, columns + ends + middle)
 
 
 def bars(title: str, counts: list[tuple[str, int]]) -> str:

@@ -70,10 +70,8 @@ def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: 
     paths = {file.stem: str(file.resolve()) for file in files if file.is_file() and file.stat().st_size}
     if not Path(annotations).is_file():
         raise UserError(f"no annotations at {annotations}")
-    try:
-        persons = json.loads(
-            Path(annotations).read_bytes()
-        )  # not parse_json: half an emoji must spoil one caption only
+    try:  # not parse_json: half an emoji must spoil one caption only
+        persons = json.loads(Path(annotations).read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{annotations} is not JSON: {error}") from None
     counts, named, rows, problem = Counter(), set(), [], ""

@@ -5,8 +5,11 @@ Protobuf only: nothing is unpickled and no code of a file runs. Operators are to
 """
 
 import contextlib
+import fcntl
 import io
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,18 +64,36 @@ def _onnx_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.onnx")) or sorted((folder / folder.name).glob("*.onnx"))
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block with the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _download(pack: str, root: str) -> None:
+    from insightface.utils import download
+
+    with contextlib.redirect_stdout(io.StringIO()):  # names of folders; the progress goes to stderr
+        download("models", pack, force=True, root=root)  # force: a broken download left a folder
+
+
 def pack_files(pack: str | Path, root: str | Path) -> list[Path]:
     """The .onnx files of a model pack: a local folder, or a name under `root`/models, downloaded if it is not there."""
     local = Path(pack).expanduser()
     is_name = local.name == str(pack) and not local.is_dir()
     folder = Path(root).expanduser() / "models" / local if is_name else local
     reason = "it holds no .onnx file" if folder.is_dir() else "there is no such folder"
-    if is_name and not _onnx_files(folder):
-        from insightface.utils import download
-
+    if is_name:
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # names of folders; the progress goes to stderr
-                download("models", str(pack), force=True, root=str(root))  # force: a broken download left a folder
+            with _alone(folder.parent):  # processes of torchrun: the first downloads, and the others find the files
+                if not _onnx_files(folder):
+                    _download(str(pack), str(root))
         except Exception as error:  # requests, zipfile and insightface have classes of their own
             reason = f"its download failed ({type(error).__name__})"
     if files := _onnx_files(folder):

@@ -17,7 +17,7 @@ from common.errors import UserError
 from model import LTXVideo
 
 
-def multiply_in_fp8(model: LTXVideo, device: torch.device) -> None:
+def train_in_fp8(model: LTXVideo, device: torch.device) -> None:
     """Make the large linear layers of a DiT's inner blocks multiply in 8 bits, under their old names. UserError where
     torchao is missing or the GPU cannot. A CPU gives the same numbers, slowly."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):

@@ -60,7 +60,7 @@ class Log:
         """A file of lines to append to. Steps after the checkpoint come again, so their lines go."""
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
         with whole_file(path) as temporary:
-            temporary.write_text("".join(line for line in lines if _step(line) <= self.first))
+            temporary.write_text("".join(line for line in lines if self.first and _step(line) <= self.first))
         return self.sinks.enter_context(path.open("a", buffering=1))
 
     def figures(self, step: int, table: Tensor, norm: float, lr: float, seconds: float) -> dict[str, float]:

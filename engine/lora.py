@@ -70,7 +70,7 @@ def new_lora(
 
 def seed_dropout(seed: int, count: int) -> None:
     """Seed the adapters' dropout for the micro-batch that begins with the run's sample number `count`. A resumed run
-    then drops what the undisturbed run drops, and many processes agree with one where a micro-batch is one sample."""
+    drops what an undisturbed one drops. With micro-batches of one sample, many processes drop what one drops."""
     state = np.random.SeedSequence([seed, count], spawn_key=(0,)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) >> 1)
 

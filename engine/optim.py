@@ -13,6 +13,7 @@ the bits for the rounding are a hash of the number's place rather than drawn int
 the GPU, so its kernels are queued while the backward pass runs.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from common.device import upload
+from engine.average import local_parts
 
 PIECE = 2**24  # numbers of a weight that are in float32 at a time, where the step is not one kernel
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,7 +40,8 @@ def hash_bits(x: Tensor) -> Tensor:
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     """float32 to bf16 with mean x: the 16 bits that are cut off carry into the rest as often as they are large. Of each
     int32 in `bits` the lower 16 are used."""
-    return ((x.view(torch.int32) + (bits & 0xFFFF)) & -(2**16)).view(torch.float32).bfloat16()
+    rounded = ((x.view(torch.int32) + (bits & 0xFFFF)) & -(2**16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).bfloat16()  # the carry would make another number of NaN
 
 
 def adamw(
@@ -60,10 +63,20 @@ def adamw(
     v.copy_(round_stochastically(v_new, hash_bits(bits)))
 
 
+def first_number(weight: Tensor) -> int:
+    """The place, in the whole weight, of the first number of this rank's shard: a number's bits then follow from its
+    place in the weight, on any number of ranks."""
+    if not isinstance(weight, DTensor):
+        return 0
+    # FSDP2 cuts along the first side, among the ranks of the mesh's last dimension.
+    mesh, rows = weight.device_mesh, weight.shape[0]
+    return mesh.get_coordinate()[-1] * math.ceil(rows / mesh.shape[-1]) * (weight.numel() // rows)
+
+
 class AdamWBF16(torch.optim.Optimizer):
     """torch.optim.AdamW's formula in float32, between bf16 weights and moments. Shards of FSDP2 are taken as they are.
     The bits follow from `seed` and the step, so that the replicas of DDP stay alike and a continued run is the same.
-    `compiled`: the step as one kernel for each weight; None for where that helps, on GPUs. `options` are AdamW's."""
+    `compiled`: one kernel for each weight; None: on GPUs alone, where it helps. `options` are AdamW's."""
 
     def __init__(self, params: Iterable[Tensor], seed: int = 0, compiled: bool | None = None, **options: Any):
         super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8} | options)
@@ -87,10 +100,11 @@ class AdamWBF16(torch.optim.Optimizer):
             (beta_1, beta_2), lr = group["betas"], group["lr"]
             factors = [1 - lr * group["weight_decay"], lr / (1 - beta_1**step), 1 / (1 - beta_2**step)]
             factors = upload(torch.tensor(factors), device)
-            seeds = np.random.SeedSequence([self.seed, step, number]).generate_state(len(weights)).astype(np.int32)
+            seeds = np.random.SeedSequence([self.seed, step, number]).generate_state(len(weights))
+            seeds = (seeds + np.array([first_number(weight) for weight in weights])).astype(np.uint32).astype(np.int32)
             for weight, seed in zip(weights, upload(torch.from_numpy(seeds), device).unbind()):
                 whole = (weight, weight.grad, *(self.state[weight][key] for key in MOMENTS))
-                flat = [(t.to_local() if isinstance(t, DTensor) else t).view(-1) for t in whole]
+                flat = [part.view(-1) for part in local_parts(whole)]
                 size = len(flat[0]) if self.compiled else PIECE
                 for k, pieces in enumerate(zip(*(t.split(max(1, size)) for t in flat))):
                     self.update(*pieces, seed + k * size if k else seed, factors, group["betas"], group["eps"])

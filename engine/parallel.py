@@ -6,7 +6,7 @@
 
 Both come with PyTorch and run under torchrun, on one node or many; on CPUs too, over gloo.
 
-A block keeps for its backward pass, in numbers a token of the model's width, and computes the rest again:
+What a block keeps for its backward pass, in vectors of the model's width per token (it computes the rest again):
 
         all          1      its input
         products    14      the outputs of matrix products and attention as well; norms, modulation, gates run again
@@ -18,6 +18,7 @@ import os
 import signal
 import warnings
 import zlib
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -36,9 +37,9 @@ from common.device import own_place
 from common.errors import UserError
 from config import Config, Parallel
 from engine.fp8 import load_fp8
-from engine.fp8_training import multiply_in_fp8
+from engine.fp8_training import train_in_fp8
 from engine.lora import new_lora
-from engine.plan import USABLE
+from engine.plan import USABLE, whole_blocks
 from model import LTXVideo
 
 ATEN = torch.ops.aten
@@ -63,8 +64,15 @@ def join_processes() -> torch.device:
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not alone and not os.environ.get(name)]:
         raise UserError(f"environment: RANK is set and {missing[0]} is not: use torchrun, or unset RANK")
-    dist.init_process_group(**how, **alone)
+    # Ranks wait for rank 0 where it alone loads Gemma or draws samples. A rank that dies ends all, by torchrun.
+    dist.init_process_group(**how, **alone, timeout=timedelta(hours=2))
     return device
+
+
+def report(text: str) -> None:
+    """Print a line, on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def usable_memory(device: torch.device) -> float:
@@ -83,10 +91,12 @@ def build_model(config: Config, source: Checkpoint, device: torch.device, recomp
         model = LTXVideo(source.config["transformer"]).to(held)
     set_recompute(model, recompute)
     if run.fp8:
-        multiply_in_fp8(model, device)
+        train_in_fp8(model, device)
     if run.compile:
         logging.getLogger("torch._higher_order_ops.wrap").setLevel("ERROR")  # warns of KEEP_PRODUCTS
-        torch._dynamo.config.recompile_limit = 64  # a graph for each size of clips, with reference and without
+        # A graph for each size of clips, with and without reference, mask, gradient, recomputation. Beyond the limit
+        # blocks would run uncompiled.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
         model.compile_blocks()
     if run.mode == "fsdp":
         shard(model, run, device)
@@ -152,9 +162,8 @@ def first_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
 def set_recompute(model: LTXVideo, how: str | int) -> None:
     """`how`: "all", "products", "none", or the number of blocks under "all" where the others are under "products". They
     are the first ones: the backward pass comes to them when the others have freed what they kept."""
-    blocks = model.transformer_blocks
-    whole = {"all": len(blocks), "products": 0, "none": 0}.get(how, how)
-    for k, block in enumerate(blocks):
+    whole = whole_blocks(how, len(model.transformer_blocks))
+    for k, block in enumerate(model.transformer_blocks):
         block.recompute = None if how == "none" else KEEP_INPUTS if k < whole else KEEP_PRODUCTS
 
 

@@ -6,9 +6,9 @@ A DiT step at width D over N tokens (video and reference) with S text tokens cos
         text attention      4 N D^2 (q, out) + 4 S D^2 (k, v)   + 4 N S D
         feed-forward       16 N D^2
 
-multiply-adds counted as two. The backward pass costs twice the forward. Recomputing all blocks costs a forward more,
-all but their products a tenth of one (docs/performance.md). That is spent but not useful, so MFU does not count it, and
-is higher where less is recomputed. Frozen weights (LoRA) need no gradient of their own: the products with D^2 above
+multiply-adds counted as two. The backward pass costs twice the forward. Recomputing all blocks costs one more
+forward pass, all but their products a tenth of one. MFU counts useful operations only, so less recomputation gives a
+higher MFU. Frozen weights (LoRA) need no gradient of their own: the products with D^2 above
 then cost twice their forward in all, not three times.
 """
 
@@ -38,9 +38,14 @@ GIB, MIB = 2**30, 2**20
 RELEASED = 46e9  # bytes of ltx-2.3-22b-dev.safetensors, about
 USABLE = 0.9  # of a card's memory, beside the driver's and the allocator's share
 AGAIN = {"all": 1.0, "products": 0.1, "none": 0.0}  # part of the time of a forward pass that is spent again
-# Dense bf16 TFLOP/s and GB by the makers' data sheets.
+# Dense bf16 TFLOP/s and GB by the makers' data sheets. A run takes the memory that its card has, some percent more.
 CARDS = {"H20-96": (148, 96), "H20-141": (148, 141), "A100-80": (312, 80), "H100-80": (989, 80),
          "H200-141": (989, 141), "L40S-48": (362, 48)}  # fmt: skip
+
+
+def whole_blocks(how: str | int, layers: int) -> int:
+    """The number of blocks of which parallel.recompute = `how` computes everything again."""
+    return min(layers, {"all": layers, "products": 0, "none": 0}.get(how, how))
 
 
 def parameters(module: nn.Module) -> int:
@@ -166,15 +171,15 @@ class Plan:
         return next((how for how in ways if rest + self.activations(how) <= room), "all")
 
     def activations(self, how: str | int) -> float:
-        """Bytes that autograd keeps of the blocks. Of one block it keeps 40 rows of the model's width a token and 5 a
-        text token, counted (tests/engine/test_plan.py); 13 and 2 of them are outputs of products and attention.
+        """Bytes that autograd keeps of the blocks. A block keeps 40 vectors of the model's width per token and 5 per
+        text token (counted in tests/engine/test_plan.py). 13 and 2 of them are outputs of products and attention.
         Autocast (bf16 under ddp) keeps all but the products in float32, and their inputs twice."""
         run, n, s = self.config.parallel, self.tokens + self.reference_tokens, self.text_tokens
         row, layers = run.micro_batch * self.dit.dim, len(self.dit.transformer_blocks)
         everything = row * (2 * (62 * n + 8 * s) if self.autocast else self.low * (40 * n + 5 * s))
         if how == "none":
             return everything * layers
-        whole = min(layers, {"all": layers, "products": 0}.get(how, how))
+        whole = whole_blocks(how, layers)
         products = row * self.low * (13 * n + 2 * s)
         # Everything of the block that the backward pass begins with, less what it kept.
         return row * self.wide * n * layers + products * max(0, layers - whole - 1) + everything

@@ -26,6 +26,7 @@ from common.sizes import amount
 from config import ASSETS, Config
 from data import CachedClips
 from engine.logbook import peak_tflops
+from engine.parallel import report
 from engine.plan import GIB, USABLE, Plan, plan_of
 from face import CROP, ArcFace, recognition_file
 from model import LTXVideo
@@ -87,9 +88,8 @@ def stand_ins(
     changes = {"data": replace(config.data, holdout=0), "model": replace(config.model, scratch=False)}
     config = replace(config, faces=faces, **changes)
     layers, most = layers_that_fit(config, ltx, settings, device), ltx["transformer"]["num_layers"]
-    if dist.get_rank() == 0:
-        where = f"{amount(memory(device))} for each of {dist.get_world_size()}"
-        print(f"rehearsal on random numbers: {layers} of {most} layers; processes have {where}", flush=True)
+    where = f"{amount(memory(device))} for each of {dist.get_world_size()}"
+    report(f"rehearsal on random numbers: {layers} of {most} layers; processes have {where}")
     shape: tuple[int, ...] = (1,)
     if faces.pack:
         shape = tuple(ArcFace.from_onnx(recognition_file(faces.pack))(torch.zeros(1, 3, CROP, CROP)).shape[1:])

@@ -1,5 +1,8 @@
 """The samples of a run: fixed photos and prompts, drawn again and again as the model learns."""
 
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import open_checkpoint
+from checkpoint import Checkpoint
 from common.device import free
-from common.errors import whole_file
-from common.media import contact_sheet, read_image, to_tensor, to_uint8
+from common.errors import UserError, whole_file
+from common.images import contact_sheet, read_image, to_tensor, to_uint8
 from config import Config
 from data import FITS, CachedClips, Draws
-from engine.parallel import reshard
+from engine.parallel import report, reshard
 from engine.recipe import default_gemma
 from guidance import generate
 from objective import Objective
@@ -28,7 +31,7 @@ Sample = tuple[Image.Image | None, str, Tensor]  # reference image in the video'
 
 def encode_samples(
     config: Config,
-    ckpt: Any,
+    ckpt: Checkpoint,
     objective: Objective,
     size: dict[str, Any],
     held: CachedClips | None,
@@ -41,7 +44,7 @@ def encode_samples(
     if not config.log.sample_every or not (entries or held):
         return []
     if not entries:
-        clips = [held[k] for k in range(min(HELD_OUT, len(held)))]
+        clips = list(islice(intact_clips(held), HELD_OUT))
         images = [fit(clip["image"], size["height"], size["width"]) for clip in clips]
         features = [row.to(device) for row in (*(clip["features"] for clip in clips), objective.null_features)]
         kept = Draws(0.0, torch.empty(0), drop_text=False, drop_ref=False, window_start=0)
@@ -51,7 +54,7 @@ def encode_samples(
     prompts = [prompt for _, prompt in entries] + [""]
     path = run / "prompts.safetensors"
     if dist.get_rank() == 0:  # one rank runs Gemma, the others read the result
-        gemma = config.model.gemma or default_gemma(open_checkpoint(ckpt))
+        gemma = config.model.gemma or default_gemma(ckpt)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         encoder = TextEncoder.from_checkpoint(ckpt, gemma, device, dtype)
         with whole_file(path) as temporary:
@@ -61,6 +64,12 @@ def encode_samples(
     dist.barrier()
     contexts = load_file(str(path))["context"].to(device).split(1)
     return list(zip([*images, None], prompts, contexts))
+
+
+def intact_clips(clips: CachedClips) -> Iterator[dict[str, Any]]:
+    for k in range(len(clips)):
+        with suppress(UserError):  # a damaged clip is named when the loss on the held-out clips is measured
+            yield clips[k]
 
 
 def draw_samples(
@@ -83,5 +92,4 @@ def draw_samples(
             contact_sheet(folder / f"step-{step:06d}-{k}.png", image, to_uint8(video), title=prompt)
     inner.train()
     reshard(inner)
-    if dist.get_rank() == 0:
-        print(f"drew {len(samples)} samples into {folder}", flush=True)
+    report(f"drew {len(samples)} samples into {folder}")

@@ -33,8 +33,8 @@ def load_dit(
         if can_multiply(device, dtype):
             multiply_in_fp8(model)
         else:
-            line = "--fp8 saves memory, not time: products in 8 bits need a card of compute capability 8.9 or more"
-            print(f"note: {line}")
+            need = "a card of compute capability 8.9 or more, and --dtype bfloat16"
+            print(f"note: --fp8 saves memory, not time: products in 8 bits need {need}")
     else:
         model = merge_lora(LTXVideo.from_checkpoint(checkpoint, first, dtype), loras)
     model = offload(model, device) if options.offload else model.to(device)

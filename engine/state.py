@@ -5,7 +5,7 @@
         step-001500/                 torch.distributed.checkpoint in safetensors, every rank its own shard,
             shard-*.safetensors      of model.*, optim.* and ema.* of what is trained; loads on any number of ranks
             progress.json            written last: a folder without it is not a checkpoint
-        log.jsonl, held_out.jsonl, tensorboard/, samples/
+        log.jsonl, held_out.jsonl, prompts.safetensors, tensorboard/, samples/
 
 A checkpoint is written under a temporary name and renamed, so a kill leaves the last good one. Nothing random is
 stored: every draw of a run follows from its seed and the sample's number (data.py). Everything is safetensors or
@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -41,8 +41,11 @@ from config import Config, LoRAOptions, as_dict, require_same_run
 from engine.average import Average, local_parts
 from engine.check import require_bf16
 from engine.lora import save_lora, write_changed
+from engine.parallel import report
 from engine.recipe import encoder_metadata, export_guidance, reference_metadata
 from model import LTXVideo
+
+TENSORS_IN_FILE = 32
 
 
 @foreign_record
@@ -177,8 +180,11 @@ def save(
             shutil.rmtree(stale, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
+    # A rank copies all tensors of a file to host memory, three times. So its shard lies in many files.
+    files = {name: 1 + number // TENSORS_IN_FILE for number, name in enumerate(tensors)}
+    writer = HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=files, save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
+        dcp.save(tensors, storage_writer=writer)
     except Exception as error:  # a full disk comes as one of several classes
         raise UserError(f"{folder} cannot be saved ({last_line(error)}); the last checkpoint is intact") from None
     dist.barrier()
@@ -221,7 +227,13 @@ def resume(
             if not (from_previous and before):
                 advice = f"--from-previous continues from {before}" if before else "no checkpoint is before it"
                 raise UserError(f"{message}: {advice}") from None
-            report(message)
+            dist.barrier()  # all ranks have seen the damage
+            aside = folder.with_name(f"{folder.name}.damaged")
+            if dist.get_rank() == 0:  # under its old name it would count as the newest checkpoint of all
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            dist.barrier()
+            report(f"{message}; it is {aside.name} now")
             continue
         for state in optimizer.state.values():
             state["step"].fill_(progress.step)
@@ -240,30 +252,32 @@ def last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:200]
 
 
-def report(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
 # --- Export -----------------------------------------------------------------------------------------------------------
 
 
-def saved_weights(folder: Path) -> dict[str, tuple[str, torch.Size]]:
-    """The weights to export, or their average if there is one: {name in the model: (name in the checkpoint, size)}."""
-    with blame(f"{folder} is damaged", ": move it away, and the checkpoint before it is exported"):
-        require_files(folder)
-        entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    kind = "ema." if any(name.startswith("ema.") for name in entries) else "model."
-    return {name.removeprefix(kind): (name, entry.size) for name, entry in entries.items() if name.startswith(kind)}
+class SavedWeights:
+    """The weights of a checkpoint that an export has, or their average if there is one. `entries`:
+    {name in the model: (name in the checkpoint, size)}."""
 
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with blame(f"{folder} is damaged", ": move it away, and the checkpoint before it is exported"):
+            require_files(folder)
+            self.reader = HuggingFaceStorageReader(str(folder))
+            metadata = self.reader.read_metadata()
+        self.reader.read_metadata = lambda: metadata  # DCP would read the headers of all shards again for each tensor
+        sizes = {name: entry.size for name, entry in metadata.state_dict_metadata.items()}
+        kind = "ema." if any(name.startswith("ema.") for name in sizes) else "model."
+        self.entries = {n.removeprefix(kind): (n, size) for n, size in sizes.items() if n.startswith(kind)}
 
-def read_weights(folder: Path, saved: dict[str, tuple[str, torch.Size]]) -> dict[str, Tensor]:
-    """Weights out of `saved_weights`, put together from the shards by this process alone, in float32 on the CPU."""
-    tensors = {name: torch.empty(size) for name, size in saved.values()}
-    with warnings.catch_warnings(), blame(f"{folder} is damaged"):
-        warnings.simplefilter("ignore")  # DCP asks whether a single process is meant, although no_dist says so
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    return {own: tensors[name] for own, (name, _) in saved.items()}
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Weights by their names in the model, put together from the shards by this process alone, in float32 on the
+        CPU."""
+        tensors = {saved: torch.empty(size) for saved, size in map(self.entries.get, names)}
+        with warnings.catch_warnings(), blame(f"{self.folder} is damaged"):
+            warnings.simplefilter("ignore")  # DCP asks whether a single process is meant, although no_dist says so
+            dcp.load(tensors, storage_reader=self.reader, no_dist=True)
+        return dict(zip(names, tensors.values()))
 
 
 def export_run(config: Config, base: Checkpoint, out: Path, best: bool = False) -> None:
@@ -281,18 +295,18 @@ def export_run(config: Config, base: Checkpoint, out: Path, best: bool = False) 
     out.parent.mkdir(parents=True, exist_ok=True)
     ours = reference_metadata(config.reference) | {"training": as_dict(config)} | encoder_metadata(base)
     defaults = export_guidance(config, base)
-    lora, weights = trained_lora(run, config), saved_weights(folder)
+    lora, weights = trained_lora(run, config), SavedWeights(folder)
     if lora.rank:
         alpha = lora.alpha or lora.rank
         ours |= {"lora": asdict(lora) | {"alpha": alpha}, "base": base.path.name, "defaults": defaults}
-        save_lora(out, read_weights(folder, weights), alpha / lora.rank, ours)
+        save_lora(out, weights.read(list(weights.entries)), alpha / lora.rank, ours)
         options = f"--lora {out}" + (f" --ckpt {base.path}" if config.model.ckpt else "")
     else:
         require_bf16(base)  # a cast to fp8 without a scale would be garbage
         ours = base.ours | ours | {"defaults": base.ours.get("defaults", {}) | defaults}
         ours.pop("weights", None)
-        trained = {file_name(name, LTXVideo.PREFIXES): saved for name, saved in weights.items()}
-        write_changed(out, base, trained, lambda name: read_weights(folder, {name: trained[name]})[name], ours)
+        trained = {file_name(name, LTXVideo.PREFIXES): name for name in weights.entries}
+        write_changed(out, base, trained, lambda name: weights.read([trained[name]])[trained[name]], ours)
         options = f"--ckpt {out}"
     print(f'wrote {out} from {folder}: sample with  python sample.py {options} --ref face.jpg --prompt "..."')
     print("It is for video only: in ComfyUI leave out the audio latent, which would change the picture.")

@@ -8,7 +8,9 @@ import math
 import os
 import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -20,6 +22,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from skimage.transform import SimilarityTransform
 
+from common import onnx_reader
 from common.errors import UserError
 from face import ARCFACE_TEMPLATE, ArcFace, FaceDetector, align, embed, recognition_file, similarity_matrix
 
@@ -28,6 +31,24 @@ onnxruntime.set_default_logger_severity(3)
 
 # OpenCV 5 interpolates in floating point; OpenCV 4 rounds coordinates to 1/32 pixel, which noise shows most.
 NOISE_LEVELS = 0.6 if int(cv2.__version__.split(".")[0]) >= 5 else 255 * 2 / 32
+
+
+def test_of_many_processes_one_downloads_and_all_find_the_whole_pack(tmp_path, monkeypatch):
+    downloads = []
+
+    def download(pack, root):
+        downloads.append(pack)
+        folder = Path(root) / "models" / pack
+        for name in ("detector.onnx", "recognizer.onnx"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+            time.sleep(0.05)  # meanwhile the pack is there, and not whole
+
+    monkeypatch.setattr(onnx_reader, "_download", download)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: onnx_reader.pack_files("pack", tmp_path), range(8)))
+    assert downloads == ["pack"]
+    assert [[path.name for path in files] for files in found] == [["detector.onnx", "recognizer.onnx"]] * 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------

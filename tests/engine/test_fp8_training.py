@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from common.errors import UserError
-from engine.fp8_training import multiply_in_fp8
+from engine.fp8_training import train_in_fp8
 from model import LTXVideo
 
 DIM, CPU = 64, torch.device("cpu")
@@ -35,7 +35,7 @@ def test_the_three_products_are_those_of_quantized_operands(tokens, model):
     pytest.importorskip("torchao")
     layer = model.transformer_blocks[1].ff.net[0].proj
     w, bias = layer.weight.detach(), layer.bias.detach()
-    multiply_in_fp8(model, CPU)
+    train_in_fp8(model, CPU)
     layer = model.transformer_blocks[1].ff.net[0].proj
     # Rows and columns of very different size, as a scale for the whole tensor would not serve them.
     x = (torch.randn(tokens, DIM) * torch.logspace(-3, 3, tokens)[:, None]).bfloat16().requires_grad_()
@@ -57,7 +57,7 @@ def test_the_three_products_are_those_of_quantized_operands(tokens, model):
 def test_inner_blocks_large_layers_alone_and_under_their_names(model):
     pytest.importorskip("torchao")
     names = list(model.state_dict())
-    multiply_in_fp8(model, CPU)
+    train_in_fp8(model, CPU)
     assert list(model.state_dict()) == names
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     changed = {name for name, layer in linear.items() if type(layer) is not nn.Linear}
@@ -69,11 +69,11 @@ def test_inner_blocks_large_layers_alone_and_under_their_names(model):
 def test_where_the_library_or_the_card_cannot_is_one_line(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(UserError, match=r"parallel\.fp8 needs torchao: pip install torchao"):
-        multiply_in_fp8(model, CPU)
+        train_in_fp8(model, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(UserError, match="NVIDIA A100 cannot multiply in 8 bits"):
-        multiply_in_fp8(model, torch.device("cuda"))
+        train_in_fp8(model, torch.device("cuda"))
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from config import LEVELS
 from data import letterbox
 from engine import state
 from engine.holdout import figures, hold_out, read
+from engine.samples import intact_clips
 from model import LTXVideo
 from objective import decode_window
 from rope import reference_positions, video_positions
@@ -99,6 +100,16 @@ def test_a_cache_of_too_few_people_is_refused():
         UserError, match=r"data\.holdout = 50 leaves no clip to train on: cache has 5 clips of 1 people"
     ):
         hold_out(Clips(["one"] * 5), 50)
+
+
+def test_samples_are_drawn_of_intact_clips():
+    class Damaged(list):
+        def __getitem__(self, k):
+            if k in (0, 2):
+                raise UserError("damaged")
+            return {"name": k}
+
+    assert [clip["name"] for clip in intact_clips(Damaged(range(5)))] == [1, 3, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

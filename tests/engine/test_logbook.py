@@ -1,5 +1,7 @@
 """The figures of the log against means by hand."""
 
+import json
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -30,3 +32,15 @@ def test_identity_figures_are_means_over_the_samples_that_have_something_to_comp
     assert figures["id"] == pytest.approx((0.6 + 0.2) / 2)
     assert figures["tic"] == pytest.approx((0.2 + 0.4 + 0.3) / 3)
     assert figures["face_rate"] == pytest.approx((5 + 3 + 5) / 20)
+
+
+def test_lines_of_steps_that_come_again_are_left_out(tmp_path):
+    """A run that was killed before its first checkpoint begins anew, with the losses before its first step."""
+    for first, kept in ((0, []), (2, [0, 1, 2])):
+        path = tmp_path / f"{first}.jsonl"
+        path.write_text("".join(f'{{"step": {step}}}\n' for step in range(5)) + '{"st')
+        log = logbook.Log.__new__(logbook.Log)
+        log.first, log.sinks = first, ExitStack()
+        with log.sinks:
+            log.open(path)
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == kept

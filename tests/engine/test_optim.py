@@ -1,5 +1,9 @@
 """optim.py against torch.optim.AdamW in float32, and stochastic rounding against its definition."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,6 +128,51 @@ def test_one_step_is_adamw_s_before_rounding(piece, compiled, monkeypatch):
             assert ((a.float() - b).abs() <= b.abs() * 2**-7 + 1e-12).all()
             with torch.no_grad():
                 b.copy_(a)  # go on from the same
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from engine.optim import AdamWBF16
+
+def stepped(model):
+    for weight, grad in zip(model.parameters(), grads):
+        weight.grad = grad if sharded is None else torch.distributed.tensor.distribute_tensor(
+            grad, weight.device_mesh, weight.placements)
+    AdamWBF16(model.parameters(), lr=0.01, seed=3).step()
+    return [weight.detach() for weight in model.parameters()]
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+models = [nn.Linear(24, 11).bfloat16() for _ in range(2)]
+models[1].load_state_dict(models[0].state_dict())
+grads = [torch.randn(11, 24).bfloat16(), torch.randn(11).bfloat16()]
+sharded = None
+whole = stepped(models[0])
+sharded = fully_shard(models[1], mesh=init_device_mesh("cpu", (2,)))
+for part, weight in zip(stepped(models[1]), whole):
+    assert part.to_local().shape != weight.shape and torch.equal(part.full_tensor(), weight)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_bits_follow_from_the_place_in_the_whole_weight(root, tmp_path):
+    """Two shards become what the whole weight becomes: a run may continue on another number of ranks."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([*words, str(tmp_path / "sharded.py")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_numbers_that_are_not_finite_stay_so():
+    nan = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)  # a GPU's own is the first
+    x = torch.cat([nan, torch.tensor([float("inf"), float("-inf")])])
+    rounded = round_stochastically(x, torch.full((5,), 0xFFFF, dtype=torch.int32))
+    assert rounded[:3].isnan().all() and torch.equal(rounded[3:].float(), x[3:])
 
 
 def test_the_same_seed_draws_the_same():
