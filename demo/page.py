@@ -171,19 +171,9 @@ class Answers:
         on = [gr.Button(interactive=True)] * 2
         return self.answer(photo, lambda image: ([], image, *on), [None, *on])
 
-    def film(
-        self,
-        photo: ImageData | None,
-        prompt: str,
-        s_y: float,
-        s_r: float,
-        placement: str,
-        steps: int,
-        seed: int,
-        last: dict[str, Any] | None,
-        progress: gr.Progress = gr.Progress(),
-    ) -> tuple:
-        """Notes, the film, the film of the last setting, and what the next answer compares with."""
+    def film(self, photo, prompt, s_y, s_r, placement, steps, seed, last, progress=gr.Progress()) -> tuple:
+        """Notes, the film, the film of the last setting, and what the next answer compares with. A request may hold
+        values of any type: `settings` checks them."""
 
         def job(image: Image.Image | None) -> tuple:
             content, knobs = settings(prompt, s_y, s_r, placement, steps, seed)
@@ -203,18 +193,7 @@ class Answers:
         setting = f"s_y {knobs.s_text:g}, s_r {knobs.s_ref:g}, {knobs.placement}, {knobs.steps} steps"
         return player(film.frames, film.fps, [f"{setting}, seed {content.seed}", film.likeness])
 
-    def grid(
-        self,
-        photo: ImageData | None,
-        prompt: str,
-        s_y: float,
-        s_r: float,
-        placement: str,
-        steps: int,
-        seed: int,
-        kind: str,
-        progress: gr.Progress = gr.Progress(),
-    ) -> tuple:
+    def grid(self, photo, prompt, s_y, s_r, placement, steps, seed, kind, progress=gr.Progress()) -> tuple:
         """Notes, and one film of all films of a grid."""
 
         def job(image: Image.Image | None) -> tuple:

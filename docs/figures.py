@@ -34,10 +34,8 @@ TITLES = {
 
 def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None:
     """Video and reference tokens in the same axes, for TASS and for the rejected placements."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     def box(ax, origin: tuple[int, int, int], size: tuple[int, int, int], color: str) -> None:
         """A block of latent cells as a shaded box; matplotlib's axes are (time, width, height)."""
@@ -46,7 +44,7 @@ def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None
         x, y, z = (start + corner * length for start, corner, length in zip((t, w, h), corners, (dt, dw, dh)))
         ax.voxels(x, y, z, np.ones((1, 1, 1), bool), facecolors=color, edgecolors="#00000060", linewidth=0.6)
 
-    figure = plt.figure(figsize=(13, 6.2))
+    figure = Figure((13, 6.2))
     layout = figure.add_gridspec(2, 4, width_ratios=[1.25, 1.25, 1, 1], wspace=0.12, hspace=0.22)
     places = layout[:, :2], layout[0, 2], layout[0, 3], layout[1, 2], layout[1, 3]
     for (name, title), place in zip(TITLES.items(), places):
@@ -69,11 +67,10 @@ def draw(path: str, frames: int = 16, height: int = 15, width: int = 26) -> None
         ax.set_yticks([0, width, 2 * width], ["0", "w", "2w"])
         ax.set_zticks([0, height, 2 * height], ["0", "h", "2h"])
         ax.tick_params(labelsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#4c78a8", "#f58518")]
+    handles = [Rectangle((0, 0), 1, 1, color=c) for c in ("#4c78a8", "#f58518")]
     names = ["video tokens", "reference tokens"]
     figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.2, 0.1), ncols=2, frameon=False, fontsize=11)
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
 
 
 PROMPTS = [  # the first one is README's

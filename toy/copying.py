@@ -14,9 +14,10 @@ from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from common.errors import whole_file
 from rope import PLACEMENTS
@@ -175,32 +176,26 @@ def numbers(results: Results) -> str:
 
 def draw(folder: Path, results: Results) -> list[Path]:
     """Figures of what was measured: copying over similarity, and the sweep of guidance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     paths = []
     for name, there, draw_one in (
         ("copying", kinds_of(results), draw_copying),
         ("guidance", [key for key in results if key.scales], draw_sweep),
     ):
         if there:
-            figure, path = draw_one(plt, results), folder / f"{name}.png"
+            figure, path = draw_one(results), folder / f"{name}.png"
             folder.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as temporary:
                 figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata={"Software": None})
-            plt.close(figure)
             paths.append(path)
     return paths
 
 
-def draw_copying(plt: Any, results: Results) -> Any:
+def draw_copying(results: Results) -> Figure:
     """Copying over similarity, a curve for each row and a panel for each kind of training references."""
     rows = [row for row in TITLES if row not in ("base", "drawn", "guidance")]
     kinds = kinds_of(results)
-    size = 3.6 * len(kinds) + 1.8, 3.8
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey="row", squeeze=False, layout="tight")
+    figure = Figure((3.6 * len(kinds) + 1.8, 3.8), layout="tight")
+    axes = figure.subplots(1, len(kinds), sharey="row", squeeze=False)
     for ax, kind in zip(axes[0], kinds):
         for number, row in enumerate(rows):
             if curves := list(curve(results, kind, row).values()):
@@ -220,13 +215,13 @@ def draw_copying(plt: Any, results: Results) -> Any:
     return figure
 
 
-def draw_sweep(plt: Any, results: Results) -> Any:
+def draw_sweep(results: Results) -> Figure:
     """What guidance does to the rows that were swept: a column for each row, a curve for each s_y over s_r."""
     swept = {key: seeds for key, seeds in sorted(results.items()) if key.scales}
     columns = sorted({key[:2] for key in swept}, key=lambda key: list(TITLES).index(key[1]))
     numbers = {"similarity": "similarity", "copied": "scene copied", "background": "background of the prompt"}
-    size = 3 * len(columns), 2.2 * len(numbers)
-    figure, axes = plt.subplots(len(numbers), len(columns), figsize=size, sharey="row", squeeze=False, layout="tight")
+    figure = Figure((3 * len(columns), 2.2 * len(numbers)), layout="tight")
+    axes = figure.subplots(len(numbers), len(columns), sharey="row", squeeze=False)
     for ax, title in zip(axes[:, 0], numbers.values()):
         ax.set_ylabel(title)
     for panels, column in zip(axes.T, columns):

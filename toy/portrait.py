@@ -286,11 +286,6 @@ def landmarks(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
     return (np.concatenate([eyes, nose, mouth], 1) * size - 0.5).astype(np.float32)
 
 
-def visible(who: Identity, scene: Scene) -> np.ndarray:
-    """(F, 5): true for landmarks inside the frame. No pose hides one behind the head."""
-    return (abs(landmarks(who, scene, 1)) <= 0.5).all(-1)
-
-
 def boxes(who: Identity, scene: Scene, size: int = 64) -> np.ndarray:
     """(F, 4) pixels: left, top, right, bottom of the face from forehead to chin, also outside the frame."""
     edge = Head(who, scene).outline(np.linspace(-150, 210, 73)[10:]) * size - 0.5

@@ -87,18 +87,6 @@ def draw_identity(rng: np.random.Generator) -> Identity:
     return who
 
 
-def vector(who: Identity) -> np.ndarray:
-    """An identity as numbers in [0, 1]: a range as the place in it, a choice as one-hot.
-
-    Some of it is invisible: rims need glasses, and long hair covers the ears.
-    """
-    parts = []
-    for trait, odds in TRAITS.items():
-        choice = isinstance(odds, dict)
-        parts += [who[trait] == c for c in odds] if choice else [(who[trait] - odds[0]) / (odds[1] - odds[0])]
-    return np.array(parts, np.float32)
-
-
 COLORS = _palette(
     "red ce2e2c, orange f08a24, yellow f6d63e, green 389442, teal 148c8e, blue 305cd0, purple 7c3eac, pink f6a0c0, "
     "brown 764c2e, gray 88888a, white f4f4f2, black 1a1a1e"

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from common.errors import SEED, Parser, UserError, one_line_errors, whole_file
 from common.outputs import refuse_folders
 from common.schema import Share, record
-from toy.portrait import boxes, landmarks, render, visible
+from toy.portrait import boxes, landmarks, render
 from toy.traits import COLORS, Identity, Scene, draw_identity
 
 # --- Motion -----------------------------------------------------------------------------------------------------------
@@ -236,7 +236,6 @@ def toy_clip(
         "scene": scene,
         "reference_scene": portrait_scene,
         "landmarks": landmarks(identity, scene, size),  # (F, 5, 2)
-        "visible": visible(identity, scene),  # (F, 5)
         "boxes": boxes(identity, scene, size),  # (F, 4)
         "reference_landmarks": landmarks(identity, portrait_scene, size)[0],  # (5, 2)
         "reference_box": boxes(identity, portrait_scene, size)[0],  # (4,)

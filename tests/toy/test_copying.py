@@ -134,12 +134,10 @@ def test_only_a_difference_above_two_standard_errors_is_bold():
 
 
 def test_figures_show_what_was_measured_and_nothing_else(tmp_path):
-    import matplotlib.pyplot as plt
-
     results = measured()
     assert copying.draw(tmp_path / "a", {}) == [] and not (tmp_path / "a").exists()
     assert copying.draw(tmp_path / "b", results) == [tmp_path / "b" / "copying.png"]
-    figure = copying.draw_copying(plt, results)
+    figure = copying.draw_copying(results)
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].get_lines()}
     for row, (similarity, copied) in (("reference", FAST), ("tass", SLOW)):
         x, y = ([base.mean(), *each.mean(0)] for base, each in zip(BASE, (similarity, copied)))
@@ -147,6 +145,5 @@ def test_figures_show_what_was_measured_and_nothing_else(tmp_path):
     for s_r in (5, 2):
         results[Key("same-clip-1", "tass", 100, (2, s_r))] = {0: mean(0.1 * s_r, 0), 1: mean(0.3 * s_r, 0)}
     assert [path.name for path in copying.draw(tmp_path / "c", results)] == ["copying.png", "guidance.png"]
-    figure = copying.draw_sweep(plt, results)
+    figure = copying.draw_sweep(results)
     np.testing.assert_allclose(figure.axes[0].get_lines()[0].get_xydata(), [[2, 0.4], [5, 1.0]])
-    plt.close("all")
