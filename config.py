@@ -107,7 +107,7 @@ class Faces:
     lambda_tic: NonNegativeFloat = 0.05
     gamma: Annotated[float, Field(ge=0, le=1000)] = 1.0  # Eq. 12
     window: Positive = 2  # latent frames per sample that the identity losses decode
-    context: Positive = 1  # latent frames decoded on either side of them, because the decoder looks both ways
+    margin: Positive = 1  # latent frames decoded on either side of them, because the decoder looks both ways
     min_weight: Share = 1e-3  # w_aux below which nothing is decoded
 
 
@@ -196,7 +196,7 @@ CHANGEABLE = {("run", "out"), ("data", "workers"), ("data", "max_bad"), ("optim"
 CHANGEABLE |= {(section, key) for section in ("parallel", "log", "guidance") for key in DEFAULTS[section]}
 CHANGEABLE -= {("parallel", "precision"), ("parallel", "fp8")}
 # Options that older runs do not record. They ran with the default values.
-MISSING_IN_OLD_RUNS = {("data", "max_bad"), ("data", "holdout"), ("parallel", "fp8")}
+MISSING_IN_OLD_RUNS = {("data", "max_bad"), ("data", "holdout"), ("faces", "margin"), ("parallel", "fp8")}
 MISSING_IN_OLD_RUNS |= {("augment", key) for key in DEFAULTS["augment"]}
 # Paths of which only the last part is compared, so files may move.
 PATHS = {("model", "ckpt"), ("model", "gemma"), ("data", "cache"), ("faces", "pack")}

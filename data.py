@@ -65,8 +65,8 @@ def augment_reference(image: Image.Image, rng: Generator, **strength: float) -> 
     """A(I_ref) of Eq. 5: flip, slight rotation, mild crop, color jitter. For training only, never at inference.
 
     `strength` overrides entries of AUGMENT. The photo is augmented before the letterbox, so that the bars stay straight
-    and black. A rotation keeps size and center; uncovered corners become black like the bars, because cutting them off
-    would cost a photo of 3:2 up to 20% of each side, and the mild crop takes 15% at most. Every number is drawn whether
+    and black. A rotation keeps size and center; uncovered corners become black like the bars. Cutting them off, at 10
+    degrees, would cost a 3:2 photo 20 % of each side; the mild crop takes 15 % at most. Every number is drawn whether
     it is used or not, so another strength of one operation leaves the draws of the others alone.
     """
     if unknown := strength.keys() - AUGMENT.keys():
@@ -89,15 +89,11 @@ def augment_reference(image: Image.Image, rng: Generator, **strength: float) -> 
     if jitter:
         for enhance, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors):
             image = enhance(image).enhance(factor)
-        image = _turn_hue(image, hue)
+        if turn := int(hue * 256):  # Pillow's steps. HSV and back rounds, so a turn by 0 would change the photo too
+            hue, saturation, value = image.convert("HSV").split()
+            hue = Image.fromarray(np.asarray(hue) + np.uint8(turn % 256))
+            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     return image
-
-
-def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
-    """Hue moved by `turn` color circles. Pillow counts it in 256 steps; rounding toward zero never exceeds `turn`."""
-    hue, saturation, value = image.convert("HSV").split()
-    hue = Image.fromarray(np.asarray(hue) + np.uint8(int(turn * 256) % 256))
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 def reference_tensor(
@@ -108,7 +104,8 @@ def reference_tensor(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Order and randomness, functions of the run's seed. The first number of a spawn key separates the random streams.
+# Order and randomness, functions of the run's seed. Order and augmentation have streams of their own: the first number
+# of the spawn key.
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> Generator:
@@ -155,24 +152,29 @@ def draw_sample(
     component off leaves the draws of the others alone.
     """
     tokens = math.prod(grid)
-    generator, t, (text, ref, place) = _draw_numbers(seed, number, noise_tokens or tokens)
+    generator, t, text, ref, place = _draw_numbers(seed, number, noise_tokens or tokens)
     eps = torch.randn(tokens, channels, generator=generator)  # (N, C)
     windows = max(1, grid[0] - window + 1)
     return Draws(t, eps, text < p_text, ref < p_ref, int(place * windows))
 
 
-def _draw_numbers(seed: int, number: int, tokens: int) -> tuple[torch.Generator, float, list[float]]:
-    """The generator of a sample, its t, and its numbers for text, reference and window."""
+def _draw_numbers(seed: int, number: int, tokens: int) -> tuple[torch.Generator, float, float, float, float]:
+    """The generator of a sample, its t, and its numbers in [0, 1) for text, reference and window."""
     state = SeedSequence([seed, number]).generate_state(1, np.uint64)
     generator = torch.Generator("cpu").manual_seed(int(state[0]) >> 1)
     t = shifted_logit_normal(1, tokens, generator).item()
-    return generator, t, torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    return generator, t, *torch.rand(3, generator=generator, dtype=torch.float64).tolist()
 
 
 def share_of_rank(numbers: Sequence[int], rank: int, world: int, seed: int, p_ref: float) -> list[int]:
     """This rank's samples of a step, in order. Ranks get equally many, and equally many without reference, plus or
     minus one: a sample without reference is a shorter sequence, so all ranks take about the same time."""
-    dropped = {number: _draw_numbers(seed, number, tokens=1)[2][1] < p_ref for number in numbers}  # [2][1]: reference
+
+    def is_dropped(number: int) -> bool:
+        _, _, _, ref, _ = _draw_numbers(seed, number, tokens=1)
+        return ref < p_ref
+
+    dropped = {number: is_dropped(number) for number in numbers}
     return sorted(sorted(numbers, key=dropped.get)[rank::world])
 
 

@@ -142,7 +142,7 @@ def align(frames: Tensor, landmarks: Tensor, size: int = CROP) -> Tensor:
     """
     n, _, height, width = frames.shape
     dtype = torch.promote_types(frames.dtype, torch.float32)
-    matrix = similarity_matrix(landmarks.to(frames.device), size)  # float64, which autocast leaves alone
+    matrix = similarity_matrix(landmarks.to(frames.device), size)  # float64
     rotation, shift = matrix[:, :, :2], matrix[:, :, 2:]
     area = rotation[:, 0].square().sum(1)[:, None, None]  # scale^2: the inverse is the transpose divided by it
     usable = area > 1e-12

@@ -50,8 +50,8 @@ def sigma_schedule(steps: int, tokens: int) -> Tensor:
     """
     # In float64, and in terms of 1 - sigma: for long videos every sigma rounds to 1 in float32, and stretching would
     # divide 0 by 0.
-    odds = 1 / torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] - 1  # (steps,)
-    signal = odds / (math.exp(schedule_shift(tokens)) + odds)  # 1 - sigma
+    odds = (1 / torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] - 1) * math.exp(-schedule_shift(tokens))
+    signal = odds / (1 + odds)  # (steps,) 1 - sigma
     if steps > 1:  # a single step starts at 1 and has nothing to stretch
         signal = signal * (1 - LAST_SIGMA) / signal[-1]
     return torch.cat([1 - signal, torch.zeros(1)]).float()
@@ -67,8 +67,8 @@ def three_stream_cfg(v_0: Tensor, v_y: Tensor, v_yr: Tensor, s_y: float = S_Y, s
     """Eq. 13: v_cfg = v_0 + s_y (v_y - v_0) + s_r (v_yr - v_y)
                     = (1 - s_y) v_0 + (s_y - s_r) v_y + s_r v_yr
 
-    v_0 with the negative prompt (in the paper the empty one), v_y with the prompt, v_yr with prompt and
-    reference, each (B, N, C). s_y is the strength of the text, s_r that of the reference. A stream of weight zero
+    v_0 has the negative prompt (the paper says "unconditional"; ours is empty by default), v_y the prompt, v_yr prompt
+    and reference, each (B, N, C). s_y is the strength of the text, s_r that of the reference. A stream of weight zero
     cancels, so its tensor may be zeros.
     """
     return v_0 + s_y * (v_y - v_0) + s_r * (v_yr - v_y)
@@ -95,15 +95,16 @@ def sample_latents(
 ) -> Tensor:
     """Euler steps along v_cfg (Eq. 13) from noise (B, N, C) to z_0 (B, N, C); sums are float32.
 
-    sigmas (steps + 1,), positions (B, 3, N, 2), context and null_context (B, S, D). z_ref (B, R, C) and ref_positions
-    belong to the reference; None means plain text-to-video. `model` is an LTXVideo or a function with its signature,
-    run in `dtype`. `progress` wraps the loop over steps. `ranks` = (rank, world): the number of this process, and how
-    many processes of the default group share the streams. All of them return the result. At noise levels outside
-    `guidance_interval` = (low, high) a step computes one stream: v_yr, or v_y where s_r is 0. `new_cache` makes the
-    `cache` of a stream (LTXVideo.forward); each stream then runs by itself. ValueError for an unknown ref_timestep.
+    model              an LTXVideo, or a function with its signature, run in `dtype`
+    sigmas             (steps + 1,); positions (B, 3, N, 2) of the video
+    context            (B, S, D) of the prompt; null_context (B, S, D) of the negative prompt
+    z_ref              (B, R, C) with ref_positions; None: plain text-to-video
+    progress           wraps the loop over steps
+    ranks              (rank, world): this process among those of the default group that share the streams; each of
+                       them returns the result
+    guidance_interval  (low, high): at noise levels outside it a step computes one stream, v_yr, or v_y where s_r is 0
+    new_cache          makes the `cache` of a stream (LTXVideo.forward); each stream then runs by itself
     """
-    if ref_timestep not in ("clean", "shared"):
-        raise ValueError(f"ref_timestep {ref_timestep!r} is neither 'clean' nor 'shared'")
     batch, n_video, _ = noise.shape
     rank, world = ranks
     s_r = s_r if z_ref is not None else 0.0
@@ -123,7 +124,7 @@ def sample_latents(
         """The velocities of a group of n streams: z (B, N, C) -> (n, B, N, C)."""
         n = len(group)
         t = sigma.expand(n * batch)  # (n B,)
-        tokens = video_tokens(z.to(dtype).repeat(n, 1, 1), t, positions.repeat(n, 1, 1, 1))  # (n B, N, C)
+        tokens = video_tokens(z.to(dtype).repeat(n, 1, 1), t, positions.repeat(n, 1, 1, 1))  # latents (n B, N, C)
         if group == [2]:
             tokens = append_reference(tokens.latents, z_ref, t, tokens.positions, ref_positions, ref_timestep)
         stream_context = torch.cat([contexts[k] for k in group]).to(dtype)  # (n B, S, D)
@@ -205,6 +206,8 @@ def generate_batch(
     reference = reference or ReferenceSettings()
     like = vae.decoder.conv_in.conv.weight  # any weight of the VAE: device and dtype
     cell_frames, cell_height, cell_width = vae.scale
+    if (frames - 1) % cell_frames or height % cell_height or width % cell_width:
+        raise ValueError(f"{frames} frames of {width}x{height} do not fill cells of {vae.scale} frames and pixels")
     dtype, batch = dtype or next(model.parameters()).dtype, len(seeds)
     grid = ((frames - 1) // cell_frames + 1, height // cell_height, width // cell_width)  # (T, h, w)
     positions = video_positions(*grid, fps, vae.scale).expand(batch, -1, -1, -1).to(like.device)  # (B, 3, N, 2)

@@ -13,13 +13,10 @@ them with the reference and with each other. At high noise that estimate is a bl
                                                                      └─> identity_loss ──────────> L_id ──┘
     I_ref ─> detect, align, ArcFace ─> e_ref (no gradient) ──────────────────┘
 
-Letters: B batch, N video tokens, C latent channels, F decoded frames, E embedding size. t in [0, 1] is the noise level:
-0 clean, 1 pure noise. Every loss is per sample, (B,). The paper uses ε twice: here `eps` is the noise (a tensor) in
-add_noise and flow_loss, and everywhere else the small number that keeps a denominator above zero. The paper gives it no
-value; 1e-6 is our choice.
-
-Everything is computed in float32 at least (float64 stays float64), whatever the model ran in. Products are written
-`(a * b).sum(-1)`: an einsum or matmul would drop to bf16 under autocast.
+The letters are those of model.py; F counts decoded frames. Every loss is per sample, (B,). The paper uses ε twice: for
+the noise, `eps` in add_noise and flow_loss, and for the small number that keeps a denominator above zero, `eps` of the
+others. The paper gives it no value; 1e-6 is our choice. Everything is computed in float32 at least (float64 stays
+float64), whatever the model ran in.
 """
 
 import math
@@ -112,8 +109,7 @@ def identity_loss(e: Tensor, e_ref: Tensor, valid: Tensor, eps: float = 1e-6) ->
     returns (B,)
 
     A sample without a valid face gives exactly 0 and a gradient of exactly 0, even where e holds NaN or inf. To leave
-    out a sample, set m_f = 0 in all its frames. With n faces ε multiplies the mean by about 1 - ε/n. We
-    keep the paper's formula.
+    out a sample, set m_f = 0 in all its frames. As in the paper, with n faces the mean is n / (n + ε) of the true one.
     """
     assert e_ref.shape == (e.shape[0], e.shape[2]), f"e_ref is {tuple(e_ref.shape)}, e is {tuple(e.shape)}"
     assert valid.shape == e.shape[:2], f"valid is {tuple(valid.shape)}, expected {tuple(e.shape[:2])}"
@@ -187,8 +183,8 @@ def shifted_logit_normal(
     """Training noise levels t (batch,), float32 in [floor, 1] on the CPU, distributed as in the released LTX trainer.
 
     The paper does not say how it draws t. It fine-tunes LTX-2.3, so we take the trainer's distribution:
-    1. u = sigmoid(μ + n), n ~ N(0, 1). More tokens repeat each other more, and more noise is needed to hide them: μ
-       is the sampler's line, guidance.schedule_shift. tokens = T h w of the video; the reference does not count.
+    1. u = sigmoid(μ + n), n ~ N(0, 1). A video of more tokens is more redundant and needs more noise, so μ grows with
+       them, as in the sampler: guidance.schedule_shift. tokens = T h w of the video; the reference does not count.
     2. u is stretched linearly to s: its own 0.5 and 99.9 percentiles, sigmoid(μ + z_low) and sigmoid(μ + z_high),
        become 0 and 1. z_low and z_high are those percentiles of N(0, 1).
     3. A value s below `floor` becomes 2 floor - s. A value above 1 becomes 1.

@@ -6,7 +6,7 @@ clean reference image (t = 0) can sit in the same sequence as noisy video tokens
         tokens   [ video: N at t | reference: R at t = 0 ]       positions from rope.py
                        |
           x -> rms norm, AdaLN(t) -> self-attention + rotary -> gate -> +
-            -> rms norm, AdaLN(t) -> text attention          -> gate -> +      context modulated by t
+            -> rms norm, AdaLN(t) -> text attention          -> gate -> +      context modulated by sigma
             -> rms norm, AdaLN(t) -> feed-forward            -> gate -> +
                        |  x 48
           LayerNorm, AdaLN(t), linear -> velocity of all tokens; the caller drops the reference's
@@ -17,7 +17,7 @@ Letters, unless the top of a file says otherwise:
         B batch            F H W pixel frames, height, width       T h w latent grid (the paper's T, H, W)
         C latent channels  N = T h w video tokens                  R = h w reference tokens, L = N [+ R] all tokens
         D model width      S text tokens                           U distinct noise levels in a batch
-        E embedding size   t noise level, 0 clean to 1 noise       sigma: LTX's word for the t of the whole video
+        E embedding size   t noise level, 0 clean to 1 noise       sigma, timesteps: LTX's words: t of video, tokens
 """
 
 import math
@@ -68,6 +68,8 @@ def append_reference(
     samples whose reference is dropped (Sec. 3.4); their R tokens are masked out of attention.
     """
     (batch, n_video, _), n_ref = z_t.shape, z_ref.shape[1]
+    if ref_timestep not in ("clean", "shared"):
+        raise ValueError(f"ref_timestep {ref_timestep!r} is neither 'clean' nor 'shared'")
     t_ref = torch.zeros_like(t) if ref_timestep == "clean" else t
     is_ref = torch.arange(n_video + n_ref, device=z_t.device) >= n_video  # (L,)
     mask = None
@@ -217,10 +219,8 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
-        """x (B, L, D), context (B, S, D), modulation (U, 9, D), prompt_modulation (B, 2, D) -> (B, L, D).
-
-        token_row (B, L) is the row of `modulation` that belongs to each token.
-        """
+        """x (B, L, D), context (B, S, D), modulation (U, 9, D), prompt_modulation (B, 2, D) -> (B, L, D). token_row (B, L)
+        is the row of `modulation` that belongs to each token."""
         # Shift, scale and gate of self-attention (0-2), of the feed-forward (3-5), of text attention (6-8).
         rows = (self.scale_shift_table + modulation).unbind(1)  # 9 x (U, D)
         # F.embedding, not indexing: many tokens share a row, and F.embedding sums their gradients in parallel.
@@ -241,7 +241,7 @@ class Block(nn.Module):
 
 
 class Constants(NamedTuple):
-    """Values for all steps of a stream (guidance.py). A step changes the noise levels, not which tokens share one."""
+    """What stays the same in all steps of a stream (guidance.py). Noise levels change, not which tokens share one."""
 
     rotary: tuple[Tensor, Tensor]  # tables (B, heads, L, head_dim/2) in the dtype of the latents
     token_row: Tensor  # (B, L) index of each token's noise level among the distinct ones

@@ -7,10 +7,9 @@
         Step 5   decode, detect, align, ArcFace  ->  L_id, L_tic        the faces in it               Eq. 7-10
         Step 6   L = L_flow + w_aux (lambda_id L_id + lambda_tic L_tic)                               Eq. 11-12
 
-The frozen parts (VAE, text connector, detector, ArcFace) belong to the objective. The DiT is passed in, because DDP
-and FSDP wrap it. The randomness of each sample comes from outside (`data.draw_sample`). It depends on the seed and the
-number of the sample, not on the rank or the batch: one process and many draw the same, and a resumed run draws what
-the unbroken run draws. The letters are those of model.py.
+The frozen parts (VAE, text connector, detector, ArcFace) belong to the objective. The caller passes the DiT, which DDP
+or FSDP may wrap. `data.draw_sample` draws all randomness from the seed and the number of the sample, so one process and
+many draw the same, and a resumed run draws what the unbroken run draws. The letters are those of model.py.
 """
 
 import math
@@ -30,12 +29,12 @@ from rope import place_reference, video_positions
 from text import TextConnector, pad_features
 from vae import VideoVAE, from_tokens, to_tokens
 
-PIXELS_AT_ONCE = 2**22  # most of one call of the decoder, for windows of several samples; a larger window is alone
+PIXELS_AT_ONCE = 2**22  # of one call of the decoder, at most; a larger window is decoded alone
 
 
 @dataclass
 class Objective:
-    """Computes the loss of a batch. Holds the frozen parts; `detector` is None where the identity losses are off."""
+    """Computes the loss of each sample; train.py averages. `detector` is None where the identity losses are off."""
 
     vae: VideoVAE
     connector: TextConnector
@@ -91,7 +90,7 @@ class Objective:
             reliable = torch.nonzero(out["w_aux"] >= options.min_weight).flatten().tolist()
 
             # Step 5: the faces in a window of the estimate. Samples with the same window are decoded together.
-            most = windows_at_once(self.vae.scale, grid, options.window + 2 * options.context, device)
+            most = windows_at_once(self.vae.scale, grid, options.window + 2 * options.margin, device)
             for start, samples in same_window(draws, reliable, most):
                 index = torch.tensor(samples, device=device)
                 e_ref = batch["e_ref"][samples]  # of the unaugmented photo: (n, E)
@@ -137,7 +136,7 @@ class Objective:
         face ("faces"). For a sample without reference L_id is 0; L_tic is computed as usual.
         """
         like, length = self.vae.decoder.conv_in.conv.weight, min(self.faces.window, z_0_hat.shape[2])
-        video = decode_window(self.vae, z_0_hat.to(like.dtype), start, length, self.faces.context)  # (n, 3, F, H, W)
+        video = decode_window(self.vae, z_0_hat.to(like.dtype), start, length, self.faces.margin)  # (n, 3, F, H, W)
         size = video.shape[0], video.shape[2]  # (n, F)
         images = video.transpose(1, 2).flatten(0, 1)  # (n F, 3, H, W)
         landmarks, _, valid = self.detector.detect(images)  # no gradient: (n F, 5, 2), (n F,)

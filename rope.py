@@ -14,7 +14,8 @@ and its columns at w. So no reference token shares a coordinate with a video tok
             2h    + - - - - -+-----------+      near in time, so attention finds it; apart in space, so no copying
 
 `python docs/figures.py` draws this, and the placements that the paper argues against.
-The letters are those of model.py. The paper's T, H, W are the latent grid, here T, h, w.
+The letters are those of model.py, but here t is the index of a latent frame. The paper's T, H, W are the latent grid,
+here T, h, w.
 """
 
 import math
@@ -67,9 +68,8 @@ def cell_grid(T: int, h: int, w: int, origin: tuple[int, int, int] = (0, 0, 0)) 
 def to_seconds_and_pixels(cells: Tensor, fps: float, scale: tuple[int, int, int]) -> Tensor:
     """Intervals [start, end) that latent cells (3, n) cover, in seconds, pixels and pixels. (3, n, 2)
 
-    `scale` = (s, p, p) frames and pixels per cell. The first latent frame holds a single pixel frame. So on the time
-    axis, boundary k (between cells k - 1 and k) is at pixel frame s (k - 1) + 1 for k >= 1. The video starts at
-    boundary 0, at frame 0; a boundary in front of it (k < 0) is at s k.
+    `scale` = (s, p, p) frames and pixels per cell. Cell 0 holds a single pixel frame, frame 0; cell k >= 1 holds the s
+    frames from s (k - 1) + 1 to s k; a cell in front of the video, k < 0, those from s k on.
     """
     edges = torch.stack([cells, cells + 1], dim=-1).float()  # (3, n, 2) boundaries, in cells
     time, space = edges[0], edges[1:]  # (n, 2), (2, n, 2)
@@ -79,7 +79,8 @@ def to_seconds_and_pixels(cells: Tensor, fps: float, scale: tuple[int, int, int]
 
 
 def video_positions(T: int, h: int, w: int, fps: float, scale: tuple[int, int, int] = (8, 32, 32)) -> Tensor:
-    """Eq. 3: p_v(t, i, j) = (t, i, j) for a grid of (T, h, w) latent cells, in seconds and pixels. (3, T*h*w, 2)"""
+    """Eq. 3 in LTX's units: p_v(t, i, j) = (t, i, j) for a grid of (T, h, w) latent cells, as the cells' intervals in
+    seconds and pixels. (3, T*h*w, 2)"""
     return to_seconds_and_pixels(cell_grid(T, h, w), fps, scale)
 
 
@@ -90,6 +91,9 @@ def reference_positions(
 
     The paper gives the coordinates in latent cells. They are mapped to seconds and pixels like those of video tokens,
     so with TASS the reference fills the latent frame right after the video. `placement`: a name in PLACEMENTS.
+
+    The paper does not speak of LTX's range, max_pos = 20 seconds and 2,048 pixels. Beyond it lie TASS in videos above
+    1,024 pixels a side, and "fixed" and "remote" in time.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}")
@@ -119,7 +123,7 @@ def rope_cos_sin(
     The middle of each interval, as a fraction f of `max_pos`, gives the angle (2f - 1) * frequency. There are
     K = dim // (2 axes) frequencies pi/2 * theta^x, with x from 0 to 1 in equal steps, for the whole width `dim`. The
     layout goes frequency by frequency with the axes side by side, and the heads take consecutive slices: early heads
-    turn slowly, late heads fast. The dim/2 - K * axes remaining slots come first and do not rotate.
+    turn slowly, late heads fast. The dim/2 - K * axes remaining slots come first, with angle 0.
 
     `phase` (B, L) adds phase * theta^(-d/P) to slot d = 0..P-1 of every head, P = dim/heads/2. It is the mark that
     LTX-Best-Face-ID gives the reference's tokens instead of positions of their own; it is not in the paper.

@@ -95,7 +95,7 @@ class Plan:
         self.config, self.ltx, self.size, self.text_tokens = config, ltx, size, text_tokens
         self.grid = ((frames - 1) // scale[0] + 1, self.height // scale[1], self.width // scale[2])
         self.tokens = math.prod(self.grid)
-        self.window = min(config.faces.window + 2 * config.faces.context, self.grid[0])  # latent frames decoded
+        self.window = min(config.faces.window + 2 * config.faces.margin, self.grid[0])  # latent frames decoded
         self.reference_tokens = self.grid[1] * self.grid[2] if config.reference.use else 0
         with torch.device("meta"):
             self.dit = LTXVideo(ltx["transformer"])

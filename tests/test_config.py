@@ -106,7 +106,7 @@ CHOICES = {
     "parallel.recompute": ["auto", "all", "products", "none"],
 }
 ABOVE_ZERO = ["optim.steps", "optim.batch", "optim.lr", "optim.clip", "parallel.micro_batch", "parallel.replicas"]
-ABOVE_ZERO += ["faces.window", "faces.context", "log.every", "log.save_every", "log.keep", "guidance.steps"]
+ABOVE_ZERO += ["faces.window", "faces.margin", "log.every", "log.save_every", "log.keep", "guidance.steps"]
 
 
 @pytest.mark.parametrize("name", CHOICES)
