@@ -219,8 +219,8 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
-        """x (B, L, D), context (B, S, D), modulation (U, 9, D), prompt_modulation (B, 2, D) -> (B, L, D). token_row (B, L)
-        is the row of `modulation` that belongs to each token."""
+        """x (B, L, D), context (B, S, D), modulation (U, 9, D), prompt_modulation (B, 2, D) -> (B, L, D). A token's row
+        of `modulation` is token_row (B, L)."""
         # Shift, scale and gate of self-attention (0-2), of the feed-forward (3-5), of text attention (6-8).
         rows = (self.scale_shift_table + modulation).unbind(1)  # 9 x (U, D)
         # F.embedding, not indexing: many tokens share a row, and F.embedding sums their gradients in parallel.
