@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from clips.manifest import VIDEO_SUFFIXES
 from common.device import resolve_device
-from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.errors import Parser, UserError, one_line_errors, write_text
 from common.media import count_frames, read_frames, read_image
 from common.outputs import refuse_overwrite
 from common.schema import validate
@@ -128,8 +128,7 @@ def main() -> None:
     good = [row for row in rows if "problem" not in row]
     how = f"faces by {faces.name}" + (", CLIP receives BGR" if options.clip_bgr else "")
     text = markdown(options.name or Path(options.videos).resolve().name, good, len(cases), how)
-    with whole_file(out / "summary.md") as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_text(out / "summary.md", text)
     draw_sheet(out / "sheet.png", [picture(row, scored[row["id"]]) for row in extremes(good)])
     print(f"{text}\nwrote scores.csv, summary.md and sheet.png into {out}")
     if failure:

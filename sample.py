@@ -29,8 +29,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import Checkpoint
-from common.device import DTYPES, free, resolve_device
-from common.errors import Parser, UserError, one_line_errors
+from common.device import free, resolve_device
+from common.errors import Parser, UserError, one_line_errors, whole
 from common.media import contact_sheet, read_image, to_tensor, to_uint8, write_video
 from common.outputs import refuse_folders, refuse_overwrite
 from common.video import FORMATS
@@ -40,7 +40,7 @@ from engine.check import check
 from engine.lora_files import merge_lora
 from engine.notes import notes_on_photo, notes_on_prompt, notes_on_recipe
 from engine.parallel import join_processes
-from engine.recipe import PRESETS, Recipe, begin_with, default_gemma, resolve_loras, resolve_recipe
+from engine.recipe import Recipe, add_model_options, begin_with, default_gemma, resolve_loras, resolve_recipe
 from engine.sampling import face_reader, likeness, load_dit, require_picture
 from evaluation.batch import Batch
 from evaluation.cases import Case, read_cases
@@ -48,7 +48,7 @@ from evaluation.metrics import FaceReader
 from guidance import generate, stream_weights
 from model import LTXVideo
 from rope import PLACEMENTS
-from text import GEMMA, TextConnector, TextEncoder
+from text import TextConnector, TextEncoder
 from vae import VideoVAE
 
 BAR = "{desc}: {n}/{total} steps {bar:30} {rate_inv_fmt}, {remaining} left"
@@ -217,9 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", help="video, .mp4, .gif or .webp (out/sample.mp4; a contact sheet beside), or folder of a --batch"
     )
-    parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint (default: the tiny one in assets/)")
-    parser.add_argument("--base", help="a whole LTX-2.3 file; it completes a --ckpt that is a transformer alone")
-    parser.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA}, or the tiny one)")
+    add_model_options(parser)
     parser.add_argument("--height", type=int, help="pixels; a multiple of 32 (tiny model: of 8)")
     parser.add_argument("--width", type=int, help="pixels; a multiple of 32 (tiny model: of 8)")
     parser.add_argument("--frames", type=int, help="8k+1 (tiny model: 4k+1)")
@@ -244,26 +242,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ref-timestep", choices=["clean", "shared"], help="reference tokens at t = 0, or the video's t"
     )
-    parser.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA to merge; may be repeated"
-    )
-    parser.add_argument(
-        "--lora-ignore-unknown", action="store_true", help="skip LoRA tensors that this model has no place for"
-    )
-    parser.add_argument("--preset", choices=list(PRESETS), help="settings of a LoRA without nano-ST-DRC metadata")
     parser.add_argument("--prompt-prefix", help="beginning of every prompt (default: none)")
-    parser.add_argument(
-        "--faces", help="face pack that measures likeness (default: the tiny model's, or buffalo_l if on disk)"
-    )
-    parser.add_argument("--samples", type=int, default=1, help="number of videos, with seeds SEED, SEED+1, ...")
+    parser.add_argument("--samples", type=whole(1, 10_000), default=1, help="videos, with seeds SEED, SEED+1, ...")
     parser.add_argument("--seed", type=int, help="of the noise; the same noise on any device (default 0)")
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has the GPU of its number
     parser.add_argument("--device", default=gpu if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile a block: a slow start, faster steps")
-    parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits, and products on newer cards")
-    parser.add_argument("--offload", action="store_true", help="DiT weights in host memory, streamed block by block")
-    parser.add_argument("--text-on-cpu", action="store_true", help="Gemma in host memory: slower, no GPU memory")
     parser.add_argument(
         "--check",
         action="store_true",
@@ -279,8 +263,6 @@ def parse_arguments() -> argparse.Namespace:
         )
     if not options.batch and not options.check and not (options.prompt or "").strip():
         raise UserError('the prompt is empty: describe the video with --prompt "..."')
-    if not 1 <= options.samples <= 10_000:
-        raise UserError(f"--samples {options.samples} is not between 1 and 10000")
     for name in ("prompt", "negative", "prompt_prefix"):
         # Python turns a byte that is not UTF-8 into one of these code points.
         if any("\ud800" <= letter <= "\udfff" for letter in getattr(options, name) or ""):

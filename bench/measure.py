@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from checkpoint import open_checkpoint
 from common.device import DTYPES, free, resolve_device
-from common.errors import Parser, UserError, whole, whole_file
+from common.errors import Parser, UserError, whole, write_text
 from common.outputs import refuse_folders, refuse_overwrite
 from engine.fp8 import E4M3, can_multiply, multiply_in_fp8, quantize, store_in_fp8
 from engine.offload import offload
@@ -345,6 +345,5 @@ def main() -> None:
     print(lines[0])
     for size in sizes:
         lines += table(ltx, size, options, limits)
-    with whole_file(out) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+    write_text(out, "\n".join(lines) + "\n")
     print(f"wrote {out}")

@@ -43,7 +43,7 @@ from clips.manifest import Clip, Rejected, load_clip, read_manifest
 from common import cache as stored
 from common.cache import NULL, CachedClip, NullMetadata, ShardMetadata, read_metadata, shard_file
 from common.device import free, own_place
-from common.errors import UserError, whole_file
+from common.errors import UserError, write_text
 from common.media import from_bytes
 from common.outputs import refuse_overwrite, require_same
 from common.schema import record, validate
@@ -158,8 +158,7 @@ def fill(
     if begun is not None:
         require_same(begun, settings, folder, "run it with the same options and files, or give another --out")
     elif rank == 0:
-        with whole_file(folder / "cache.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        write_text(folder / "cache.json", json.dumps(settings, indent=1) + "\n")
     names = ["report.jsonl", NULL, *(name(k) for name in (shard_file, text_file) for k in range(settings["shards"]))]
     for path in (folder / name for name in names):
         if path.is_dir():  # an error at once rather than after hours of work
@@ -360,8 +359,8 @@ def _report(folder: Path, settings: dict[str, Any], parts: int, rank: int) -> No
     lines = [line for shard in metadata for line in shard.report]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     # Another rank may come to its end at the same moment, with the same report.
-    with suppress(FileNotFoundError), whole_file(folder / "report.jsonl") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with suppress(FileNotFoundError):
+        write_text(folder / "report.jsonl", text)
     reasons = Counter(line["reason"] for line in lines if "reason" in line)
     clips = [clip for shard in metadata for clip in shard.clips]
     size = sum((folder / shard_file(k)).stat().st_size for k in shards)

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from clips.manifest import VIDEO_SUFFIXES, Box
-from common.errors import UserError, whole_file
+from common.errors import UserError, write_text
 from common.schema import Text, foreign_record, validate
 
 Frame = Annotated[int, Field(ge=0, lt=2**31)]
@@ -102,9 +102,7 @@ def vip200k(annotations: str | Path, videos: str | Path, out: str | Path, seed: 
             })  # fmt: skip
     if not rows:
         raise UserError(f"{annotations}: none of {counts['segments']} segments can be used with {videos}{problem}")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     counts["videos"], counts["videos missing"] = len(named), len(named - paths.keys())
     return counts
 

@@ -173,6 +173,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """`whole_file` of a text in UTF-8, and the folder that it lies in."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def _new_file(path: Path) -> tuple[Path, int]:
     """A new empty file beside `path`, open and locked: its name and its descriptor."""
     while True:

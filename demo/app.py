@@ -21,29 +21,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from common.device import DTYPES
 from common.errors import Parser, UserError, one_line_errors
-from engine.recipe import PRESETS
+from engine.recipe import add_model_options
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint (default: the tiny one in assets/)")
-    parser.add_argument("--base", help="a whole LTX-2.3 file; it completes a --ckpt that is a transformer alone")
-    parser.add_argument(
-        "--gemma", help="folder or hub name of Gemma 3 (default: the one that belongs to the checkpoint)"
-    )
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA; may be repeated")
-    parser.add_argument("--lora-ignore-unknown", action="store_true", help="skip LoRA tensors without a place")
-    parser.add_argument("--preset", choices=list(PRESETS), help="settings of a LoRA without nano-ST-DRC metadata")
-    parser.add_argument("--faces", help="face pack that measures likeness (default: as sample.py)")
+    add_model_options(parser)
     for name in ("height", "width", "frames"):
         parser.add_argument(f"--{name}", type=int, help="of the videos (default: the checkpoint's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits: half the memory")
-    parser.add_argument("--offload", action="store_true", help="DiT weights in host memory, streamed block by block")
-    parser.add_argument("--text-on-cpu", action="store_true", help="Gemma in host memory: slower, no GPU memory")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all (%(default)s)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     return parser.parse_args()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import UserError, whole_file
+from common.errors import UserError, write_text
 from config import LEVELS, Config, as_dict
 from engine.plan import CARDS, Plan
 
@@ -59,8 +59,7 @@ class Log:
     def open(self, path: Path) -> TextIO:
         """A file of lines to append to. Steps after the checkpoint come again, so their lines go."""
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(line for line in lines if self.first and _step(line) <= self.first))
+        write_text(path, "".join(line for line in lines if self.first and _step(line) <= self.first))
         return self.sinks.enter_context(path.open("a", buffering=1))
 
     def figures(self, step: int, table: Tensor, norm: float, lr: float, seconds: float) -> dict[str, float]:

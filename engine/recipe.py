@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import Checkpoint, distilled_sign
+from common.device import DTYPES
 from common.errors import UserError
 from common.sizes import require_memory, require_video_size
 from config import ASSETS, VIDEO, Config
@@ -74,6 +75,22 @@ class Recipe:
             f"{self.width}x{self.height}, {self.frames} frames at {self.fps:g} fps, {self.steps} steps, s_text "
             f"{self.s_text:g}, s_ref {self.s_ref:g}, placement {self.reference.placement}, fit {self.reference.fit}"
         )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options of sample.py and of the page in demo/ that name the models and how they are held."""
+    parser.add_argument("--ckpt", help="an LTX-2.3 checkpoint (default: the tiny one in assets/)")
+    parser.add_argument("--base", help="a whole LTX-2.3 file; it completes a --ckpt that is a transformer alone")
+    parser.add_argument("--gemma", help=f"folder or hub name of Gemma 3 (default: {GEMMA}, or the tiny one)")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA; may be repeated")
+    parser.add_argument("--lora-ignore-unknown", action="store_true", help="skip LoRA tensors without a place")
+    parser.add_argument("--preset", choices=list(PRESETS), help="settings of a LoRA without nano-ST-DRC metadata")
+    pack = "face pack that measures likeness (default: the tiny model's, or buffalo_l if on disk)"
+    parser.add_argument("--faces", help=pack)
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--fp8", action="store_true", help="DiT weights in 8 bits, and products on newer cards")
+    parser.add_argument("--offload", action="store_true", help="DiT weights in host memory, streamed block by block")
+    parser.add_argument("--text-on-cpu", action="store_true", help="Gemma in host memory: slower, no GPU memory")
 
 
 def begin_with(prefix: str, prompt: str) -> str:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from checkpoint import Checkpoint, file_name
 from common.cache import digest
-from common.errors import UserError, blame, whole_file
+from common.errors import UserError, blame, write_text
 from common.images import require_file
 from common.outputs import refuse_folders, refuse_overwrite
 from common.schema import Count, FiniteFloat, Text, foreign_record, parse_json, validate
@@ -118,8 +118,7 @@ def write_record(run: Path, config: Config, cache: dict[str, Any]) -> None:
     """Write config.json of a run. Called by every rank."""
     dist.barrier()
     if dist.get_rank() == 0:
-        with whole_file(run / "config.json") as temporary:
-            temporary.write_text(json.dumps(as_dict(config) | {"cache": digest(cache)}, indent=1))
+        write_text(run / "config.json", json.dumps(as_dict(config) | {"cache": digest(cache)}, indent=1))
     dist.barrier()
 
 

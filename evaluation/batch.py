@@ -19,7 +19,7 @@ import av
 from pydantic import JsonValue
 
 from common.device import own_place
-from common.errors import UserError, remove_leftovers, whole_file
+from common.errors import UserError, remove_leftovers, write_text
 from common.images import require_file
 from common.outputs import refuse_overwrite
 from common.schema import parse_json
@@ -86,8 +86,7 @@ class Batch:
             self.failed += 1
             print(f"{case.id} failed: {reason}")
             try:
-                with whole_file(self.note(case)) as temporary:
-                    temporary.write_text(reason + "\n", encoding="utf-8", errors="backslashreplace")
+                write_text(self.note(case), reason + "\n")
             except (UserError, OSError) as error:  # the disk is full, or a folder has the name of the note
                 print(f"{case.id}: the reason could not be written: {one_line(error)}")
 

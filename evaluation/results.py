@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from common.errors import UserError, blame, whole_file
+from common.errors import UserError, blame, whole_file, write_text
 from common.images import require_file
 from common.outputs import require_same
 from common.schema import Count, FiniteFloat, Share, Text, parse_json, record
@@ -44,9 +44,7 @@ def begin(path: Path, settings: dict[str, Any], advice: str) -> None:
         except UserError as error:
             raise UserError(f"{error}: {advice}") from None
         return require_same(before, settings, path.parent, advice)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:  # every rank writes the same
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    write_text(path, json.dumps(settings, indent=1) + "\n")  # every rank writes the same
 
 
 def stamp(files: Iterable[Path | None], texts: Iterable[object] = ()) -> str:

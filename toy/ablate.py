@@ -46,7 +46,7 @@ import torch
 import torch.distributed as dist
 
 from common.device import hardware, resolve_device
-from common.errors import Parser, UserError, one_line_errors, whole
+from common.errors import Parser, UserError, one_line_errors, whole, write_text
 from common.outputs import require_same
 from common.schema import parse_json
 from config import ASSETS, Config, as_dict, read_config
@@ -224,7 +224,7 @@ def train_run(run: Run, steps: int, ablation: Ablation) -> None:
     if not row.shares:
         run_program(command if here else [*torchrun(), *command], here)
     run_program([*command, "--export", str(out)], here)
-    judge.write_text(out.with_suffix(".seconds"), f"{time.perf_counter() - begun:.0f} {hardware()}\n")
+    write_text(out.with_suffix(".seconds"), f"{time.perf_counter() - begun:.0f} {hardware()}\n")
 
 
 @lru_cache
@@ -260,7 +260,7 @@ def judge_run(run: Run, steps: int, seed: int, ablation: Ablation, scales: tuple
     if not scales and run.seed == 0 and steps == ablation.marks(run.row)[-1]:
         judge.draw_rows(record.with_suffix(".jpg"), clips[:4], rows, videos)
     rounded = json.loads(json.dumps(rows), parse_float=lambda digits: round(float(digits), 5))
-    judge.write_text(record, json.dumps(rounded))
+    write_text(record, json.dumps(rounded))
 
 
 def do(run: Run, ablation: Ablation, sweep: bool = False) -> None:
@@ -354,7 +354,7 @@ def write_page(page: Path, figures: Path, text: str, results: copying.Results) -
     for figure in copying.draw(figures, results):
         text += f"![{figure.stem}]({os.path.relpath(figure, page.parent)})\n\n"
     above = page.read_text(encoding="utf-8").partition(PROSE)[0] if page.is_file() else TITLE
-    judge.write_text(page, f"{above}{PROSE}\n\n{text}{copying.numbers(results)}")
+    write_text(page, f"{above}{PROSE}\n\n{text}{copying.numbers(results)}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -442,7 +442,7 @@ def same_settings(ablation: Ablation) -> None:
     if record.is_file():
         before = parse_json(dict[str, Any], record.read_bytes(), record)
         return require_same(before, settings, ablation.out, "give another --out")
-    judge.write_text(record, json.dumps(settings, indent=1))
+    write_text(record, json.dumps(settings, indent=1))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint
 from common.device import DTYPES, free, resolve_device
-from common.errors import SEED, Parser, UserError, one_line_errors, whole, whole_file
+from common.errors import SEED, Parser, UserError, one_line_errors, whole, whole_file, write_text
 from common.images import require_file
 from common.media import from_bytes, to_tensor, to_uint8
 from common.outputs import refuse_folders
@@ -369,13 +369,6 @@ def draw_rows(path: Path, clips: Clips, rows: Rows, videos: np.ndarray) -> None:
     titles = [f"{clip['caption']}   similarity {row['similarity']:.2f}" for clip, row in zip(clips, rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(path, [*zip(titles, [Image.fromarray(clip["reference"]) for clip in clips], videos[:, picks])])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file, with the folder that it lies in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def write_cases(folder: Path, options: argparse.Namespace, recipe: Recipe) -> None:

@@ -30,7 +30,7 @@ from torch import nn
 
 from checkpoint import file_name, write_modules
 from common.device import cores, hardware
-from common.errors import Parser, UserError, one_line_errors, whole_file
+from common.errors import Parser, UserError, one_line_errors, write_text
 from common.schema import Count, parse_json
 from config import ASSETS
 from model import LTXVideo
@@ -122,8 +122,7 @@ def make(part: str, out: Path) -> dict[str, int]:
         for command in commands(part, out):
             run_command(command, f"{part}: ")
         seconds[part] = round(time.perf_counter() - begun)
-        with whole_file(record) as temporary:
-            temporary.write_text(json.dumps(seconds, indent=1) + "\n")
+        write_text(record, json.dumps(seconds, indent=1) + "\n")
     return seconds
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from common.device import DTYPES, resolve_device
-from common.errors import Parser, UserError, one_line_errors, whole
+from common.errors import Parser, UserError, one_line_errors, whole, write_text
 from config import ASSETS
 from evaluation.metrics import FaceReader
 from model import Block, LTXVideo
@@ -109,7 +109,7 @@ def main() -> None:
         lines.append([name, *quality, gain[1], *costs])
         print(" | ".join(lines[-1]), flush=True)
     text = judge.markdown(HEAD, lines) + f"\n{options.count} videos of {options.steps} steps. {LEGEND}\n"
-    judge.write_text(Path(options.out), text)
+    write_text(Path(options.out), text)
     print(f"\n{text}wrote {options.out}")
 
 
