@@ -218,9 +218,9 @@ def resume(
     folders = checkpoints(run)[::-1]
     for folder, before in zip(folders, [*folders[1:], None]):
         try:
-            require_files(folder)
+            reader = open_reader(folder)
             progress = read_progress(folder)
-            dcp.load(state_tensors(model, optimizer, average), storage_reader=HuggingFaceStorageReader(str(folder)))
+            dcp.load(state_tensors(model, optimizer, average), storage_reader=reader)
         except Exception as error:  # safetensors, DCP and JSON each have classes of their own
             message = f"{folder} is damaged ({last_line(error)})"
             if not (from_previous and before):
@@ -241,10 +241,15 @@ def resume(
     return 0, []
 
 
-def require_files(folder: Path) -> None:
-    """UserError for a pipe or a folder among the files of a checkpoint."""
+def open_reader(folder: Path) -> HuggingFaceStorageReader:
+    """DCP's reader of a checkpoint, with the headers of its shards. An error for a shard that is cut, and for a pipe or
+    a folder in the place of one."""
     for path in folder.iterdir():
         require_file(path, "file of a checkpoint")
+    reader = HuggingFaceStorageReader(str(folder))
+    metadata = reader.read_metadata()
+    reader.read_metadata = lambda: metadata  # DCP would read all headers again, an export for each tensor
+    return reader
 
 
 def last_line(error: Exception) -> str:
@@ -261,11 +266,8 @@ class SavedWeights:
     def __init__(self, folder: Path):
         self.folder = folder
         with blame(f"{folder} is damaged", ": move it away, and the checkpoint before it is exported"):
-            require_files(folder)
-            self.reader = HuggingFaceStorageReader(str(folder))
-            metadata = self.reader.read_metadata()
-        self.reader.read_metadata = lambda: metadata  # DCP would read the headers of all shards again for each tensor
-        sizes = {name: entry.size for name, entry in metadata.state_dict_metadata.items()}
+            self.reader = open_reader(folder)
+        sizes = {name: entry.size for name, entry in self.reader.read_metadata().state_dict_metadata.items()}
         kind = "ema." if any(name.startswith("ema.") for name in sizes) else "model."
         self.entries = {n.removeprefix(kind): (n, size) for n, size in sizes.items() if n.startswith(kind)}
 
