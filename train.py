@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map_only
 
 from checkpoint import Checkpoint
 from common.device import upload
-from common.errors import Parser, UserError, one_line_errors
+from common.errors import Parser, UserError, one_line_errors, whole
 from common.schema import parse_json
 from common.sizes import require_video_size
 from config import ASSETS, VIDEO, Config, read_config
@@ -43,7 +43,7 @@ from engine.check import require_bf16
 from engine.holdout import evaluate, hold_out
 from engine.logbook import Log
 from engine.lora import seed_dropout
-from engine.optim import AdamWBF16
+from engine.optim import build_optimizer, learning_rate
 from engine.parallel import StopSignal, build_model, gather_rows, join_processes, report, usable_memory
 from engine.plan import RELEASED, plan_of
 from engine.recipe import default_gemma
@@ -79,9 +79,7 @@ def main() -> None:
         config, base, clips = stand_ins(config, *model_and_cache(config, ckpt), device)
     else:
         clips, base = CachedClips(config.data.cache), Checkpoint(ckpt)
-        # A pack given by its name is not opened here: all ranks would download it at once.
-        local_pack = config.faces.pack if Path(config.faces.pack).is_dir() else ""
-        check_cache_fits(clips.settings, base, config.model.gemma, local_pack)
+        check_cache_fits(clips.settings, base, config.model.gemma, config.faces.pack)
         if not config.lora.rank:
             require_bf16(base)  # before the run, not at its export
         if not options.trial:
@@ -238,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print memory per GPU and days; load no weights")
     rehearse = "three steps on random weights and latents, beside the plan; needs no file, writes none"
     parser.add_argument("--rehearse", action="store_true", help=rehearse)
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs for --plan (%(default)s)")
+    parser.add_argument("--gpus", type=whole(), default=8, help="number of GPUs for --plan (%(default)s)")
     parser.add_argument("--mfu", type=float, default=0.4, help="useful share of the peak, all recomputed, for --plan")
     options = parser.parse_args()
     options.trial = 3 if options.rehearse else int(options.dry_run)  # steps that write nothing; 0: a run
@@ -248,8 +246,6 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--best says which checkpoint --export writes: give both")
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu} is not between 0 and 1")
-    if not 1 <= options.gpus <= 1_000_000:
-        raise UserError(f"--gpus {options.gpus} is not between 1 and 1,000,000")
     return options
 
 
@@ -286,16 +282,6 @@ def build_objective(
     )
 
 
-def build_optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters, in float32 or in bf16 with stochastic rounding."""
-    optim = config.optim
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shared = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-    if optim.kind == "adamw-bf16":
-        return AdamWBF16(parameters, **shared, seed=config.run.seed)
-    return torch.optim.AdamW(parameters, **shared, fused=device.type == "cuda")
-
-
 def model_and_cache(config: Config, ckpt: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model's config and the cache's settings of a run whose files may be missing. Without the checkpoint, the
     config is that of LTX-2.3. Without the cache, the settings are those that prepare.py would give it."""
@@ -325,13 +311,6 @@ def ahead(batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[d
         yield now
         now = following
     yield now
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """The learning rate of step `step`, counted from 0: a linear rise, then constant or a linear fall."""
-    optim = config.optim
-    fall = (optim.steps - step) / max(1, optim.steps - optim.warmup) if optim.decay == "linear" else 1.0
-    return optim.lr * min(1.0, (step + 1) / max(1, optim.warmup), fall)
 
 
 def gather_names(names: list[str]) -> list[str]:

@@ -1,4 +1,5 @@
-"""AdamW whose weights and moments are bf16: 8 bytes a parameter with the gradient, where float32 takes 16.
+"""The optimizer of a run: AdamW in float32, or with weights and moments in bf16, 8 bytes a parameter with the gradient,
+where float32 takes 16.
 
         weights, gradient, two moments                13.1 B parameters
         float32     4 + 4 + 4 + 4 bytes               210 GB: shards only (FSDP2)
@@ -19,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from common.device import upload
+from config import Config
 from engine.average import local_parts
 
 PIECE = 2**24  # numbers of a weight that are in float32 at a time, where the step is not one kernel
@@ -108,3 +110,20 @@ class AdamWBF16(torch.optim.Optimizer):
                 size = len(flat[0]) if self.compiled else PIECE
                 for k, pieces in enumerate(zip(*(t.split(max(1, size)) for t in flat))):
                     self.update(*pieces, seed + k * size if k else seed, factors, group["betas"], group["eps"])
+
+
+def build_optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters, in float32 or in bf16 with stochastic rounding."""
+    optim = config.optim
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shared = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+    if optim.kind == "adamw-bf16":
+        return AdamWBF16(parameters, **shared, seed=config.run.seed)
+    return torch.optim.AdamW(parameters, **shared, fused=device.type == "cuda")
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate of step `step`, counted from 0: a linear rise, then constant or a linear fall."""
+    optim = config.optim
+    fall = (optim.steps - step) / max(1, optim.steps - optim.warmup) if optim.decay == "linear" else 1.0
+    return optim.lr * min(1.0, (step + 1) / max(1, optim.warmup), fall)

@@ -24,26 +24,18 @@ into the run's folder. --publish also writes docs/copying.md and its figures in 
 
 import argparse
 import json
-import multiprocessing
 import os
-import runpy
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import lru_cache, partial
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from common.device import hardware, resolve_device
 from common.errors import Parser, UserError, one_line_errors, whole, write_text
@@ -55,7 +47,8 @@ from rope import PLACEMENTS
 from toy import copying, judge
 from toy.cache import add_temptation, read_temptation
 from toy.eye import Eye
-from toy.make import DEFAULTS, ON_GPU, assemble, run_command, torchrun
+from toy.jobs import do_all, run_command, run_program, torchrun
+from toy.make import DEFAULTS, ON_GPU, assemble
 from toy.text import narrow
 from toy.world import APART, Temptation
 
@@ -200,19 +193,6 @@ def as_words(options: dict[str, Any]) -> list[str]:
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
 
 
-def run_program(command: list[str], here: bool) -> None:
-    """Run a program of the repository: here, in this process, or as one process for each device."""
-    if not here:
-        return run_command(command)
-    sys.argv = command
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise UserError(f"{' '.join(command)} ended with code {end.code}") from None
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py takes it for a wish to save
-
-
 def train_run(run: Run, steps: int, ablation: Ablation) -> None:
     """Train a run up to these steps and export it, unless that is done. The run that it starts from is there."""
     if (out := ablation.weights(run, steps)).is_file():
@@ -293,43 +273,6 @@ def make_cache(temptation: Temptation, ablation: Ablation, processes: int) -> No
     words += ["--device", ablation.device] if ablation.jobs > 1 else []
     start = [*torchrun()[:-1], f"--nproc_per_node={processes}"] if ablation.jobs > 1 else torchrun()
     run_command([*start, "-m", "toy.cache", *words])
-
-
-def end_with_parent() -> None:
-    """End this process when its parent is gone: the workers of a killed run would write beside those of the next."""
-
-    def watch() -> None:
-        connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def work(task: Callable[[], None]) -> None:
-    """A task in one of several processes."""
-    torch.set_num_threads(1)
-    try:
-        with one_line_errors():
-            task()
-    finally:
-        if dist.is_initialized():  # a training that failed: the next one begins a group of its own
-            dist.destroy_process_group()
-
-
-def do_all(tasks: list[Callable[[], None]], jobs: int, ends: float) -> int:
-    """Do the tasks, in `jobs` processes if that is above 1, where a task that fails does not stop the others. What is
-    unfinished at the time `ends` is given up. Returns how many failed."""
-    for task in tasks if jobs == 1 else ():
-        if time.monotonic() < ends:
-            task()
-    if jobs == 1 or not tasks or time.monotonic() > ends:
-        return 0
-    count, start = min(jobs, len(tasks)), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, start, end_with_parent) as pool:
-        done, late = wait([pool.submit(work, task) for task in tasks], min(ends - time.monotonic(), 1e6))
-        for process in multiprocessing.active_children() if late else ():
-            process.kill()
-    return sum(bool(future.exception()) for future in done)
 
 
 def settings_text(ablation: Ablation, command: str) -> str:

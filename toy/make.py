@@ -16,10 +16,7 @@ Each part is one of the repository's own commands, shown as it runs. The last li
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,12 +26,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from checkpoint import file_name, write_modules
-from common.device import cores, hardware
+from common.device import hardware
 from common.errors import Parser, UserError, one_line_errors, write_text
 from common.schema import Count, parse_json
 from config import ASSETS
 from model import LTXVideo
 from text import TextConnector
+from toy.jobs import run_command, torchrun
 from toy.text import LAYERS, TRANSFORMER
 from toy.vae import CONFIG, FPS, FRAMES, SIZE
 from vae import VideoVAE
@@ -75,26 +73,6 @@ def assemble(
     connector = read_part(TextConnector(ltx["transformer"], LAYERS + 1), text)
     modules = [dit, connector, read_part(VideoVAE(ltx["vae"]), vae)]
     write_modules(out, modules, ltx, {"weights": "random", "defaults": defaults})
-
-
-def torchrun() -> list[str]:
-    """The words before train.py: one process for each GPU, or without GPUs for each of 1, 2, 4 or 8 cores, numbers
-    that divide batches of 32 and 256. Two processes on two cores are as fast as one; with parallel.compile, 1.2 times.
-    """
-    processes = torch.cuda.device_count() or 2 ** min(3, cores().bit_length() - 1)
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-
-
-def run_command(command: list[str], begin: str = "") -> None:
-    """Show and run a command, the words after `python`. The line of an error starts with `begin`."""
-    print(f"$ python {' '.join(command)}", flush=True)
-    paths = filter(None, [str(HERE), os.environ.get("PYTHONPATH")])  # for -m in any current folder
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    if "torch.distributed.run" in command:
-        environment["OMP_NUM_THREADS"] = "1"
-    code = subprocess.run([sys.executable, *command], env=environment).returncode
-    if code:
-        raise UserError(f"{begin}the command above ended with code {code}: correct the cause and run this again")
 
 
 def commands(part: str, out: Path) -> list[list[str]]:

@@ -460,7 +460,7 @@ def test_the_plan_of_a_run_whose_cache_is_not_there(root, tmp_path):
 @pytest.mark.parametrize(("option", "value"), [("--gpus", "0"), ("--gpus", "1" + 400 * "0"), ("--mfu", "1.5")])
 def test_a_number_that_no_plan_has_is_one_line(option, value, in_process):
     code, _, error = in_process(main, "train.py", "--plan", option, value)
-    assert code == 2 and error.startswith(f"error: {option} {value} is not between ") and error.count("\n") == 1
+    assert code == 2 and option in error and f"{value} is not " in error and error.count("\n") == 1
 
 
 def cell(plan: Plan, card: str, column: int, gpus: int = 8, mfu: float = 0.4) -> str:
