@@ -286,14 +286,25 @@ def test_a_run_without_held_out_clips_has_no_best(drawn, run, tmp_path, monkeypa
     assert "was started with data.holdout = 2" in capsys.readouterr().err
 
 
+def three_held_out(**changes):
+    return options(lora__rank=0, data__holdout=3, model__ckpt=shallow_checkpoint(), **changes)
+
+
+@pytest.fixture(scope="module")
+def one_process(drawn, tmp_path_factory) -> Path:
+    """A step on one process, with looks at three held-out clips before and after it."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    torchrun(1, command(drawn, run, **three_held_out()))
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_processes_look_as_one_does(mode, drawn, tmp_path):
+def test_two_processes_look_as_one_does(mode, drawn, one_process, tmp_path):
     """Three clips on two processes; samples of two held-out people are drawn on the way."""
-    changes = options(lora__rank=0, data__holdout=3, parallel__mode=mode)
-    torchrun(1, command(drawn, tmp_path / "one", **changes))
-    torchrun(2, command(drawn, tmp_path / "run", **changes, **{"log__sample_every": 1, "guidance__steps": 2}))
-    for ours, theirs in zip(held_out(tmp_path / "run"), held_out(tmp_path / "one"), strict=True):
+    changes = three_held_out(parallel__mode=mode, log__sample_every=1, guidance__steps=2)
+    torchrun(2, command(drawn, tmp_path / "run", **changes))
+    for ours, theirs in zip(held_out(tmp_path / "run"), held_out(one_process), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, abs=1e-5), key
