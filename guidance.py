@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from model import Constants, append_reference, video_tokens
 from rope import ReferenceSettings, RefPositions, place_reference, video_positions
-from vae import from_tokens, to_tokens
+from vae import CHUNK, from_tokens, to_tokens
 
 S_Y, S_R = 5.0, 7.5  # the paper's scales of text and reference guidance
 STEPS = 30  # default number of Euler steps, LTX-2.3's
@@ -32,7 +32,6 @@ LAST_SIGMA = 0.1  # the last sigma before 0
 # Schedule of the distilled checkpoints: eight steps, one stream. With another schedule, their samples look like those
 # of a badly trained model.
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
-DECODE_CHUNK = 2  # latent frames; a longer video goes through the decoder in pieces, with the same result
 
 
 def schedule_shift(tokens: int) -> float:
@@ -238,4 +237,4 @@ def generate_batch(
     # --- decode
     if ranks[0]:
         return None
-    return vae.decode(from_tokens(z_0, grid).to(like), DECODE_CHUNK).float()  # D_vae, as in Eq. 7: (B, 3, F, H, W)
+    return vae.decode(from_tokens(z_0, grid).to(like), CHUNK).float()  # D_vae, as in Eq. 7: (B, 3, F, H, W)

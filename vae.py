@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from checkpoint import Checkpoint, open_checkpoint
 from common.errors import UserError
 
+CHUNK = 2  # latent frames in a piece: longer videos go through in pieces, with the same result and less memory
 STRIDES = {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
 
 

@@ -37,13 +37,13 @@ from engine.offload import offload
 from engine.optim import AdamWBF16
 from engine.parallel import set_recompute
 from engine.plan import GIB, dit_flops, vae_flops
-from guidance import DECODE_CHUNK, sample_latents, sigma_schedule
+from guidance import sample_latents, sigma_schedule
 from losses import flow_loss, predict_x0
 from model import LTXVideo, append_reference, video_tokens
 from objective import decode_window
 from rope import RefPositions, reference_positions, video_positions
 from text import MAX_TOKENS
-from vae import VideoVAE, from_tokens, latent_scale
+from vae import CHUNK, VideoVAE, from_tokens, latent_scale
 
 ROOT = Path(__file__).parent.parent
 LTX = ROOT / "configs" / "ltx-2.3.json"
@@ -166,8 +166,8 @@ def rows(ltx: dict[str, Any], size: tuple[int, int, int], options: argparse.Name
         latents = torch.zeros(1, channels, *grid, device=device, dtype=dtype)
         encode, decode = vae_flops(ltx["vae"], grid[0], height, width, frames)
         encoder, decoder = (sum(p.nbytes for p in part.parameters()) for part in (vae.encoder, vae.decoder))
-        yield Row("VAE encode, in pieces", encode, encoder, lambda: vae.encode(video, DECODE_CHUNK))
-        yield Row("VAE decode, in pieces", decode, decoder, lambda: vae.decode(latents, DECODE_CHUNK))
+        yield Row("VAE encode, in pieces", encode, encoder, lambda: vae.encode(video, CHUNK))
+        yield Row("VAE decode, in pieces", decode, decoder, lambda: vae.decode(latents, CHUNK))
         yield Row("VAE decode, at once", decode, decoder, lambda: vae.decode(latents))
 
     if options.fp8 or options.offload:

@@ -51,7 +51,7 @@ from common.sizes import amount, duration, require_memory, require_video_size
 from data import fingerprint, fingerprint_faces, fingerprint_gemma, latent_shape
 from face import ArcFace, FaceDetector, embed, recognition_file
 from text import GEMMA, PROJECTION, TextEncoder
-from vae import VideoVAE, latent_scale
+from vae import CHUNK, VideoVAE, latent_scale
 
 VIDEO = {key: config.VIDEO[key] for key in ("height", "width", "frames", "fps")}
 TYPICAL_TOKENS, TYPICAL_IMAGE = 256, 2**18  # tokens and bytes of a clip, to fix the number of clips in a shard
@@ -323,7 +323,7 @@ def clip_tensors(
     video = torch.from_numpy(loaded["frames"]).to(weight.device).permute(3, 0, 1, 2)  # (3, F, H, W)
     image, landmarks = (loaded[key].to(weight.device) for key in ("image", "landmarks"))  # (1, 3, H, W), (1, 5, 2)
     parts = {
-        "latents": vae.encode(from_bytes(video).to(weight.dtype)[None])[0].bfloat16(),  # (C, T, h, w)
+        "latents": vae.encode(from_bytes(video).to(weight.dtype)[None], CHUNK)[0].bfloat16(),  # (C, T, h, w)
         "features": features,  # (tokens, D)
         "image": torch.frombuffer(loaded["png"], dtype=torch.uint8),
         "e_ref": embed(image, landmarks, arcface)[0].float(),  # (E,)

@@ -92,7 +92,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return 2, (error.strerror or str(error)) + (f" ({error.filename})" if error.filename else "")
     if out_of_memory(error):
         kind = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
-        return 2, f"out of {kind}: take a smaller size or fewer frames"
+        return 2, f"out of {kind}: take a smaller size or fewer frames (training: --plan says what fits)"
     if isinstance(error, UserError):
         return 2, str(error)
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):

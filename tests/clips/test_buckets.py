@@ -293,7 +293,8 @@ def test_windows_and_buckets_of_a_cache(cached, mixed):
         pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.no_grad():
             latents = vae.encode(pixels)[0].bfloat16()
-        assert torch.equal(cached[k]["latents"], latents) and cached[k]["caption"] == row.caption
+        torch.testing.assert_close(cached[k]["latents"], latents, rtol=2**-7, atol=1e-6)  # encoded in pieces, bf16
+        assert cached[k]["caption"] == row.caption
         assert list(latents.shape) == b["latent_shape"]
     assert [(line["line"], line["reason"]) for line in cached.report] == [(7, "unreadable video")]  # once, of 3 windows
     assert cached.settings["rows_per_shard"] % 3 == 0 and cached.settings["shards"] > 1

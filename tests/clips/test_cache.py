@@ -523,9 +523,9 @@ def test_whatever_a_row_brings_about_costs_this_row(options, world, tmp_path, mo
             raise errors[path.stem]
         return real_read(path, *size)
 
-    def encode(self, video):
+    def encode(self, video, chunk):
         current[:] = [next(order)]
-        return real_encode(self, video) * (math.nan if current == ["latents"] else 1)
+        return real_encode(self, video, chunk) * (math.nan if current == ["latents"] else 1)
 
     def embed(*arguments):
         return real_embed(*arguments) * (math.inf if current == ["e_ref"] else 1)
