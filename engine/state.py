@@ -175,8 +175,7 @@ def save(
     tensors = state_tensors(model, optimizer, average)
     require_finite(tensors, step)
     if dist.get_rank() == 0:
-        for stale in run.glob(".step-*.part"):
-            shutil.rmtree(stale, ignore_errors=True)
+        remove_parts(run)
         part.mkdir(parents=True)
     dist.barrier()
     # A rank copies all tensors of a file to host memory, three times. So its shard lies in many files.
@@ -195,9 +194,16 @@ def save(
         best = best_checkpoint(run)
         for old in checkpoints(run)[:-keep]:
             if old != best:
-                shutil.rmtree(old)
+                old.rename(run / f".{old.name}.part")  # a kill in the middle of the removal leaves no half checkpoint
+        remove_parts(run)
     dist.barrier()
     return folder
+
+
+def remove_parts(run: Path) -> None:
+    """Remove checkpoints that were not finished, or not wholly removed."""
+    for stale in run.glob(".step-*.part"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def require_finite(tensors: dict[str, Tensor], step: int) -> None:
@@ -215,6 +221,8 @@ def resume(
 ) -> tuple[int, list[str]]:
     """Load the newest checkpoint of a run, if there is one, on any number of ranks: its step, and the damaged samples
     so far. A damaged checkpoint is named. With `from_previous` the one before it is loaded instead."""
+    if dist.get_rank() == 0:
+        remove_parts(run)
     folders = checkpoints(run)[::-1]
     for folder, before in zip(folders, [*folders[1:], None]):
         try:

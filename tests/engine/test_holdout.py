@@ -332,10 +332,10 @@ def shuffle_references(drawn: Path, out: Path, kept: set[str]) -> None:
 def test_the_loss_falls_and_tells_shuffled_references_from_true_ones(tmp_path, monkeypatch):
     """From nothing the loss falls at every look. From the weights in assets/, the gain by a reference stays where each
     clip has its own person's photo, and shrinks where the photos of the clips trained on are shuffled."""
-    prepare_toy(tmp_path / "true", 200, TINY, ASSETS / "gemma", ASSETS / "faces")
-    _, held = hold_out(CachedClips(tmp_path / "true"), 16)
+    prepare_toy(tmp_path / "true", 100, TINY, ASSETS / "gemma", ASSETS / "faces")
+    _, held = hold_out(CachedClips(tmp_path / "true"), 8)
     shuffle_references(tmp_path / "true", tmp_path / "shuffled", set(held.names))
-    common = options(lora__rank=0, data__holdout=16, faces__pack='""', optim__batch=8, parallel__micro_batch=8)
+    common = options(lora__rank=0, data__holdout=8, faces__pack='""', optim__batch=8, parallel__micro_batch=8)
     changes = common | {"model__ckpt": shallow_checkpoint(), "model__scratch": "true", "optim__lr": 1.5e-3}
     changes |= {"optim__steps": 20, "log__eval_every": 5}
     assert run_here(command(tmp_path / "true", tmp_path / "new", **changes), monkeypatch) == 0
