@@ -33,7 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {PLAIN: {}}
 ROWS |= {f"cache {threshold}": {"cache": threshold} for threshold in (0.02, 0.04, 0.08, 0.12, 0.2)}
 INTERVALS = (0, 0.8), (0, 0.5), (0.2, 1), (0.5, 1), (0.2, 0.8)
 ROWS |= {f"{low} to {high}": {"guidance_interval": (low, high)} for low, high in INTERVALS}
-ROWS |= {"cache 0.08, 0.2 to 0.8": ROWS["cache 0.08"] | ROWS["0.2 to 0.8"]}
+ROWS |= {"cache 0.08, 0.5 to 1": ROWS["cache 0.08"] | ROWS["0.5 to 1"]}
 HEAD = "| | similarity | minus plain | own nearest | direction | background | PSNR, dB | blocks | speed |"
 LEGEND = (
     "*a to b*: guidance at these noise levels only. *minus plain*: mean difference of the same videos, standard error."
