@@ -209,11 +209,16 @@ def remove_parts(run: Path) -> None:
 def require_finite(tensors: dict[str, Tensor], step: int) -> None:
     """UserError, on every rank, that names a tensor with NaN or infinity on one of them."""
     local = zip(tensors, local_parts(tensors.values()))
-    bad = next((name for name, tensor in local if not tensor.isfinite().all()), "")
+    bad = of_any_rank(next((name for name, tensor in local if not tensor.isfinite().all()), ""))
+    if bad:
+        raise UserError(f"step {step}: {bad} is not finite; nothing was saved over the last checkpoint")
+
+
+def of_any_rank(problem: str) -> str:
+    """A problem of one of the ranks, the same on all: a rank that stops alone would leave the others waiting."""
     everyone = [""] * dist.get_world_size()
-    dist.all_gather_object(everyone, bad)
-    if any(everyone):
-        raise UserError(f"step {step}: {max(everyone)} is not finite; nothing was saved over the last checkpoint")
+    dist.all_gather_object(everyone, problem)
+    return max(everyone)
 
 
 def resume(
@@ -225,16 +230,21 @@ def resume(
         remove_parts(run)
     folders = checkpoints(run)[::-1]
     for folder, before in zip(folders, [*folders[1:], None]):
+        problem = ""
         try:
-            reader = open_reader(folder)
-            progress = read_progress(folder)
-            dcp.load(state_tensors(model, optimizer, average), storage_reader=reader)
-        except Exception as error:  # safetensors, DCP and JSON each have classes of their own
-            message = f"{folder} is damaged ({last_line(error)})"
+            reader, progress = open_reader(folder), read_progress(folder)
+        except Exception as error:  # safetensors and JSON each have classes of their own
+            problem = last_line(error)
+        if not (problem := of_any_rank(problem)):
+            try:
+                dcp.load(state_tensors(model, optimizer, average), storage_reader=reader)
+            except Exception as error:  # of one rank, known to all
+                problem = last_line(error)
+        if problem:
+            message = f"{folder} is damaged ({problem})"
             if not (from_previous and before):
                 advice = f"--from-previous continues from {before}" if before else "no checkpoint is before it"
-                raise UserError(f"{message}: {advice}") from None
-            dist.barrier()  # all ranks have seen the damage
+                raise UserError(f"{message}: {advice}")
             aside = folder.with_name(f"{folder.name}.damaged")
             if dist.get_rank() == 0:  # under its old name it would count as the newest checkpoint of all
                 shutil.rmtree(aside, ignore_errors=True)
