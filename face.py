@@ -1,8 +1,8 @@
 """Faces: find, straighten, embed. Eq. 8, e_f = Phi(Align(x_f)), differentiable in x_f.
 
-A flow-matching loss is blind to identity: two pixels of eyelid weigh as much as two of wall. The paper decodes a few
-frames of the clean estimate (Eq. 7) and embeds their faces with a frozen recognizer; Eq. 9 and 10 compare the
-embeddings. So the gradient must run from the embedding back to the pixels:
+L_flow weighs all latent tokens alike. A face fills few of them, so identity is diluted. The paper decodes a few frames
+of the clean estimate (Eq. 7) and embeds their faces with a frozen recognizer; Eq. 9 and 10 compare the embeddings. So
+the gradient must run from the embedding back to the pixels:
 
     pixels (n, 3, H, W) ──┬────────────────────────> similarity warp ──> 112x112 ──> ArcFace Phi ──> e (n, E)
     RGB in [-1, 1]        │                               ^              crop        frozen
