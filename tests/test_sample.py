@@ -465,7 +465,7 @@ def test_check_reads_no_tensor(command, monkeypatch):
         (["--cache", "1.5"], ["--cache 1.5", "between 0 and 1"]),
         (["--cache", "nan"], ["--cache nan"]),
         (["--seed", "99999999999999999999"], ["--seed"]),
-        (["--samples", "0"], ["--samples 0"]),
+        (["--samples", "0"], ["--samples: 0 is not from 1"]),
         (["--prompt", ""], ["prompt is empty", "--prompt"]),
         (["--prompt", " \n "], ["prompt is empty"]),
         (["--device", "abacus"], ["'abacus'", "--device cpu"]),

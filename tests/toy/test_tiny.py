@@ -15,7 +15,7 @@ from config import VIDEO, read_config
 from model import LTXVideo
 from text import TextConnector
 from toy import cache as toy_cache
-from toy import examples, judge
+from toy import examples, jobs, judge
 from toy import faces as toy_faces
 from toy import make as tiny
 from toy import text as toy_text
@@ -82,7 +82,7 @@ def test_what_is_made_is_not_made_again(tmp_path, monkeypatch):
     ran, code = [], 0
     monkeypatch.setattr(tiny, "assemble", lambda *paths: ran.append("assembled"))
     monkeypatch.setattr(
-        tiny.subprocess, "run", lambda command, env: ran.append(command) or SimpleNamespace(returncode=code)
+        jobs.subprocess, "run", lambda command, env: ran.append(command) or SimpleNamespace(returncode=code)
     )
     tiny.make("text", tmp_path)
     tiny.make("text", tmp_path)
