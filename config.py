@@ -39,8 +39,8 @@ except ModuleNotFoundError:  # Python 3.10
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded models: the default where no checkpoint is named
 LEVELS = [(2 * k + 1) / 16 for k in range(8)]  # noise levels t of the losses on held-out clips
-# Guidance scales of the paper; size, frames, fps and steps are ours, since it names none. A checkpoint's own metadata
-# (`defaults`) may name others.
+# Guidance scales are the paper's. It names no size, frames, fps or steps: steps are LTX-2.3's, the others ours. A
+# checkpoint's own metadata (`defaults`) may name others.
 VIDEO = {"height": 480, "width": 832, "frames": 121, "fps": 24.0, "steps": STEPS, "s_text": S_Y, "s_ref": S_R}
 
 

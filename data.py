@@ -121,8 +121,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def bucket_of_steps(counts: Sequence[int], seed: int, steps: int) -> list[int]:
     """The bucket of each step, where bucket k has counts[k] clips.
 
-    Multiples of the golden ratio, modulo 1, are spread more evenly than chance: after any number of steps each bucket
-    has had its share, within a few steps.
+    Multiples of the golden ratio, modulo 1, are spread more evenly than chance: after any number of steps the count
+    of each bucket is within a few steps of its share.
     """
     start = default_rng(SeedSequence(seed, spawn_key=(3,))).random()  # key 2 is clips/manifest.py's
     points = (start + np.arange(steps) * ((math.sqrt(5) - 1) / 2)) % 1
@@ -133,7 +133,7 @@ Grid = tuple[int, int, int]  # T, h, w
 
 
 class Draws(NamedTuple):
-    """The randomness of one sample's training step."""
+    """Noise, drops and window of one sample. `sample_rng` draws its augmentation."""
 
     t: float  # noise level
     eps: Tensor  # (N, C) noise
@@ -168,7 +168,7 @@ def _draw_numbers(seed: int, number: int, tokens: int) -> tuple[torch.Generator,
 
 def share_of_rank(numbers: Sequence[int], rank: int, world: int, seed: int, p_ref: float) -> list[int]:
     """This rank's samples of a step, in order. Ranks get equally many, and equally many without reference, plus or
-    minus one: a sample without reference is a shorter sequence, so all ranks take about the same time."""
+    minus one. With micro-batches of one sample those are shorter sequences, and all ranks take about the same time."""
 
     def is_dropped(number: int) -> bool:
         _, _, _, ref, _ = _draw_numbers(seed, number, tokens=1)
@@ -333,4 +333,4 @@ def training_batches(config: Config, clips: CachedClips, first: int, end: int) -
     options = {"num_workers": workers, "multiprocessing_context": spawn, "collate_fn": collate}
     options["worker_init_fn"] = _leave_group
     options["pin_memory"] = torch.cuda.is_available()  # the trainer then does not wait for a copy to the GPU
-    return map(unpack, DataLoader(TrainingClips(clips, config), batch_sampler=numbers(), **options))
+    yield from map(unpack, DataLoader(TrainingClips(clips, config), batch_sampler=numbers(), **options))

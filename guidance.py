@@ -99,8 +99,8 @@ def sample_latents(
     context            (B, S, D) of the prompt; null_context (B, S, D) of the negative prompt
     z_ref              (B, R, C) with ref_positions; None: plain text-to-video
     progress           wraps the loop over steps
-    ranks              (rank, world): this process among those of the default group that share the streams; each of
-                       them returns the result
+    ranks              (rank, world) of this process in the default group, whose processes share the streams; every
+                       process returns z_0
     guidance_interval  (low, high): at noise levels outside it a step computes one stream, v_yr, or v_y where s_r is 0
     new_cache          makes the `cache` of a stream (LTXVideo.forward); each stream then runs by itself
     """

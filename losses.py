@@ -13,10 +13,10 @@ them with the reference and with each other. At high noise that estimate is a bl
                                                                      └─> identity_loss ──────────> L_id ──┘
     I_ref ─> detect, align, ArcFace ─> e_ref (no gradient) ──────────────────┘
 
-The letters are those of model.py; F counts decoded frames. Every loss is per sample, (B,). The paper uses ε twice: for
-the noise, `eps` in add_noise and flow_loss, and for the small number that keeps a denominator above zero, `eps` of the
-others. The paper gives it no value; 1e-6 is our choice. Everything is computed in float32 at least (float64 stays
-float64), whatever the model ran in.
+The letters are those of model.py; F counts the frames of the window. Every loss is per sample, (B,). The paper uses ε
+twice: for the noise, `eps` in add_noise and flow_loss, and for the small number that keeps a denominator above zero,
+`eps` of the others. The paper gives it no value; 1e-6 is our choice. Everything is computed in float32 at least
+(float64 stays float64), whatever the model ran in.
 """
 
 import math

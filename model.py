@@ -17,7 +17,7 @@ Letters, unless the top of a file says otherwise:
         B batch            F H W pixel frames, height, width       T h w latent grid (the paper's T, H, W)
         C latent channels  N = T h w video tokens                  R = h w reference tokens, L = N [+ R] all tokens
         D model width      S text tokens                           U distinct noise levels in a batch
-        E embedding size   t noise level, 0 clean to 1 noise       sigma, timesteps: LTX's words: t of video, tokens
+        E embedding size   t noise level, 0 clean to 1 noise       sigma: LTX's t of the video; timesteps: of tokens
 """
 
 import math
@@ -219,8 +219,8 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
-        """x (B, L, D), context (B, S, D), modulation (U, 9, D), prompt_modulation (B, 2, D) -> (B, L, D). A token's row
-        of `modulation` is token_row (B, L)."""
+        """x (B, L, D), context (B, S, D), modulation (U, 9, D), prompt_modulation (B, 2, D) -> (B, L, D). For each
+        token token_row (B, L) holds the index of its row among the U of `modulation`."""
         # Shift, scale and gate of self-attention (0-2), of the feed-forward (3-5), of text attention (6-8).
         rows = (self.scale_shift_table + modulation).unbind(1)  # 9 x (U, D)
         # F.embedding, not indexing: many tokens share a row, and F.embedding sums their gradients in parallel.
@@ -241,11 +241,11 @@ class Block(nn.Module):
 
 
 class Constants(NamedTuple):
-    """What stays the same in all steps of a stream (guidance.py). Noise levels change, not which tokens share one."""
+    """What stays the same in all steps of a stream (guidance.py). Levels change; the tokens that share one do not."""
 
     rotary: tuple[Tensor, Tensor]  # tables (B, heads, L, head_dim/2) in the dtype of the latents
     token_row: Tensor  # (B, L) index of each token's noise level among the distinct ones
-    examples: Tensor  # (U,) flat index of one token of each noise level: a step reads its levels there
+    examples: Tensor  # (U,) for each level, the flat index of one token that has it; a step reads its levels there
 
 
 class LTXVideo(nn.Module):

@@ -8,8 +8,9 @@
         Step 6   L = L_flow + w_aux (lambda_id L_id + lambda_tic L_tic)                               Eq. 11-12
 
 The frozen parts (VAE, text connector, detector, ArcFace) belong to the objective. The caller passes the DiT, which DDP
-or FSDP may wrap. `data.draw_sample` draws all randomness from the seed and the number of the sample, so one process and
-many draw the same, and a resumed run draws what the unbroken run draws. The letters are those of model.py.
+or FSDP may wrap. `data.draw_sample` draws t, eps, drops and window from the seed and the number of the sample,
+`data.sample_rng` the augmentation, so one process and many draw the same, and a resumed run draws what the unbroken run
+draws. The letters are those of model.py.
 """
 
 import math
@@ -29,7 +30,7 @@ from rope import place_reference, video_positions
 from text import TextConnector, pad_features
 from vae import VideoVAE, from_tokens, to_tokens
 
-PIXELS_AT_ONCE = 2**22  # of one call of the decoder, at most; a larger window is decoded alone
+PIXELS_AT_ONCE = 2**22  # of one call of the decoder, over all its samples; a larger window is decoded alone
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], draws: list[Draws]) -> dict[str, Tensor]:
         """The values of a batch (`data.training_batches`), each (B,): loss, flow, id, tic, w_aux, t, reference (1
-        where it is used), frames (number of decoded frames) and faces (number of those with a face)."""
+        where it is used), frames (number of frames in the window) and faces (number of those with a face)."""
         like, options = self.vae.decoder.conv_in.conv.weight, self.faces
         device = like.device  # `like` is any weight of the VAE and gives device and dtype
 
@@ -132,8 +133,8 @@ class Objective:
     def face_losses(self, z_0_hat: Tensor, start: int, e_ref: Tensor, has_reference: Tensor) -> dict[str, Tensor]:
         """Eq. 7 to 10 for n clean estimates (n, C, T, h, w) with the same window, which begins at latent frame `start`.
 
-        e_ref (n, E). Returns four tensors (n,): L_id ("id"), L_tic ("tic"), frames decoded ("frames"), frames with a
-        face ("faces"). For a sample without reference L_id is 0; L_tic is computed as usual.
+        e_ref (n, E). Returns four tensors (n,): L_id ("id"), L_tic ("tic"), frames of the window ("frames"), those with
+        a face ("faces"). For a sample without reference L_id is 0; L_tic is computed as usual.
         """
         like, length = self.vae.decoder.conv_in.conv.weight, min(self.faces.window, z_0_hat.shape[2])
         video = decode_window(self.vae, z_0_hat.to(like.dtype), start, length, self.faces.margin)  # (n, 3, F, H, W)

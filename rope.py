@@ -42,8 +42,8 @@ PLACEMENTS = {
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """How the reference image enters the model. The defaults are the paper's; where it is silent, LTX's; those
-    of "phase" are LTX-Best-Face-ID's."""
+    """How the reference image enters the model. Defaults are the paper's, or LTX's where the paper is silent; those of
+    source_id and phase_scale are LTX-Best-Face-ID's."""
 
     placement: str = "tass"  # Eq. 4, or another of PLACEMENTS
     source_id: int = 2  # placement "phase": number of the source
@@ -69,7 +69,7 @@ def to_seconds_and_pixels(cells: Tensor, fps: float, scale: tuple[int, int, int]
     """Intervals [start, end) that latent cells (3, n) cover, in seconds, pixels and pixels. (3, n, 2)
 
     `scale` = (s, p, p) frames and pixels per cell. Cell 0 holds a single pixel frame, frame 0; cell k >= 1 holds the s
-    frames from s (k - 1) + 1 to s k; a cell in front of the video, k < 0, those from s k on.
+    frames from s (k - 1) + 1 to s k. Cell k < 0 lies before the video and holds frames s k to s (k + 1) - 1.
     """
     edges = torch.stack([cells, cells + 1], dim=-1).float()  # (3, n, 2) boundaries, in cells
     time, space = edges[0], edges[1:]  # (n, 2), (2, n, 2)
@@ -93,7 +93,7 @@ def reference_positions(
     so with TASS the reference fills the latent frame right after the video. `placement`: a name in PLACEMENTS.
 
     The paper does not speak of LTX's range, max_pos = 20 seconds and 2,048 pixels. Beyond it lie TASS in videos above
-    1,024 pixels a side, and "fixed" and "remote" in time.
+    1,024 pixels a side or of about 20 seconds, and, at 24 fps, "fixed" and "remote".
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}")

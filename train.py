@@ -40,7 +40,7 @@ from data import CachedClips, check_cache_fits, training_batches
 from engine import state
 from engine.average import Average
 from engine.check import require_bf16
-from engine.holdout import evaluate, hold_out
+from engine.holdout import CURE, evaluate, hold_out
 from engine.logbook import Log
 from engine.lora import seed_dropout
 from engine.optim import build_optimizer, learning_rate
@@ -175,12 +175,12 @@ def train(
         table, stop_now = gather_rows(torch.cat(rows), reason)  # (batch, columns), of all ranks
         if not table.isfinite().all():
             bad = gather_names([name for name, row in zip(names, torch.cat(rows)) if not row.isfinite().all()])
-            raise UserError(f"step {done}: the loss is not finite for {', '.join(bad)}: lower optim.lr and run again")
+            raise UserError(f"step {done}: the loss is not finite for {', '.join(bad)}: {CURE}")
         if table[:, Log.COLUMNS.index("skipped")].any():
             skipped = count_skipped(config, skipped, gather_names(problems), done)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not math.isfinite(norm):
-            raise UserError(f"step {done}: the gradient is not finite (norm {norm}): lower optim.lr and run again")
+            raise UserError(f"step {done}: the gradient is not finite (norm {norm}): {CURE}")
 
         # -- log, held-out clips, samples, checkpoint, stop
         if options.trial:
@@ -237,7 +237,7 @@ def parse_arguments() -> argparse.Namespace:
     rehearse = "three steps on random weights and latents, beside the plan; needs no file, writes none"
     parser.add_argument("--rehearse", action="store_true", help=rehearse)
     parser.add_argument("--gpus", type=whole(), default=8, help="number of GPUs for --plan (%(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="useful share of the peak, all recomputed, for --plan")
+    parser.add_argument("--mfu", type=float, default=0.4, help="for --plan: with all blocks recomputed (%(default)s)")
     options = parser.parse_args()
     options.trial = 3 if options.rehearse else int(options.dry_run)  # steps that write nothing; 0: a run
     if options.export is not None and not options.export.strip():

@@ -59,6 +59,10 @@ def hold_out(clips: CachedClips, count: int) -> tuple[CachedClips, CachedClips |
     return clips.subset(rest), clips.subset(held[:count])
 
 
+# The run itself keeps its learning rate, and would meet the same samples again.
+CURE = "begin anew, or from this run's --export as model.ckpt, with a lower optim.lr and another run.out"
+
+
 @torch.no_grad()
 def evaluate(config: Config, model: nn.Module, objective: Objective, clips: CachedClips) -> dict[str, Any]:
     """The figures of the held-out clips, the same on every rank and for any number of ranks.
@@ -122,7 +126,7 @@ def figures(table: Tensor, use_reference: bool) -> dict[str, Any]:
     """Means over the intact clips of `table` (clips, 2, levels, 3)."""
     table = table[table.isfinite().all(-1).flatten(1).all(1)]
     if not len(table):
-        raise UserError("the loss on the held-out clips is not finite: lower optim.lr and run again")
+        raise UserError(f"the loss on the held-out clips is not finite: {CURE}")
     without, flow = table[:, 0, :, 0], table[:, int(use_reference), :, 0]  # (clips, levels)
     result = {"clips": len(table), "flow": flow.mean().item(), "flow_by_t": flow.mean(0).tolist()}
     result["flow_error"] = flow.mean(1).std().item() / len(table) ** 0.5 if len(table) > 1 else 0.0
