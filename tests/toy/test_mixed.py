@@ -94,7 +94,8 @@ def hand_made_losses(cached: CachedClips, words: list[str]) -> list[float]:
     config = read_config(None if not words[1].endswith(".toml") else words[1], words[3::2])
     device = join_processes()
     base = Checkpoint(shallow_checkpoint())
-    objective = train.build_objective(config, base, cached, device)
+    plan = plan_of(config, base.config, cached.settings)
+    objective = train.build_objective(config, base, cached, device, plan.autocast)
     model = build_model(config, base, device, "none")
     optimizer = torch.optim.AdamW(model.parameters(), QUICK["optim.lr"], betas=(0.9, 0.999), weight_decay=0.01)
     members = [[i for i, b in enumerate(cached.bucket_of) if b == bucket] for bucket in range(len(cached.buckets))]
