@@ -49,8 +49,8 @@ def sigma_schedule(steps: int, tokens: int) -> Tensor:
     """
     # In float64, and in terms of 1 - sigma: for long videos every sigma rounds to 1 in float32, and stretching would
     # divide 0 by 0.
-    odds = (1 / torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] - 1) * math.exp(-schedule_shift(tokens))
-    signal = odds / (1 + odds)  # (steps,) 1 - sigma
+    odds = 1 / torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] - 1  # (steps,)
+    signal = odds / (1 + odds * math.exp(-schedule_shift(tokens)))  # (1 - sigma) e^mu; stretching removes the factor
     if steps > 1:  # a single step starts at 1 and has nothing to stretch
         signal = signal * (1 - LAST_SIGMA) / signal[-1]
     return torch.cat([1 - signal, torch.zeros(1)]).float()

@@ -337,3 +337,12 @@ def test_a_larger_batch_has_no_more_tensors(clips):
     few, many = (collate([samples[n] for n in range(size)]) for size in (1, 16))
     assert len(tensors(few)) == len(tensors(many)) == 5
     assert len(many["eps"]) == 16 and torch.equal(many["eps"][5], samples[5]["draws"].eps)
+
+
+def test_a_jitter_of_strength_zero_leaves_the_photo_as_it_is():
+    """Also its hue: on the way to HSV and back numbers are rounded."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
+    nothing = dict.fromkeys(("flip", "rotate", "crop", "brightness", "contrast", "saturation", "hue"), 0.0)
+    for k in range(5):
+        same = augment_reference(photo, np.random.default_rng(k), **nothing, jitter=1.0)
+        assert np.array_equal(np.asarray(same), np.asarray(photo))

@@ -417,3 +417,10 @@ def test_generate_without_reference_is_text_to_video(world):
     text_only = guidance.generate(**(world | {"ref_image": None}), **SIZES)
     torch.testing.assert_close(text_only, guidance.generate(**world, **SIZES, s_r=0.0), atol=1e-5, rtol=0)
     assert (text_only - guidance.generate(**world, **SIZES)).abs().mean() > 1e-3
+
+
+def test_a_schedule_of_any_length_is_finite_and_falls():
+    for tokens in (16, 6_240, 3_000_000, 10**9):
+        sigmas = sigma_schedule(30, tokens)
+        assert sigmas.isfinite().all() and sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() <= 0).all()
+        assert sigmas[-2].item() == pytest.approx(0.1, abs=1e-6)
