@@ -59,7 +59,7 @@ def test_wrong_options_are_one_line(words, reason, in_process):
 
 @pytest.mark.slow
 def test_the_gradients_alone(small, in_process):
-    """In bf16 a gradient is off by about a percent, in 8 bits by several; the layers that stay in bf16 by less."""
+    """Every gradient is off in bf16, and more in 8 bits, those of gates too: their inputs come from 8-bit layers."""
     pytest.importorskip("torchao")
     words = ["--ckpt", small, "--size", "64x64x17", "--text-tokens", 16, "--gradients", "--device", "cpu"]
     code, out, error = in_process(bench.main, "train_step", *words)
